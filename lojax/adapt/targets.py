@@ -1,0 +1,124 @@
+"""Targets compiled to a plan: which rule each parameter gets. After this no pattern is seen again."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lojax.adapt.boxes import unbox
+from lojax.adapt.rule import Rule, Target
+
+
+def compile_glob(glob: str) -> re.Pattern[str]:
+    """A glob over paths: ``*`` and ``?`` stay within a level, ``**/`` crosses any number of them.
+
+    >>> bool(compile_glob("**/query/kernel").fullmatch("params/layer_0/query/kernel"))
+    True
+    >>> bool(compile_glob("*/kernel").fullmatch("params/layer_0/query/kernel"))
+    False
+    """
+    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", glob)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = [
+        meaning.get(token) or (token.replace("[!", "[^") if token[:1] == "[" else re.escape(token))
+        for token in tokens
+        if token
+    ]
+    return re.compile("".join(parts))
+
+
+def matches(target: Target, path: str, leaf: Any) -> bool:
+    """Whether one target picks the parameter at ``path``."""
+    if isinstance(target, str):
+        return compile_glob(target).fullmatch(path) is not None
+    if isinstance(target, re.Pattern):
+        return target.fullmatch(path) is not None
+    return bool(target(path, leaf))
+
+
+def plan(params: Mapping[str, Any], rules: Sequence[Rule], exclude: Sequence[Rule] = ()) -> dict[str, Rule]:
+    """The rule of every parameter that has one: the first whose targets match, unless excluded.
+
+    Args:
+        params: The parameters by path (see `lojax.adapt.paths.flatten`).
+        rules: In order of precedence.
+        exclude: Rules whose matches stay frozen whatever ``rules`` say.
+
+    Raises:
+        ValueError: A target matches nothing; a rule is wholly hidden by earlier ones; a weight that
+            cannot take an adapter is matched; a path is both adapted and trained in full by equals.
+    """
+    params = {path: unbox(leaf) for path, leaf in params.items() if leaf is not None}
+    excluded = {path for rule in exclude for path in _matched(rule, params)}
+    chosen: dict[str, Rule] = {}
+    for rule in rules:
+        paths = _matched(rule, params)
+        fresh = [path for path in paths if path not in chosen]
+        if not fresh:
+            _contradiction(rule, paths[0], chosen[paths[0]])
+        for path in fresh:
+            chosen[path] = rule
+    chosen = {path: rule for path, rule in chosen.items() if path not in excluded and rule.train != "none"}
+    for path, rule in chosen.items():
+        if rule.train == "lora":
+            _check_weight(path, params[path], rule)
+    return chosen
+
+
+def _matched(rule: Rule, params: Mapping[str, Any]) -> list[str]:
+    single = isinstance(rule.targets, (str, re.Pattern)) or callable(rule.targets)
+    targets = [rule.targets] if single else list(rule.targets)  # type: ignore[arg-type]
+    found: dict[str, None] = {}
+    for target in targets:
+        hits = [path for path, leaf in params.items() if matches(target, path, leaf)]
+        if not hits:
+            raise ValueError(_nothing(target, list(params)))
+        found |= dict.fromkeys(hits)
+    if not found:
+        raise ValueError(f"{rule} has no targets. Give a glob, a regex or a predicate.")
+    return list(found)
+
+
+def _nothing(target: Target, paths: list[str]) -> str:
+    spelled = target if isinstance(target, str) else getattr(target, "pattern", None)
+    if spelled is None:
+        name = getattr(target, "__name__", repr(target))
+        near, spelled = paths[:5], f"predicate {name}"
+    else:
+        near, spelled = nearest(spelled, paths), repr(spelled)
+    listed = "".join(f"\n  {path}" for path in near) or "\n  (the tree has no parameters)"
+    return f"Target {spelled} matches none of the {len(paths)} parameters. The nearest paths:{listed}"
+
+
+def nearest(spelled: str, paths: Sequence[str], count: int = 5) -> list[str]:
+    """The paths most like a pattern, best first."""
+    words = set(re.findall(r"\w+", spelled))
+
+    def likeness(path: str) -> tuple[int, float]:
+        shared = len(words & set(re.findall(r"\w+", path)))
+        return shared, difflib.SequenceMatcher(None, spelled, path).quick_ratio()
+
+    return sorted(paths, key=likeness, reverse=True)[:count]
+
+
+def _contradiction(rule: Rule, path: str, winner: Rule) -> None:
+    raise ValueError(
+        f"{path} is matched by contradictory rules: {winner} comes first, so {rule} never applies to "
+        "anything. Remove one, narrow its targets, or put the narrower rule first."
+    )
+
+
+def _check_weight(path: str, leaf: Any, rule: Rule) -> None:
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if len(shape) < 2:
+        kind = "a scalar" if not shape else "a vector"
+        raise ValueError(
+            f"{path} is {kind} of shape {shape}: a low-rank update needs at least two axes. "
+            f'Train it in full with lojax.Rule({path!r}, train="full"), or narrow {rule.targets!r}.'
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{path} has dtype {dtype}: only real floating-point weights take an adapter.")

@@ -1,0 +1,28 @@
+"""What differs between the JAX releases we support, and nothing else (0.10 to 0.12)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """``(jaxpr, constants)`` of an open or a closed jaxpr. JAX 0.12 made the two one type."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """The number of constants and of carries of a ``scan`` equation. JAX 0.12 keeps them as trees."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+@functools.cache
+def unspecified_sharding() -> Any:
+    """What a ``jit`` equation holds for an operand whose sharding the user left open."""
+    return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params["in_shardings"][0]

@@ -1,0 +1,190 @@
+"""The evaluator: runs a jaxpr with low-rank values where its adapted weights were.
+
+An equation none of whose operands is low-rank is bound as it stands. For the others one table maps the
+primitive to a rule (`rules` for products and carriers, `structure` for control flow and calls); where
+there is no rule, or the rule finds no factored form, that one use is materialized and recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+from lojax.execute import products
+from lojax.execute.compat import opened
+from lojax.execute.lowrank import LowRank, NotFactored
+from lojax.execute.products import Product
+from lojax.execute.uses import MaterializedError, Use
+
+
+class Products(Protocol):
+    """Who computes a product with an adapted weight (`products`), or watches it (`infer.Watch`)."""
+
+    dot: Callable[..., Product]
+    gather: Callable[..., Product | LowRank]
+    conv: Callable[..., Product]
+
+
+EquationRule = Callable[["Interpreter", Any, list[Any]], Any]
+RULES: dict[str, EquationRule] = {}
+"""The rule of each primitive, by its name. Filled by `rules` and `structure`."""
+
+
+def rule(*names: str) -> Callable[[EquationRule], EquationRule]:
+    """Registers a function as the rule of the primitives called ``names``."""
+
+    def register(f: EquationRule) -> EquationRule:
+        RULES.update(dict.fromkeys(names, f))
+        return f
+
+    return register
+
+
+@dataclasses.dataclass
+class Interpreter:
+    """One evaluation of one program.
+
+    Attributes:
+        products: Who computes the products.
+        strict: Whether a materialized use is an error.
+        uses: What was done with each use, in program order; None to keep no record.
+    """
+
+    products: Products = products  # type: ignore[assignment]
+    strict: bool = False
+    uses: list[Use] | None = None
+    _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of ``jaxpr`` on ``values``; inputs and outputs may be `LowRank`."""
+        jaxpr, consts = opened(jaxpr)
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+        dying = _last_uses(jaxpr)
+        for eqn, dead in zip(jaxpr.eqns, dying, strict=True):
+            operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+            stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+            with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+                results = self.evaluate(eqn, operands)
+            env.update(zip(eqn.outvars, results, strict=True))
+            for var in dead:
+                env.pop(var, None)
+        return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+    def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
+        """The results of one equation."""
+        if not any(isinstance(v, LowRank) for v in operands):
+            return bind(eqn, operands)
+        try:
+            if eqn.primitive.name not in RULES:
+                raise NotFactored(f"{eqn.primitive.name} is not linear in the weight")
+            return _as_list(RULES[eqn.primitive.name](self, eqn, operands))
+        except NotFactored as reason:
+            return bind(eqn, [self.dense(v, eqn, str(reason)) for v in operands])
+
+    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
+        """``value`` as an array; a low-rank one is materialized, recorded, and refused if strict."""
+        if not isinstance(value, LowRank):
+            return value
+        if not value.probe:
+            name = eqn if isinstance(eqn, str) else eqn.primitive.name
+            use = Use(value.path, name, "materialized", reason=reason)
+            if self.strict:
+                raise MaterializedError(dataclasses.replace(use, where=_where(eqn)), value.shape)
+            if self.uses is not None:
+                extra = 2 * value.w.size * value.factors[0].size("rank")
+                self.uses.append(dataclasses.replace(use, where=_where(eqn), extra_flops=extra))
+        return value.dense()
+
+    def record(self, value: LowRank, eqn: Any, product: Product) -> Any:
+        """The value of a factored ``product``, noted as a use of ``value``."""
+        if self.uses is not None and not value.probe:
+            name = eqn.primitive.name
+            self.uses.append(Use(value.path, name, "factored", product.flops, product.extra_flops, where=_where(eqn)))
+        return product.value
+
+    @contextmanager
+    def repeated(self, trips: int) -> Iterator[None]:
+        """Uses recorded inside happen ``trips`` times; zero for a trial that counts for nothing."""
+        outer, self.uses = self.uses, None if self.uses is None else []
+        try:
+            yield
+        finally:
+            inner, self.uses = self.uses, outer
+            if trips and outer is not None and inner is not None:
+                outer += [
+                    dataclasses.replace(u, flops=u.flops * trips, extra_flops=u.extra_flops * trips) for u in inner
+                ]
+
+    def fresh(self) -> None:
+        """Forgets the uses of an earlier tracing of the same body (see `repeated`)."""
+        if self.uses is not None:
+            self.uses.clear()
+
+    def rewrite(self, jaxpr: Any, values: Sequence[Any], keep: Sequence[bool] | None = None) -> tuple[Any, Any]:
+        """``jaxpr`` over the leaves of ``values``, and the tree of its outputs. Traced once for each form.
+
+        Args:
+            jaxpr: A closed jaxpr over dense values.
+            values: Its operands, some low-rank.
+            keep: Which outputs may stay low-rank; None for all.
+        """
+        leaves, tree = jax.tree.flatten(list(values))
+        avals = tuple(jax.typeof(x) for x in leaves)
+        key = (id(jaxpr), tree, avals, None if keep is None else tuple(keep))
+        if key not in self._rewritten:
+            out_tree: Any = None
+
+            def body(*leaves: Any) -> list[Any]:
+                nonlocal out_tree
+                self.fresh()
+                outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
+                outputs = self.densed(outputs, keep)
+                flat, out_tree = jax.tree.flatten(outputs)
+                return flat
+
+            with self.repeated(1):
+                closed = jax.make_jaxpr(body)(*avals)
+                uses = list(self.uses or ())
+            self._rewritten[key] = (jaxpr, closed, out_tree, uses)
+        else:
+            if self.uses is not None:
+                self.uses += self._rewritten[key][3]
+        return self._rewritten[key][1:3]
+
+    def densed(self, outputs: list[Any], keep: Sequence[bool] | None) -> list[Any]:
+        """``outputs`` with those that may not stay low-rank materialized."""
+        if keep is None:
+            return outputs
+        reason = "it leaves a control-flow body where a dense value is carried"
+        return [v if k else self.dense(v, "output", reason) for v, k in zip(outputs, keep, strict=True)]
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """The equation as it stands, on dense operands."""
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def _as_list(results: Any) -> list[Any]:
+    return results if isinstance(results, list) else [results]
+
+
+def _where(eqn: Any) -> str:
+    return "" if isinstance(eqn, str) else source_info_util.summarize(eqn.source_info)
+
+
+def _last_uses(jaxpr: Any) -> list[list[Any]]:
+    """For each equation, the variables that nothing after it reads."""
+    seen = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    dying: list[list[Any]] = []
+    for eqn in reversed(jaxpr.eqns):
+        last = [v for v in eqn.invars if not isinstance(v, Literal) and v not in seen]
+        seen.update(last)
+        dying.append([*dict.fromkeys(last), *(v for v in eqn.outvars if v not in seen)])
+    return dying[::-1]

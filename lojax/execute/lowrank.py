@@ -1,0 +1,202 @@
+"""A weight and its update, kept apart: the value that flows where an adapted weight would.
+
+`LowRank` stands for ``w + scale * sum_r a[..., r] b[r, ...]``. Each axis of the value is an axis of
+``a``, of ``b``, or of both (a stack); an axis of neither repeats the update. The methods here are the
+*carriers*: what turns one such value into another without forming the update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lojax.adapt.adapter import Adapter
+from lojax.adapt.axes import positions
+from lojax.adapt.boxes import unbox
+from lojax.execute.named import RANK, Name, Named, cast, multiply
+
+
+class NotFactored(Exception):
+    """An operation has no factored form. The message is the reason, for the report."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """``w`` plus a low-rank update.
+
+    Attributes:
+        w: The frozen part, of the value's shape and dtype.
+        factors: ``a`` and ``b``, each with an axis `RANK`. (A probe, see `infer`, has one factor for
+            every axis of the weight instead.)
+        key: The key of the dropout on the adapter's input, or None.
+        scale: The factor on the update.
+        rate: The rate of that dropout.
+        path: The path of the weight, for reports and errors.
+        probe: Whether the value only watches how the weight is used.
+    """
+
+    w: Any
+    factors: tuple[Named, ...]
+    key: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+    rate: float = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+    probe: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return self.w.shape
+
+    def mapped(self, f: Callable[[Any], Any]) -> LowRank:
+        """``f`` on every array: ``w`` and the factors."""
+        factors = tuple(Named(f(x.array), x.dims) for x in self.factors)
+        return dataclasses.replace(self, w=f(self.w), factors=factors)
+
+    def with_w(self, w: Any) -> LowRank:
+        """The same update on another frozen part."""
+        return dataclasses.replace(self, w=w)
+
+    def dense(self) -> Any:
+        """``w + scale * a b``, the update in float32 (or wider), cast once to the dtype of ``w``."""
+        if self.probe:
+            return self.w
+        wide = jnp.promote_types(self.w.dtype, jnp.float32)
+        a, b = (cast(x, wide) for x in complete(self).factors)
+        update = multiply(a, b, range(self.w.ndim), precision=lax.Precision.HIGHEST, dtype=wide)
+        return (self.w.astype(wide) + self.scale * update.array).astype(self.w.dtype)
+
+
+def from_adapter(path: str, w: Any, adapter: Adapter, *, rate: float = 0.0, key: Any = None) -> LowRank:
+    """The value of an adapted weight: ``a`` ``[*stack, *in, r]`` and ``b`` ``[*stack, r, *out]``."""
+    stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
+    a = Named(unbox(adapter.a), (*stack, *ins, RANK))
+    b = Named(unbox(adapter.b), (*stack, RANK, *outs))
+    return LowRank(w, (a, b), key, adapter.scale, rate, path)
+
+
+def complete(value: LowRank) -> LowRank:
+    """The same value with every axis in some factor."""
+    a, *rest = value.factors
+    known = {d for x in value.factors for d in x.dims}
+    for axis, length in enumerate(value.shape):
+        if axis not in known:
+            a = a.extended(axis, length)
+    return dataclasses.replace(value, factors=(a, *rest))
+
+
+# --- carriers: every one maps the axes of the value, and each factor follows ---
+
+
+def _carry(value: LowRank, w: Any, follow: Callable[[Named], Named]) -> LowRank:
+    return dataclasses.replace(value, w=w, factors=tuple(follow(x) for x in value.factors))
+
+
+def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
+    """The axes in another order."""
+    names: dict[Name, Name] = {old: new for new, old in enumerate(permutation)}
+    return _carry(value, lax.transpose(value.w, permutation), lambda x: x.renamed(names))
+
+
+def squeeze(value: LowRank, dimensions: Sequence[int]) -> LowRank:
+    """Without some axes of length one."""
+    gone = {d % value.w.ndim for d in dimensions}
+    kept = [d for d in range(value.w.ndim) if d not in gone]
+    names: dict[Name, Name] = {old: new for new, old in enumerate(kept)}
+
+    def follow(x: Named) -> Named:
+        return x.dropped([d for d in x.dims if d in gone]).renamed(names)
+
+    return _carry(value, lax.squeeze(value.w, sorted(gone)), follow)
+
+
+def broadcast(value: LowRank, w: Any, dimensions: Sequence[int]) -> LowRank:
+    """Axis ``i`` becomes axis ``dimensions[i]`` of ``w``; along the others the value repeats."""
+    names: dict[Name, Name] = dict(enumerate(dimensions))
+    stretched = {i for i, d in enumerate(dimensions) if value.shape[i] != w.shape[d]}
+
+    def follow(x: Named) -> Named:
+        return x.dropped([d for d in x.dims if d in stretched]).renamed(names)
+
+    return _carry(value, w, follow)
+
+
+def cut(value: LowRank, w: Any, along: Callable[[Any, tuple[int, ...]], Any]) -> LowRank:
+    """A part of the value along its axes; ``along(array, axes)`` cuts an array that has these axes.
+
+    An axis `RANK` is given as -1: it is never cut.
+    """
+
+    def follow(x: Named) -> Named:
+        return Named(along(x.array, tuple(-1 if d == RANK else d for d in x.dims)), x.dims)  # type: ignore[misc]
+
+    return _carry(value, w, follow)
+
+
+def scaled(value: LowRank, w: Any, factor: Any) -> LowRank:
+    """The value times a scalar, which goes on the last factor."""
+    *rest, b = value.factors
+    return dataclasses.replace(value, w=w, factors=(*rest, Named(b.array * factor.astype(b.array.dtype), b.dims)))
+
+
+def negated(value: LowRank) -> LowRank:
+    """Minus the value."""
+    return dataclasses.replace(value, w=-value.w, scale=-value.scale)
+
+
+def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:
+    """The value in another shape, where no group of axes that merge or split spans two factors."""
+    groups = reshape_groups(value.shape, shape)
+    return _carry(value, lax.reshape(value.w, shape), lambda x: _reshape_factor(value, x, groups, shape))
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The finest pairing of runs of old axes with runs of new axes of equal size.
+
+    >>> reshape_groups((512, 8, 64), (512, 512))
+    [([0], [0]), ([1, 2], [1])]
+    """
+    if 0 in old:
+        raise NotFactored("a reshape of an empty weight")
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [], []
+        size_left = size_right = 1
+        while not (left or right) or size_left != size_right:
+            if (size_left <= size_right and i < len(old)) or j >= len(new):
+                left.append(i)
+                size_left *= old[i]
+                i += 1
+            else:
+                right.append(j)
+                size_right *= new[j]
+                j += 1
+        groups.append((left, right))
+    return groups
+
+
+def _reshape_factor(value: LowRank, x: Named, groups: list[tuple[list[int], list[int]]], shape: Sequence[int]) -> Named:
+    for left, _ in groups:  # axes of length one carry nothing
+        x = x.dropped([d for d in left if d in x.dims and value.shape[d] == 1])
+    order: list[Name] = [RANK]
+    dims: list[Name] = [RANK]
+    for left, right in groups:
+        large = [d for d in left if value.shape[d] != 1]
+        absent = [d for d in large if d not in x.dims]
+        if not large or len(absent) == len(large):
+            continue
+        if absent and not value.probe:
+            raise NotFactored("a reshape that merges in axes with out axes")
+        for d in absent:
+            x = x.extended(d, value.shape[d])
+        order += large
+        dims += right
+    lengths = [x.size(RANK), *(shape[d] for d in dims[1:])]  # type: ignore[index]
+    return Named(lax.reshape(x.ordered(order).array, lengths), tuple(dims))

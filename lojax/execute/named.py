@@ -1,0 +1,103 @@
+"""Arrays whose axes have names, and the product of two of them. Pure maths: no jaxprs here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+RANK = "rank"
+"""The name of the axis that the two factors of an update share."""
+
+Name = Hashable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """``array`` with one name per axis. Names are positions in a weight, `RANK`, or fresh ones."""
+
+    array: Any
+    dims: tuple[Name, ...] = dataclasses.field(metadata={"static": True})
+
+    def renamed(self, names: dict[Name, Name]) -> Named:
+        """The same array, its axes called ``names[old]``."""
+        return Named(self.array, tuple(names.get(d, d) for d in self.dims))
+
+    def axis(self, name: Name) -> int:
+        """The position of the axis called ``name``."""
+        return self.dims.index(name)
+
+    def size(self, name: Name) -> int:
+        """The length of the axis called ``name``."""
+        return self.array.shape[self.axis(name)]
+
+    def ordered(self, dims: Sequence[Name]) -> Named:
+        """The same array with its axes in the order ``dims``."""
+        dims = tuple(dims)
+        if dims == self.dims:
+            return self
+        return Named(lax.transpose(self.array, [self.axis(d) for d in dims]), dims)
+
+    def dropped(self, names: Sequence[Name]) -> Named:
+        """Without the axes called ``names``, all of length one."""
+        gone = [self.axis(d) for d in names]
+        if not gone:
+            return self
+        return Named(lax.squeeze(self.array, gone), tuple(d for d in self.dims if d not in names))
+
+    def extended(self, name: Name, length: int) -> Named:
+        """With a new last axis of this name and length, along which the values repeat."""
+        shape = (*self.array.shape, length)
+        return Named(lax.broadcast_in_dim(self.array, shape, range(self.array.ndim)), (*self.dims, name))
+
+
+def sizes(*arrays: Named) -> dict[Name, int]:
+    """The length of every named axis."""
+    return {d: x.array.shape[i] for x in arrays for i, d in enumerate(x.dims)}
+
+
+def multiply(x: Named, y: Named, out: Sequence[Name], *, precision: Any = None, dtype: Any = None) -> Named:
+    """The product of ``x`` and ``y`` summed over every shared axis that is not in ``out``.
+
+    An einsum by name, as one `dot_general`: a transpose is added only where ``out`` asks for an order
+    that `dot_general` cannot give.
+
+    Args:
+        x: Any axes.
+        y: Any axes; those called as in ``x`` have the same length.
+        out: The names of the result, in order. Axes of only one operand must be among them.
+        precision: As in `jax.lax.dot_general`, for ``(x, y)``.
+        dtype: The dtype in which the sums are accumulated and returned.
+    """
+    shared = [d for d in x.dims if d in y.dims]
+    batch = [d for d in shared if d in out]
+    summed = [d for d in shared if d not in out]
+    result = lax.dot_general(
+        x.array,
+        y.array,
+        (
+            ([x.axis(d) for d in summed], [y.axis(d) for d in summed]),
+            ([x.axis(d) for d in batch], [y.axis(d) for d in batch]),
+        ),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    free_x = [d for d in x.dims if d not in shared]
+    free_y = [d for d in y.dims if d not in shared]
+    return Named(result, (*batch, *free_x, *free_y)).ordered(out)
+
+
+def multiply_flops(x: Named, y: Named) -> int:
+    """The floating-point operations of `multiply`: two for each point of the joint index space."""
+    return 2 * math.prod(sizes(x, y).values())
+
+
+def cast(x: Named, dtype: Any) -> Named:
+    """``x`` in another dtype."""
+    return x if x.array.dtype == jnp.dtype(dtype) else Named(x.array.astype(dtype), x.dims)

@@ -1,0 +1,206 @@
+"""The table, first part: products and carriers. Each rule reads an equation and calls the maths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lojax.execute import lowrank
+from lojax.execute.interpreter import Interpreter, bind, rule
+from lojax.execute.lowrank import LowRank, NotFactored
+
+# --- products ---
+
+
+@rule("dot_general")
+def _dot_general(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    lhs, rhs = operands
+    if isinstance(lhs, LowRank) and isinstance(rhs, LowRank):
+        lhs = interp.dense(lhs, eqn, "a product of two adapted weights: the left one is formed")
+    on_left = isinstance(lhs, LowRank)
+    value, x = (lhs, rhs) if on_left else (rhs, lhs)
+    p = eqn.params
+    product = interp.products.dot(
+        x,
+        value,
+        dimension_numbers=p["dimension_numbers"],
+        weight_on_left=on_left,
+        base=lambda w: bind(eqn, [w, x] if on_left else [x, w])[0],
+        precision=p["precision"],
+        dtype=p["preferred_element_type"],
+    )
+    return interp.record(value, eqn, product)
+
+
+@rule("gather")
+def _gather(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, indices = operands
+    names = ("mode", "fill_value", "unique_indices", "indices_are_sorted")
+    result = interp.products.gather(
+        value,
+        indices,
+        dimension_numbers=eqn.params["dimension_numbers"],
+        slice_sizes=eqn.params["slice_sizes"],
+        base=bind(eqn, [value.w, indices])[0],
+        options={name: eqn.params[name] for name in names},
+    )
+    return result if isinstance(result, LowRank) else interp.record(value, eqn, result)
+
+
+@rule("conv_general_dilated")
+def _conv(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    x, value = operands
+    if isinstance(x, LowRank):
+        raise NotFactored("a convolution over the weight as an image")
+    p = dict(eqn.params)
+    numbers = ("dimension_numbers", "feature_group_count", "batch_group_count")
+    product = interp.products.conv(
+        x, value, base=bind(eqn, [x, value.w])[0], options=p, **{name: p.pop(name) for name in numbers}
+    )
+    return interp.record(value, eqn, product)
+
+
+# --- carriers: the axes of the value move, the update stays factored ---
+
+
+@rule("transpose")
+def _transpose(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    return lowrank.transpose(operands[0], eqn.params["permutation"])
+
+
+@rule("reshape")
+def _reshape(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    if eqn.params["dimensions"] is not None:
+        raise NotFactored("a reshape that also permutes")
+    return lowrank.reshape(operands[0], eqn.params["new_sizes"])
+
+
+@rule("squeeze")
+def _squeeze(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    return lowrank.squeeze(operands[0], eqn.params["dimensions"])
+
+
+@rule("broadcast_in_dim")
+def _broadcast_in_dim(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, *lengths = operands
+    w = bind(eqn, [value.w, *lengths])[0]
+    return lowrank.broadcast(value, w, eqn.params["broadcast_dimensions"])
+
+
+@rule("slice")
+def _slice(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    p = eqn.params
+
+    def along(array: Any, axes: tuple[int, ...]) -> Any:
+        start = [0 if d < 0 else p["start_indices"][d] for d in axes]
+        limit = [array.shape[i] if d < 0 else p["limit_indices"][d] for i, d in enumerate(axes)]
+        strides = p["strides"] and [1 if d < 0 else p["strides"][d] for d in axes]
+        return lax.slice(array, start, limit, strides)
+
+    return lowrank.cut(operands[0], bind(eqn, [operands[0].w])[0], along)
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, *starts = operands
+    sizes = eqn.params["slice_sizes"]
+
+    def along(array: Any, axes: tuple[int, ...]) -> Any:
+        start = [jnp.zeros_like(starts[0]) if d < 0 else starts[d] for d in axes]
+        return lax.dynamic_slice(array, start, [array.shape[i] if d < 0 else sizes[d] for i, d in enumerate(axes)])
+
+    return lowrank.cut(value, bind(eqn, [value.w, *starts])[0], along)
+
+
+@rule("rev")
+def _rev(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    flipped = eqn.params["dimensions"]
+
+    def along(array: Any, axes: tuple[int, ...]) -> Any:
+        return lax.rev(array, [i for i, d in enumerate(axes) if d in flipped])
+
+    return lowrank.cut(operands[0], bind(eqn, [operands[0].w])[0], along)
+
+
+@rule("split")
+def _split(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, axis = operands[0], eqn.params["axis"]
+    parts, start = [], 0
+    for length, w in zip(eqn.params["sizes"], bind(eqn, [value.w]), strict=True):
+
+        def along(array: Any, axes: tuple[int, ...], start: int = start, length: int = length) -> Any:
+            return lax.slice_in_dim(array, start, start + length, axis=axes.index(axis)) if axis in axes else array
+
+        parts.append(lowrank.cut(value, w, along))
+        start += length
+    return parts
+
+
+@rule("convert_element_type")
+def _convert(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        raise NotFactored(f"a cast to {eqn.params['new_dtype']}")
+    return operands[0].with_w(bind(eqn, [operands[0].w])[0])
+
+
+@rule("mul")
+def _mul(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    left, right = operands
+    value, factor = (left, right) if isinstance(left, LowRank) else (right, left)
+    return _scaled(eqn, value, factor, operands, jnp.asarray(factor) if not isinstance(factor, LowRank) else None)
+
+
+@rule("div")
+def _div(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, factor = operands
+    if not isinstance(value, LowRank):
+        raise NotFactored("a division by the weight")
+    return _scaled(eqn, value, factor, operands, None if isinstance(factor, LowRank) else 1 / jnp.asarray(factor))
+
+
+def _scaled(eqn: Any, value: LowRank, factor: Any, operands: list[Any], by: Any) -> LowRank:
+    if by is None:
+        raise NotFactored("an elementwise product of two adapted weights")
+    if by.size != 1:
+        raise NotFactored("an elementwise product with an array")
+    w = bind(eqn, [v.w if v is value else v for v in operands])[0]
+    return lowrank.scaled(value, w, by.reshape(()))
+
+
+@rule("neg")
+def _neg(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    return lowrank.negated(operands[0])
+
+
+@rule("add", "sub", "add_any")
+def _add(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    left, right = operands
+    if isinstance(left, LowRank) == isinstance(right, LowRank):
+        raise NotFactored("a sum of two adapted weights")
+    value, other = (left, right) if isinstance(left, LowRank) else (right, left)
+    if jnp.shape(other) != value.shape:
+        raise NotFactored("a sum with an array of another shape")
+    if eqn.primitive.name == "sub" and value is right:
+        value = lowrank.negated(value)
+        return value.with_w(other + value.w)
+    return value.with_w(bind(eqn, [v.w if v is value else v for v in operands])[0])
+
+
+@rule("stop_gradient", "copy", "copy_p")
+def _on_every_array(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    return operands[0].mapped(lambda x: bind(eqn, [x])[0])
+
+
+@rule("sharding_constraint", "name", "device_put", "mesh_cast", "reshard", "layout_constraint")
+def _on_the_weight(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    if len(operands) != 1:
+        raise NotFactored(f"{eqn.primitive.name} of several arrays")
+    return operands[0].with_w(bind(eqn, [operands[0].w])[0])
+
+
+@rule("optimization_barrier")
+def _optimization_barrier(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    results = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in operands])
+    return [v.with_w(r) if isinstance(v, LowRank) else r for v, r in zip(operands, results, strict=True)]

@@ -1,0 +1,84 @@
+"""The table of what trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from lojax.adapt.adapter import is_adapter
+from lojax.adapt.boxes import unbox
+from lojax.adapt.tree import check_pair
+from lojax.report.table import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter: its path, shape, rank (None without an adapter), and numbers of parameters."""
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None
+    trainable: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What trains, row by row. Printing it gives the table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def trainable(self) -> int:
+        """The number of parameters that train."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """The number of all parameters, adapters included."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def percent(self) -> float:
+        """The share that trains, in percent."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    @property
+    def line(self) -> str:
+        """The closing line, as Hugging Face PEFT prints it."""
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                row.path,
+                str(row.shape),
+                "" if row.rank is None else str(row.rank),
+                f"{row.trainable:,}",
+                f"{row.total:,}",
+            )
+            for row in self.rows
+        ]
+        return table(("parameter", "shape", "rank", "trainable", "all"), rows) + "\n" + self.line
+
+
+def summary(frozen: Any, lora: Any) -> Summary:
+    """The trainable and total numbers of parameters, one row a parameter.
+
+    Works on arrays and on shapes (`jax.eval_shape`).
+    """
+    left, right = check_pair(frozen, lora)
+    rows = []
+    for path in left:
+        weight, trained = unbox(left[path]), unbox(right[path])
+        if is_adapter(trained):
+            size = math.prod(unbox(trained.a).shape) + math.prod(unbox(trained.b).shape)
+            shape = tuple(weight.shape)
+            rows.append(Row(path, shape, trained.rank, size, size + math.prod(shape)))
+        elif trained is not None:
+            size = math.prod(trained.shape)
+            rows.append(Row(path, tuple(trained.shape), None, size, size))
+        elif weight is not None:
+            rows.append(Row(path, tuple(weight.shape), None, 0, math.prod(weight.shape)))
+    return Summary(tuple(rows))
