@@ -5,6 +5,7 @@ from lojax.adapt.rule import Rule
 from lojax.deploy.merge import merge, unmerge
 from lojax.execute.transform import transform
 from lojax.report.summary import summary
+from lojax.store.checkpoint import restore, save
 from lojax.train.optimizer import optimizer
 from lojax.wrap import Model, init, wrap
 
@@ -17,6 +18,8 @@ __all__ = [
     "init",
     "merge",
     "optimizer",
+    "restore",
+    "save",
     "summary",
     "transform",
     "unmerge",

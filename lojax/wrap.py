@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from lojax.adapt.paths import flatten
 from lojax.adapt.rule import Rule, as_rules
@@ -15,6 +16,7 @@ from lojax.adapt.tree import create
 from lojax.deploy.merge import merge
 from lojax.execute.infer import infer_axes
 from lojax.execute.transform import trace_uses, transform
+from lojax.nets.adapted_module import AdaptedModule, as_module
 from lojax.nets.net import Net
 from lojax.nets.open import open_net
 from lojax.report.uses import Report, report
@@ -26,6 +28,7 @@ class Model:
 
     net: Net
     rules: tuple[Rule, ...]
+    full: tuple[Rule, ...]
     exclude: tuple[Rule, ...]
     strict: bool
 
@@ -49,7 +52,9 @@ class Model:
         Raises:
             ValueError: A target matches nothing, a rank is too large, or rules contradict.
         """
-        return _init(key, params, self.rules, self.exclude, self.net.apply if args or kwargs else None, args, kwargs)
+        self.net.check(params)
+        apply_fn = self.net.apply if args or kwargs else None
+        return _init(key, params, self.rules, self.full, self.exclude, apply_fn, args, kwargs)
 
     def apply(self, frozen: Any, lora: Any, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         """What the net returns, computed with the adapted weights.
@@ -69,8 +74,21 @@ class Model:
         return merge(frozen, lora, donate=donate, check_finite=check_finite)
 
     def bind(self, params: Any) -> Any:
-        """A net of the same kind that holds ``params``; for Linen and functions ``params`` itself."""
+        """A net of the same kind that holds ``params`` (NNX, Equinox, HF Flax); for the others ``params`` itself."""
         return self.net.bind(params)
+
+    def as_nnx(self, frozen: Any, lora: Any, *, rngs: nnx.Rngs | None = None) -> AdaptedModule:
+        """The adapted NNX net as an `nnx.Module` whose trained arrays are `nnx.LoRAParam`.
+
+        ``nnx.Optimizer(module, tx, wrt=nnx.LoRAParam)`` and trainers that take a module with such parameters
+        work on it unchanged; ``module.pair()`` is the way back to ``(frozen, lora)``.
+
+        Args:
+            frozen: The frozen tree. Its arrays are shared, not copied.
+            lora: The trained tree.
+            rngs: Where the keys for dropout on the adapters' inputs come from; None for no such dropout.
+        """
+        return as_module(self.net, frozen, lora, strict=self.strict, rngs=rngs)
 
     @property
     def params(self) -> Any:
@@ -101,7 +119,8 @@ def wrap(
     """Adapts a net with LoRA, without touching it (Hu et al. 2021, arXiv:2106.09685).
 
     Args:
-        net: A Flax Linen module, or a function ``f(params, *args, **kwargs)``.
+        net: A Flax Linen or NNX module, a transformed Haiku function, an Equinox module, a Flax model of
+            Hugging Face transformers, or a function ``f(params, *args, **kwargs)``.
         targets: Which weights to adapt: a glob over paths (``**/`` crosses levels), a compiled regex
             (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where
             the first match wins.
@@ -130,7 +149,7 @@ def wrap(
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
-    rules, excluded = compile_rules(
+    rules, full, excluded = compile_rules(
         targets,
         train,
         exclude,
@@ -143,7 +162,7 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, excluded, strict)
+    return Model(open_net(net), rules, full, excluded, strict)
 
 
 def init(
@@ -171,9 +190,14 @@ def init(
 
     Returns:
         ``(frozen, lora)``.
+
+    >>> import jax.numpy as jnp
+    >>> frozen, lora = init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2, alpha=4)
+    >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
+    ((4, 2), (2, 3), 2.0)
     """
-    rules, excluded = compile_rules(targets, train, exclude, **settings)
-    return _init(key, params, rules, excluded, apply_fn, tuple(example_args), {})
+    rules, full, excluded = compile_rules(targets, train, exclude, **settings)
+    return _init(key, params, rules, full, excluded, apply_fn, tuple(example_args), {})
 
 
 def compile_rules(
@@ -186,24 +210,24 @@ def compile_rules(
     init: str | Callable[..., Any] = "kaiming",
     variant: str = "lora",
     **settings: Any,
-) -> tuple[tuple[Rule, ...], tuple[Rule, ...]]:
-    """The rules that the arguments of `wrap` spell, and those of what is excluded."""
+) -> tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]:
+    """The rules that ``targets=``, ``train=`` and ``exclude=`` of `wrap` spell."""
     defaults = Rule((), rank=rank, scaling=scaling, init=init, variant=variant, **settings)
-    full = Rule((), train="full")
-    rules = (*as_rules(targets, defaults), *as_rules(train, full))
-    return rules, tuple(as_rules(exclude, full))
+    full, none = Rule((), train="full"), Rule((), train="none")
+    return tuple(as_rules(targets, defaults)), tuple(as_rules(train, full)), tuple(as_rules(exclude, none))
 
 
 def _init(
     key: jax.Array,
     params: Any,
     rules: Sequence[Rule],
+    full: Sequence[Rule],
     exclude: Sequence[Rule],
     apply_fn: Callable[..., Any] | None,
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    chosen = plan(flatten(params), rules, exclude)
+    chosen = plan(flatten(params), rules, full=full, exclude=exclude)
     unseen = [path for path, rule in chosen.items() if rule.train == "lora" and rule.axes is None]
     seen = infer_axes(apply_fn, params, unseen, args, kwargs) if apply_fn and unseen else {}
     return create(key, params, chosen, seen)

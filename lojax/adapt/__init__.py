@@ -1,0 +1,1 @@
+"""What is adapted: rules, targets, axes, adapters, and the two trees."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from lojax.adapt.initializers import initializer
 
 Target = str | re.Pattern[str] | Callable[[str, Any], bool]
 """A glob (``**/`` crosses levels), a compiled regex (full match), or a predicate (path, leaf)."""
@@ -68,14 +73,44 @@ class Rule:
         return float(SCALINGS[self.scaling or "standard"](alpha, self.rank))
 
 
+def listed(targets: Any) -> list[Any]:
+    """One target or `Rule`, or a sequence of them, as a list."""
+    if _is_target(targets) or isinstance(targets, Rule):
+        return [targets]
+    entries = list(targets) if isinstance(targets, Iterable) else [targets]
+    for entry in entries:
+        if not (_is_target(entry) or isinstance(entry, Rule)):
+            raise TypeError(
+                "A target is a glob, a compiled regex, a predicate (path, leaf) -> bool, or a lojax.Rule; "
+                f"got {entry!r}."
+            )
+    return entries
+
+
+def _is_target(entry: Any) -> bool:
+    return isinstance(entry, (str, re.Pattern)) or callable(entry)
+
+
 def as_rules(targets: Any, defaults: Rule) -> list[Rule]:
-    """The rules that ``targets`` (a target, a `Rule`, or a sequence of these) spell."""
-    if targets is None:
-        return []
-    single = isinstance(targets, (str, re.Pattern, Rule)) or callable(targets)
-    entries = [targets] if single else list(targets)
-    rules = [entry if isinstance(entry, Rule) else dataclasses.replace(defaults, targets=entry) for entry in entries]
-    return [_checked(rule.filled(defaults)) for rule in rules]
+    """The rules that ``targets`` (a target, a `Rule`, or a sequence of these) spell.
+
+    Args:
+        targets: None for no rule.
+        defaults: What the targets that are no rules of their own say, and what a rule leaves open.
+
+    Raises:
+        TypeError: An entry is of no known kind.
+        ValueError: A setting is out of range, or a rule that trains an adapter stands where
+            ``defaults`` does not.
+    """
+    rules = []
+    for entry in [] if targets is None else listed(targets):
+        if not isinstance(entry, Rule):
+            entry = dataclasses.replace(defaults, targets=entry)
+        elif entry.train == "lora" != defaults.train:
+            raise ValueError(f"{entry} trains an adapter: its place is in targets=, not in train= or exclude=.")
+        rules.append(_checked(entry.filled(defaults)))
+    return rules
 
 
 def _checked(rule: Rule) -> Rule:
@@ -83,12 +118,21 @@ def _checked(rule: Rule) -> Rule:
         raise ValueError(f"{rule}: train={rule.train!r}; expected 'lora', 'full' or 'none'.")
     if rule.train != "lora":
         return rule
-    if not isinstance(rule.rank, int) or isinstance(rule.rank, bool) or rule.rank < 1:
+    if not isinstance(rule.rank, numbers.Integral) or isinstance(rule.rank, bool) or rule.rank < 1:
         raise ValueError(f"{rule}: rank={rule.rank!r}; expected an integer of at least 1.")
+    if rule.alpha is not None and not (_is_finite(rule.alpha) and rule.alpha > 0):
+        raise ValueError(f"{rule}: alpha={rule.alpha!r}; expected a finite number above 0, or None for alpha = rank.")
     if rule.scaling not in SCALINGS:
         raise ValueError(f"{rule}: scaling={rule.scaling!r}; expected one of {sorted(SCALINGS)}.")
     if rule.variant != "lora":
         raise ValueError(f"{rule}: variant={rule.variant!r}; expected 'lora'.")
-    if not 0 <= (rule.dropout or 0.0) < 1:
+    if not (_is_finite(rule.dropout or 0.0) and 0 <= (rule.dropout or 0.0) < 1):
         raise ValueError(f"{rule}: dropout={rule.dropout!r}; expected a rate in [0, 1).")
-    return rule
+    if not jnp.issubdtype(rule.dtype or jnp.float32, jnp.floating):
+        raise ValueError(f"{rule}: dtype={rule.dtype!r}; expected a real floating-point dtype, or None for float32.")
+    initializer(rule.init or "kaiming")  # raises if it is unknown
+    return dataclasses.replace(rule, rank=int(rule.rank))
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lojax.adapt.boxes import unbox
-from lojax.adapt.rule import Rule, Target
+from lojax.adapt.rule import Rule, Target, listed
 
 
 def compile_glob(glob: str) -> re.Pattern[str]:
@@ -40,17 +41,21 @@ def matches(target: Target, path: str, leaf: Any) -> bool:
     return bool(target(path, leaf))
 
 
-def plan(params: Mapping[str, Any], rules: Sequence[Rule], exclude: Sequence[Rule] = ()) -> dict[str, Rule]:
+def plan(
+    params: Mapping[str, Any], rules: Sequence[Rule], *, full: Sequence[Rule] = (), exclude: Sequence[Rule] = ()
+) -> dict[str, Rule]:
     """The rule of every parameter that has one: the first whose targets match, unless excluded.
 
     Args:
         params: The parameters by path (see `lojax.adapt.paths.flatten`).
         rules: In order of precedence.
-        exclude: Rules whose matches stay frozen whatever ``rules`` say.
+        full: Rules of parameters trained in full, with no precedence over ``rules`` or under them.
+        exclude: Rules whose matches stay frozen whatever the others say.
 
     Raises:
-        ValueError: A target matches nothing; a rule is wholly hidden by earlier ones; a weight that
-            cannot take an adapter is matched; a path is both adapted and trained in full by equals.
+        ValueError: A target matches nothing; a rule is wholly hidden by earlier ones; a path is
+            adapted by ``rules`` and trained in full by ``full``; a parameter that cannot train so is
+            matched; nothing trains.
     """
     params = {path: unbox(leaf) for path, leaf in params.items() if leaf is not None}
     excluded = {path for rule in exclude for path in _matched(rule, params)}
@@ -60,18 +65,22 @@ def plan(params: Mapping[str, Any], rules: Sequence[Rule], exclude: Sequence[Rul
         fresh = [path for path in paths if path not in chosen]
         if not fresh:
             _contradiction(rule, paths[0], chosen[paths[0]])
-        for path in fresh:
-            chosen[path] = rule
+        chosen |= dict.fromkeys(fresh, rule)
+    for rule in full:
+        for path in _matched(rule, params):
+            if path not in excluded and path in chosen and chosen[path].train == "lora":
+                _overlap(rule, path, chosen[path])
+            chosen.setdefault(path, rule)
     chosen = {path: rule for path, rule in chosen.items() if path not in excluded and rule.train != "none"}
+    if not chosen:
+        raise ValueError("Nothing trains: no parameter is left by targets=, train= and exclude=.")
     for path, rule in chosen.items():
-        if rule.train == "lora":
-            _check_weight(path, params[path], rule)
+        _check_weight(path, params[path], rule)
     return chosen
 
 
 def _matched(rule: Rule, params: Mapping[str, Any]) -> list[str]:
-    single = isinstance(rule.targets, (str, re.Pattern)) or callable(rule.targets)
-    targets = [rule.targets] if single else list(rule.targets)  # type: ignore[arg-type]
+    targets = listed(rule.targets)
     found: dict[str, None] = {}
     for target in targets:
         hits = [path for path, leaf in params.items() if matches(target, path, leaf)]
@@ -95,12 +104,16 @@ def _nothing(target: Target, paths: list[str]) -> str:
 
 
 def nearest(spelled: str, paths: Sequence[str], count: int = 5) -> list[str]:
-    """The paths most like a pattern, best first."""
-    words = set(re.findall(r"\w+", spelled))
+    """The paths most like a pattern, word by word, best first."""
+    words = re.findall(r"\w+", spelled)
 
-    def likeness(path: str) -> tuple[int, float]:
-        shared = len(words & set(re.findall(r"\w+", path)))
-        return shared, difflib.SequenceMatcher(None, spelled, path).quick_ratio()
+    @functools.cache
+    def alike(word: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, word, other).ratio()
+
+    def likeness(path: str) -> float:
+        others = re.findall(r"\w+", path)
+        return sum(max((alike(word, other) for other in others), default=0.0) for word in words)
 
     return sorted(paths, key=likeness, reverse=True)[:count]
 
@@ -112,8 +125,19 @@ def _contradiction(rule: Rule, path: str, winner: Rule) -> None:
     )
 
 
+def _overlap(rule: Rule, path: str, winner: Rule) -> None:
+    raise ValueError(
+        f"{path} is matched by contradictory rules: targets= adapts it ({winner}), train= trains it in full "
+        f'({rule}). Narrow one of them, or say which wins: put lojax.Rule({path!r}, train="full") first in targets=.'
+    )
+
+
 def _check_weight(path: str, leaf: Any, rule: Rule) -> None:
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if rule.train == "full":
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(f"{path} has dtype {dtype}: only floating-point parameters can be trained in full.")
+        return
     if len(shape) < 2:
         kind = "a scalar" if not shape else "a vector"
         raise ValueError(

@@ -12,7 +12,7 @@ from lojax.adapt.adapter import Adapter, is_adapter
 from lojax.adapt.axes import Axes, check, convention, factor_shapes, size
 from lojax.adapt.boxes import box_factors, unbox
 from lojax.adapt.initializers import initializer, key_for, zeros
-from lojax.adapt.paths import flatten, map_paths
+from lojax.adapt.paths import flatten, is_leaf, map_paths
 from lojax.adapt.rule import Rule
 
 
@@ -64,19 +64,37 @@ def new_adapter(key: jax.Array, path: str, leaf: Any, rule: Rule, seen: Axes | N
 
 def check_pair(frozen: Any, lora: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both trees by path, or an error that names the first path where they do not fit together."""
-    left, right = flatten(frozen), flatten(lora)
-    for path in (*left, *right):
-        if path not in left or path not in right:
-            missing, holder = ("lora", "frozen") if path in left else ("frozen", "lora")
-            raise ValueError(
-                f"frozen and lora have different structure: {path} is in {holder} but not in {missing}. "
-                "Use the pair that one init (or restore onto the same frozen) returned."
-            )
+    left, right = check_structure(frozen, lora)
+    for path in left:
         f, t = unbox(left[path]), unbox(right[path])
         if is_adapter(t):
             _check_adapter(path, f, t)
         elif f is not None and t is not None:
             raise ValueError(f"{path} is an array in both frozen and lora; one of them must hold None there.")
+    return left, right
+
+
+def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both trees by path, or an error unless they have the same paths in the same containers.
+
+    Args:
+        frozen: The tree that goes with ``lora``.
+        lora: The trained tree.
+        name: What to call the first one.
+    """
+    left, right = flatten(frozen), flatten(lora)
+    for path in (*left, *right):
+        if path not in left or path not in right:
+            missing, holder = ("lora", name) if path in left else (name, "lora")
+            raise ValueError(
+                f"{name} and lora have different structure: {path} is in {holder} but not in {missing}. "
+                "Use the pair that one init (or restore onto the same frozen) returned."
+            )
+    if jax.tree.structure(frozen, is_leaf=is_leaf) != jax.tree.structure(lora, is_leaf=is_leaf):
+        raise ValueError(
+            f"{name} and lora have the same paths in different containers (such as a dict against a FrozenDict, or a "
+            "list against a tuple). Convert one, or use the pair that one init returned."
+        )
     return left, right
 
 

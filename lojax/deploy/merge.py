@@ -7,7 +7,6 @@ below the weight's own rounding: train factored on a low-precision base, and kee
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from lojax.adapt.adapter import is_adapter
 from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.paths import flatten, map_paths
-from lojax.adapt.tree import check_pair
+from lojax.adapt.tree import check_pair, check_structure
 from lojax.execute.lowrank import from_adapter
 
 
@@ -28,22 +27,27 @@ def merge(frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = 
     Args:
         frozen: The frozen tree.
         lora: The adapters and the parameters trained in full.
-        donate: Reuse the buffers of ``frozen`` for the result; ``frozen`` is then no longer usable.
-        check_finite: Raise if a merged weight holds NaN or infinity, naming its path.
+        donate: Reuse the buffers of ``frozen`` for the result; neither ``frozen`` nor the ``params`` it
+            came from is then usable any more.
+        check_finite: Raise if a merged parameter holds NaN or infinity, naming its path. Reads values,
+            so not under `jit`.
 
     Returns:
         A tree of the structure of ``params``, with nothing of lojax in it.
 
     Raises:
-        ValueError: The trees do not fit together, or a merged weight is not finite.
+        ValueError: The trees do not fit together, or a merged parameter is not finite.
+
+    >>> from lojax import Adapter
+    >>> frozen = {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}
+    >>> adapter = Adapter(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=0.5, axes=("in", "out"))
+    >>> merge(frozen, {"kernel": adapter, "bias": None})["kernel"].tolist()
+    [[1.5, 1.5], [1.5, 1.5]]
     """
     check_pair(frozen, lora)
-    if check_finite and donate:
-        _refuse_nonfinite(_merge_kept(frozen, lora))  # before the only copy is given away
-    merged = (_merge_donated if donate else _merge_kept)(frozen, lora)
-    if check_finite and not donate:
-        _refuse_nonfinite(merged)
-    return merged
+    if check_finite:  # before the only copy may be given away
+        _refuse_nonfinite(_finite_merged(frozen, lora))
+    return (_merge_donated if donate else _merge_kept)(frozen, lora)
 
 
 def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
@@ -55,38 +59,53 @@ def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
         params: Merged parameters.
         lora: The adapters that were merged.
         donate: Reuse the buffers of ``params``.
+
+    Returns:
+        ``frozen``, with None at each parameter trained in full.
+
+    Raises:
+        ValueError: The trees do not fit together.
+
+    >>> from lojax import Adapter
+    >>> adapter = Adapter(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=0.5, axes=("in", "out"))
+    >>> unmerge({"kernel": jnp.full((2, 2), 1.5)}, {"kernel": adapter})["kernel"].tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
     """
+    check_structure(params, lora, name="params")
     frozen = map_paths(lambda _, p, t: p if t is None or is_adapter(t) else None, params, lora)
     check_pair(frozen, lora)
     negative = map_paths(_negated, lora)
-    return (_merge_donated if donate else _merge_kept)(frozen, negative, full=False)
+    return (_merge_donated if donate else _merge_kept)(frozen, negative)
 
 
 def _negated(path: str, trained: Any) -> Any:
     return dataclasses.replace(trained, scale=-trained.scale) if is_adapter(trained) else None
 
 
-def _merged(frozen: Any, lora: Any, full: bool = True) -> Any:
+def _merged(frozen: Any, lora: Any) -> Any:
     def join(path: str, weight: Any, trained: Any) -> Any:
         if is_adapter(trained):
             return rebox(weight, from_adapter(path, unbox(weight), trained).dense())
-        return trained if trained is not None and full else weight
+        return weight if trained is None else trained
 
     return map_paths(join, frozen, lora)
 
 
-_merge_kept = functools.partial(jax.jit, static_argnames="full")(_merged)
-_merge_donated = functools.partial(jax.jit, static_argnames="full", donate_argnums=0)(_merged)
+_merge_kept = jax.jit(_merged)
+_merge_donated = jax.jit(_merged, donate_argnums=0)
 
 
 @jax.jit
-def _all_finite(params: Any) -> Any:
-    leaves = {path: unbox(leaf) for path, leaf in flatten(params).items() if leaf is not None}
-    return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+def _finite_merged(frozen: Any, lora: Any) -> dict[str, Any]:
+    """Whether each merged parameter is finite, by path; no merged copy outlives the call."""
+    params = {path: unbox(leaf) for path, leaf in flatten(_merged(frozen, lora)).items() if leaf is not None}
+    return {path: jnp.isfinite(x).all() for path, x in params.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
-def _refuse_nonfinite(params: Any) -> None:
-    bad = [path for path, finite in _all_finite(params).items() if not bool(finite)]
+def _refuse_nonfinite(finite: dict[str, Any]) -> None:
+    if any(isinstance(flag, jax.core.Tracer) for flag in finite.values()):
+        raise ValueError("check_finite=True reads values, which do not exist under jit: merge outside of jit.")
+    bad = [path for path, flag in jax.device_get(finite).items() if not flag]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError(

@@ -26,3 +26,9 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 def unspecified_sharding() -> Any:
     """What a ``jit`` equation holds for an operand whose sharding the user left open."""
     return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params["in_shardings"][0]
+
+
+def varying_axes(x: Any) -> list[str]:
+    """The mesh axes along which ``x`` differs, inside a `shard_map` that checks them; else none."""
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return sorted(manual.varying) if manual is not None else sorted(getattr(jax.typeof(x), "vma", ()))

@@ -63,7 +63,7 @@ class Watch:
         dimension_numbers: Any,
         weight_on_left: bool,
         base: Callable[[Any], Any],
-        **_: Any,
+        **options: Any,
     ) -> Product:
         """Notes a `dot_general`."""
         (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
@@ -87,7 +87,7 @@ class Watch:
         left = [f for f in value.factors if any(d != RANK and f.size(d) > 1 for d in f.dims)]
         free = [f for f in left if not any(d in touched for d in f.dims)]
         if len(free) > 1 and not dimension_numbers.operand_batching_dims:  # entries of a stack
-            return products.gather(
+            return products.look_up(
                 value,
                 indices,
                 dimension_numbers=dimension_numbers,
@@ -99,11 +99,19 @@ class Watch:
         return Product(base, 0, 0)
 
     def conv(
-        self, x: Any, value: LowRank, *, base: Any, dimension_numbers: lax.ConvDimensionNumbers, **_: Any
+        self, x: Any, value: LowRank, *, base: Any, dimension_numbers: lax.ConvDimensionNumbers, **options: Any
     ) -> Product:
         """Notes a convolution: input features and window are in, output features are out."""
-        _, *summed = dimension_numbers.rhs_spec
+        summed = dimension_numbers.rhs_spec[1:]
         self.see(value, summed, (), base.size)
+        return Product(base, 0, 0)
+
+    def ragged_dot(
+        self, x: Any, value: LowRank, group_sizes: Any, *, dimension_numbers: Any, base: Any, **options: Any
+    ) -> Product:
+        """Notes a product with experts: the group axis is a stack."""
+        (_, summed), (_, batch) = dimension_numbers.dot_dimension_numbers
+        self.see(value, summed, (*batch, *dimension_numbers.rhs_group_dimensions), base.size)
         return Product(base, 0, 0)
 
 

@@ -29,6 +29,7 @@ class Products(Protocol):
     dot: Callable[..., Product]
     gather: Callable[..., Product | LowRank]
     conv: Callable[..., Product]
+    ragged_dot: Callable[..., Product]
 
 
 EquationRule = Callable[["Interpreter", Any, list[Any]], Any]
@@ -59,6 +60,7 @@ class Interpreter:
     products: Products = products  # type: ignore[assignment]
     strict: bool = False
     uses: list[Use] | None = None
+    _draws: int = 0
     _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
@@ -80,12 +82,20 @@ class Interpreter:
         """The results of one equation."""
         if not any(isinstance(v, LowRank) for v in operands):
             return bind(eqn, operands)
+        operands = [self._redrawn(v) for v in operands]
         try:
             if eqn.primitive.name not in RULES:
                 raise NotFactored(f"{eqn.primitive.name} is not linear in the weight")
             return _as_list(RULES[eqn.primitive.name](self, eqn, operands))
         except NotFactored as reason:
             return bind(eqn, [self.dense(v, eqn, str(reason)) for v in operands])
+
+    def _redrawn(self, value: Any) -> Any:
+        """``value`` with a dropout key of its own, so that no two uses of a weight drop the same."""
+        if not isinstance(value, LowRank) or value.key is None:
+            return value
+        self._draws += 1
+        return dataclasses.replace(value, key=jax.random.fold_in(value.key, self._draws))
 
     def dense(self, value: Any, eqn: Any, reason: str) -> Any:
         """``value`` as an array; a low-rank one is materialized, recorded, and refused if strict."""

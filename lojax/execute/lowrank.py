@@ -32,8 +32,8 @@ class LowRank:
 
     Attributes:
         w: The frozen part, of the value's shape and dtype.
-        factors: ``a`` and ``b``, each with an axis `RANK`. (A probe, see `infer`, has one factor for
-            every axis of the weight instead.)
+        factors: ``a, b`` of one update, each with an axis `RANK`; ``a, b, a', b'`` of a sum of two. (A
+            probe, see `infer`, has one factor for every axis of the weight instead.)
         key: The key of the dropout on the adapter's input, or None.
         scale: The factor on the update.
         rate: The rate of that dropout.
@@ -67,10 +67,18 @@ class LowRank:
         """``w + scale * a b``, the update in float32 (or wider), cast once to the dtype of ``w``."""
         if self.probe:
             return self.w
-        wide = jnp.promote_types(self.w.dtype, jnp.float32)
-        a, b = (cast(x, wide) for x in complete(self).factors)
-        update = multiply(a, b, range(self.w.ndim), precision=lax.Precision.HIGHEST, dtype=wide)
-        return (self.w.astype(wide) + self.scale * update.array).astype(self.w.dtype)
+        wide = self.w.dtype if jnp.finfo(self.w.dtype).bits > 32 else jnp.float32
+        total = self.w.astype(wide)
+        for single in self.terms():
+            a, b = (cast(x, wide) for x in complete(single).factors)
+            update = multiply(a, b, range(self.w.ndim), precision=lax.Precision.HIGHEST, dtype=wide)
+            total = total + self.scale * update.array
+        return total.astype(self.w.dtype)
+
+    def terms(self) -> list[LowRank]:
+        """The same frozen part with each update alone."""
+        pairs = zip(self.factors[::2], self.factors[1::2], strict=True)
+        return [dataclasses.replace(self, factors=pair) for pair in pairs]
 
 
 def from_adapter(path: str, w: Any, adapter: Adapter, *, rate: float = 0.0, key: Any = None) -> LowRank:
@@ -140,9 +148,11 @@ def cut(value: LowRank, w: Any, along: Callable[[Any, tuple[int, ...]], Any]) ->
 
 
 def scaled(value: LowRank, w: Any, factor: Any) -> LowRank:
-    """The value times a scalar, which goes on the last factor."""
-    *rest, b = value.factors
-    return dataclasses.replace(value, w=w, factors=(*rest, Named(b.array * factor.astype(b.array.dtype), b.dims)))
+    """The value times a scalar, which goes on every ``b``."""
+    factors = tuple(
+        Named(x.array * factor.astype(x.array.dtype), x.dims) if i % 2 else x for i, x in enumerate(value.factors)
+    )
+    return dataclasses.replace(value, w=w, factors=factors)
 
 
 def negated(value: LowRank) -> LowRank:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lojax.execute.compat import varying_axes
 from lojax.execute.lowrank import LowRank, NotFactored, complete
 from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops
 
@@ -76,7 +77,10 @@ def _dropped_out(x: Named, value: LowRank) -> Named:
     """``x`` with dropout, where the value asks for it (Srivastava et al. 2014, inverted)."""
     if value.key is None or not value.rate:
         return x
-    keep = jax.random.bernoulli(value.key, 1 - value.rate, x.array.shape)
+    key = value.key
+    for axis in varying_axes(x.array):  # under shard_map, a mask of its own for every shard of x
+        key = jax.random.fold_in(key, lax.axis_index(axis))
+    keep = jax.random.bernoulli(key, 1 - value.rate, x.array.shape)
     return Named(jnp.where(keep, x.array / (1 - value.rate), jnp.zeros_like(x.array)), x.dims)
 
 
@@ -114,10 +118,13 @@ def dot(
     out = (*w_batch, *free_w, *free_x) if weight_on_left else (*w_batch, *free_x, *free_w)
     if weight_on_left and isinstance(precision, tuple):
         precision = precision[::-1]
-    update, extra = apply_factors(Named(x, tuple(dims)), value, out, precision=precision, dtype=dtype)
+    named = Named(x, tuple(dims))
+    updates = [apply_factors(named, term, out, precision=precision, dtype=dtype) for term in value.terms()]
     y = base(value.w)
-    flops = multiply_flops(Named(x, tuple(dims)), Named(value.w, tuple(range(value.w.ndim))))
-    return Product(y + update.array.astype(y.dtype), flops, extra)
+    for update, _ in updates:
+        y = y + update.array.astype(y.dtype)
+    flops = multiply_flops(named, Named(value.w, tuple(range(value.w.ndim))))
+    return Product(y, flops, sum(extra for _, extra in updates))
 
 
 def gather(
@@ -142,24 +149,42 @@ def gather(
         base: The look-up in the frozen weight.
         options: The other parameters of `jax.lax.gather`.
     """
+    touched = set(dimension_numbers.start_index_map)
+    found = look_up(
+        value, indices, dimension_numbers=dimension_numbers, slice_sizes=slice_sizes, base=base, options=options
+    )
+    if all(touched <= set(x.dims) for x in value.factors):  # only stack axes are addressed
+        return found
+    y, flops = base, 0
+    for term in found.terms():
+        a, b = (cast(x, base.dtype) for x in complete(term).factors)
+        a = Named(rescaled(a.array, value.scale), a.dims)
+        y = y + multiply(a, b, range(base.ndim)).array
+        flops += multiply_flops(a, b)
+    return Product(y, 0, flops)
+
+
+def look_up(
+    value: LowRank,
+    indices: Any,
+    *,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    base: Any,
+    options: dict[str, Any],
+) -> LowRank:
+    """The look-up itself, in each factor that has an axis it addresses. Arguments as in `gather`."""
     numbers = dimension_numbers
     if numbers.operand_batching_dims:
         raise NotFactored("a look-up with batched operands")
-    value = complete(value)
     batch: list[Name] = [("i", j) for j in range(indices.ndim - 1)]
-    kept = [d for d in range(value.w.ndim) if d not in numbers.collapsed_slice_dims]
-    names: list[Name] = []
-    kept_names, batch_names = iter(kept), iter(batch)
-    for position in range(base.ndim):
-        names.append(next(kept_names) if position in numbers.offset_dims else next(batch_names))
-    touched = set(numbers.start_index_map)
-    looked_up = [_gather_factor(x, indices, numbers, slice_sizes, batch, options) for x in value.factors]
-    if all(touched <= set(x.dims) for x in value.factors):  # only stack axes are addressed
-        new: dict[Name, Name] = {name: i for i, name in enumerate(names)}
-        return dataclasses.replace(value, w=base, factors=tuple(x.renamed(new) for x in looked_up))
-    a, b = (cast(x, base.dtype) for x in looked_up)
-    a = Named(rescaled(a.array, value.scale), a.dims)
-    return Product(base + multiply(a, b, names).array, 0, multiply_flops(a, b))
+    kept = iter(d for d in range(value.w.ndim) if d not in numbers.collapsed_slice_dims)
+    spread = iter(batch)
+    places: dict[Name, Name] = {
+        next(kept) if position in numbers.offset_dims else next(spread): position for position in range(base.ndim)
+    }
+    factors = (_gather_factor(x, indices, numbers, slice_sizes, batch, options) for x in value.factors)
+    return dataclasses.replace(value, w=base, factors=tuple(x.renamed(places) for x in factors))
 
 
 def _gather_factor(
@@ -170,6 +195,8 @@ def _gather_factor(
     batch: Sequence[Name],
     options: dict[str, Any],
 ) -> Named:
+    if options.get("fill_value") is not None:
+        options = options | {"fill_value": 0}
     columns = [i for i, d in enumerate(numbers.start_index_map) if d in x.dims]
     cut = [d for d in x.dims if d != RANK and slice_sizes[d] != x.size(d)]  # type: ignore[call-overload]
     if not columns and not cut:
@@ -186,7 +213,7 @@ def _gather_factor(
             start_index_map=tuple(x.axis(numbers.start_index_map[i]) for i in columns),
         ),
         slice_sizes=tuple(x.size(d) if d == RANK else slice_sizes[d] for d in x.dims),  # type: ignore[call-overload]
-        **(options | {"fill_value": 0} if options.get("fill_value") is not None else options),
+        **options,
     )
     return Named(array, (*batch, *kept))
 
@@ -215,6 +242,8 @@ def conv(
     """
     if batch_group_count != 1:
         raise NotFactored("a convolution with batch groups")
+    if len(value.factors) > 2:
+        raise NotFactored("a convolution with a sum of updates")
     out_axis, in_axis, *window = dimension_numbers.rhs_spec
     value = complete(value)
     inner, outer = sorted(value.factors, key=lambda f: out_axis in f.dims)
@@ -255,3 +284,59 @@ def conv(
     taps = math.prod(value.shape[d] for d in (in_axis, *window))
     extra = 2 * outputs * rank * (taps * groups + value.shape[out_axis])
     return Product(base + update.astype(base.dtype), 2 * base.size * taps, extra)
+
+
+def ragged_dot(
+    x: Any,
+    value: LowRank,
+    group_sizes: Any,
+    *,
+    dimension_numbers: Any,
+    base: Any,
+    precision: Any = None,
+    dtype: Any = None,
+) -> Product:
+    """`ragged_dot_general` with adapted experts: every row meets the factors of its own group.
+
+    Args:
+        x: The activation, its rows sorted by group.
+        value: The experts; the group axis is a stack.
+        group_sizes: ``[groups]``, the number of rows of each.
+        dimension_numbers: A `jax.lax.RaggedDotDimensionNumbers`.
+        base: The product with the frozen experts.
+        precision: As in `jax.lax.ragged_dot_general`.
+        dtype: The ``preferred_element_type``.
+    """
+    ((x_sum, w_sum), (x_batch, _)) = dimension_numbers.dot_dimension_numbers
+    (ragged,), groups = dimension_numbers.lhs_ragged_dimensions, dimension_numbers.rhs_group_dimensions
+    if len(value.factors) > 2 or x_batch or len(groups) != 1 or ragged in x_sum:
+        raise NotFactored("a ragged product with batch axes, or ragged over a summed axis")
+    group = groups[0]
+    value = complete(value)
+    first, second = sorted(value.factors, key=lambda f: not set(w_sum) <= set(f.dims))
+    inner, outer = set(first.dims) - {RANK, group}, set(second.dims) - {RANK, group}
+    if inner != set(w_sum) or inner & outer or not all(group in f.dims for f in value.factors):
+        raise NotFactored("experts whose group axis is no stack, or whose in axes are not those summed")
+    kind = compute_dtype(x, dtype)
+    free = [d for d in range(value.w.ndim) if d not in (group, *w_sum)]
+
+    def product(lhs: Any, factor: Named, lhs_sum: Sequence[int], dims: Sequence[Name], ragged: int) -> Any:
+        """``lhs`` times the factor with its axes in the order group, summed, free."""
+        numbers = lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=((tuple(lhs_sum), tuple(range(1, 1 + len(lhs_sum)))), ((), ())),
+            lhs_ragged_dimensions=(ragged,),
+            rhs_group_dimensions=(0,),
+        )
+        weight = cast(factor, kind).ordered([group, *dims]).array
+        return lax.ragged_dot_general(
+            lhs, weight, group_sizes, numbers, precision=precision, preferred_element_type=dtype
+        )
+
+    dropped = _dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
+    middle = product(dropped, first, x_sum, [*w_sum, RANK], ragged)
+    middle = rescaled(middle, value.scale).astype(kind)
+    moved = ragged - sum(d < ragged for d in x_sum)
+    update = product(middle, second, [middle.ndim - 1], [RANK, *free], moved)
+    rows, rank = x.size // math.prod(x.shape[d] for d in x_sum), first.size(RANK)
+    m, n = math.prod(value.shape[d] for d in w_sum), math.prod(value.shape[d] for d in free)
+    return Product(base + update.astype(base.dtype), 2 * rows * m * n, 2 * rows * rank * (m + n))

@@ -62,6 +62,24 @@ def _conv(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     return interp.record(value, eqn, product)
 
 
+@rule("ragged_dot_general")
+def _ragged_dot(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    x, value, group_sizes, *rest = operands
+    if isinstance(x, LowRank) or rest:
+        raise NotFactored("a ragged product with the weight on the left, or with a group offset")
+    p = eqn.params
+    product = interp.products.ragged_dot(
+        x,
+        value,
+        group_sizes,
+        dimension_numbers=p["ragged_dot_dimension_numbers"],
+        base=bind(eqn, [x, value.w, group_sizes])[0],
+        precision=p["precision"],
+        dtype=p["preferred_element_type"],
+    )
+    return interp.record(value, eqn, product)
+
+
 # --- carriers: the axes of the value move, the update stays factored ---
 
 
@@ -198,6 +216,26 @@ def _on_the_weight(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     if len(operands) != 1:
         raise NotFactored(f"{eqn.primitive.name} of several arrays")
     return operands[0].with_w(bind(eqn, [operands[0].w])[0])
+
+
+@rule("pvary", "pcast")
+def _vary(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    return operands[0].with_w(bind(eqn, [operands[0].w])[0])  # the factors vary where they are used
+
+
+@rule("all_gather", "all_gather_invariant")
+def _all_gather(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, gathered = operands[0], eqn.params["all_gather_dimension"]
+    if not eqn.params["tiled"]:
+        raise NotFactored("an all_gather along a new axis")
+
+    def along(array: Any, axes: tuple[int, ...]) -> Any:
+        if gathered not in axes:
+            return array
+        params = eqn.params | {"all_gather_dimension": axes.index(gathered)}
+        return eqn.primitive.bind(array, **params)
+
+    return lowrank.cut(value, bind(eqn, [value.w])[0], along)
 
 
 @rule("optimization_barrier")

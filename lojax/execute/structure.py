@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import PartitionSpec
 
 from lojax.execute.compat import opened, scan_counts, unspecified_sharding
-from lojax.execute.interpreter import Interpreter, bind, rule
+from lojax.execute.interpreter import Interpreter, rule
 from lojax.execute.lowrank import LowRank
-from lojax.execute.named import Name, Named
+from lojax.execute.named import RANK, Name, Named
 
 
 def _is_low(value: Any) -> bool:
@@ -214,7 +216,7 @@ def _typed(carries: list[Any], fixed: list[bool], jaxpr: Any, first: int) -> lis
     body, _ = opened(jaxpr)
     avals = [v.aval for v in body.invars[first : first + len(carries)]]
     return [
-        v if _is_low(v) or isinstance(v, jax.Array) else jax.numpy.asarray(v, aval.dtype)
+        v if _is_low(v) or isinstance(v, jax.Array) else jnp.asarray(v, aval.dtype)
         for v, f, aval in zip(carries, fixed, avals, strict=True)
         if not f
     ]
@@ -236,109 +238,61 @@ def _while(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
         moving_in = iter(moving)
         return [v if f else next(moving_in) for v, f in zip(carries, fixed, strict=True)]
 
-    def cond(moving: list[Any]) -> Any:
-        return interp.run(p["cond_jaxpr"], [*cond_consts, *whole(moving)])[0]
-
-    def body(moving: list[Any]) -> list[Any]:
+    def cond(state: tuple[Any, list[Any]]) -> Any:
         interp.fresh()
-        outputs = interp.run(p["body_jaxpr"], [*body_consts, *whole(moving)])
-        new = [v for v, f in zip(outputs, fixed, strict=True) if not f]
-        return interp.densed(new, [_is_low(v) for v in moving])
+        return interp.run(p["cond_jaxpr"], [*cond_consts, *whole(state[1])])[0]
 
+    def body(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        trip, moving = state
+        interp.fresh()
+        operands = [_keyed(v, trip) for v in (*body_consts, *whole(moving))]
+        outputs = interp.run(p["body_jaxpr"], operands)
+        new = [v for v, f in zip(outputs, fixed, strict=True) if not f]
+        return trip if trip is None else trip + 1, interp.densed(new, [_is_low(v) for v in moving])
+
+    drops = any(_is_low(v) and v.key is not None for v in (*body_consts, *carries))
     with interp.repeated(1):
-        moving = jax.lax.while_loop(cond, body, _typed(carries, fixed, p["body_jaxpr"], nb))
+        start = (jnp.zeros((), jnp.uint32) if drops else None, _typed(carries, fixed, p["body_jaxpr"], nb))
+        _, moving = jax.lax.while_loop(cond, body, start)
     return whole(moving)
 
 
-# --- functions with rules of differentiation of their own ---
+def _keyed(value: Any, trip: Any) -> Any:
+    """A low-rank value under dropout with a key for this trip of a loop."""
+    if trip is None or not _is_low(value) or value.key is None:
+        return value
+    return dataclasses.replace(value, key=jax.random.fold_in(value.key, trip))
 
 
-@rule("custom_jvp_call")
-def _custom_jvp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    def user(*dense: Any) -> list[Any]:
-        return bind(eqn, dense)
+@rule("shard_map")
+def _shard_map(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    p = eqn.params
 
-    @jax.custom_jvp
-    def call(values: list[Any]) -> list[Any]:
-        outputs = interp.run(eqn.params["call_jaxpr"], values)
-        return interp.densed(outputs, [False] * len(outputs))
+    def spread(value: Any, spec: PartitionSpec) -> Any:
+        """The specs of a value: a factor is sharded like the axes of the weight that it holds."""
+        if not _is_low(value):
+            return spec
+        along = (*spec, *[None] * (value.w.ndim - len(spec)))
+        factors = tuple(
+            Named(PartitionSpec(*(None if d == RANK else along[d] for d in x.dims)), x.dims) for x in value.factors
+        )
+        key = None if value.key is None else PartitionSpec()
+        return dataclasses.replace(value, w=spec, factors=factors, key=key)
 
-    @call.defjvp
-    def jvp(primals: Any, tangents: Any) -> Any:
-        (values,), (tangent_values,) = primals, tangents
-        dots = [_tangent(v, t) for v, t in zip(values, tangent_values, strict=True)]
-        avals = [jax.typeof(_weight(v)) for v in (*values, *dots)]
-        n = len(values)
-        traced = jax.make_jaxpr(lambda *x: jax.jvp(user, x[:n], x[n:]))(*avals)
-        outputs = interp.run(traced, [*values, *dots])
-        outputs = interp.densed(outputs, [False] * len(outputs))
-        return outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
+    def body(*values: Any) -> tuple[Any, ...]:
+        interp.fresh()
+        outputs = interp.run(p["jaxpr"], values)
+        return tuple(interp.densed(outputs, [False] * len(outputs)))
 
+    in_specs = tuple(spread(v, spec) for v, spec in zip(operands, p["in_specs"], strict=True))
     with interp.repeated(1):
-        return list(call(list(operands)))
-
-
-def _weight(value: Any) -> Any:
-    return value.w if _is_low(value) else value
-
-
-def _tangent(value: Any, dot: Any) -> Any:
-    """The tangent of a low-rank value: ``dw + scale * (da b + a db)``, of twice the rank."""
-    if not _is_low(value):
-        return dot
-    (a, b), (da, db) = value.factors, dot.factors
-    axis_a, axis_b = a.axis("rank"), b.axis("rank")
-    factors = (
-        Named(jax.numpy.concatenate([da.array, a.array], axis_a), a.dims),
-        Named(jax.numpy.concatenate([b.array, db.array], axis_b), b.dims),
-    )
-    return dataclasses.replace(value, w=dot.w, factors=factors)
-
-
-@rule("custom_vjp_call", "custom_vjp_call_jaxpr")
-def _custom_vjp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    avals = [jax.typeof(_weight(v)) for v in operands]
-    pullback: Any = None
-
-    def user(*dense: Any) -> list[Any]:
-        return bind(eqn, dense)
-
-    @jax.custom_vjp
-    def call(values: list[Any]) -> list[Any]:
-        outputs = interp.run(eqn.params["call_jaxpr"], values)
-        return interp.densed(outputs, [False] * len(outputs))
-
-    def forward(values: list[Any]) -> Any:
-        def with_pullback(*dense: Any) -> Any:
-            nonlocal pullback
-            outputs, back = jax.vjp(user, *dense)
-            residuals, pullback = jax.tree.flatten(back)
-            return outputs, residuals
-
-        traced = jax.make_jaxpr(with_pullback)(*avals)
-        results = interp.run(traced, values)
-        count = len(eqn.outvars)
-        return interp.densed(results[:count], [False] * count), (values, results[count:])
-
-    def backward(kept: Any, cotangents: list[Any]) -> Any:
-        values, residuals = kept
-
-        def pull(residuals: list[Any], cotangents: list[Any]) -> Any:
-            return jax.tree.unflatten(pullback, residuals)(cotangents)
-
-        shapes = [jax.typeof(_weight(r)) for r in residuals], [jax.typeof(c) for c in cotangents]
-        traced = jax.make_jaxpr(pull)(*shapes)
-        grads = interp.run(traced, [*residuals, *cotangents])
-        grads = interp.densed(grads, [False] * len(grads))
-        return ([_pulled(v, g) for v, g in zip(values, grads, strict=True)],)
-
-    call.defvjp(forward, backward)
-    with interp.repeated(1):
-        return list(call(list(operands)))
-
-
-def _pulled(value: Any, cotangent: Any) -> Any:
-    """The cotangents of ``w``, ``a`` and ``b`` for the cotangent of the whole value."""
-    if not _is_low(value):
-        return cotangent
-    return jax.vjp(lambda v: v.dense(), value)[1](cotangent)[0]
+        return list(
+            jax.shard_map(
+                body,
+                mesh=p["mesh"],
+                in_specs=in_specs,
+                out_specs=tuple(p["out_specs"]),
+                axis_names=set(p["newly_manual_axes"]),
+                check_vma=p["check_vma"],
+            )(*operands)
+        )

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import lojax.execute.derivatives
 import lojax.execute.rules
-import lojax.execute.structure  # noqa: F401  (both fill the table)
+import lojax.execute.structure  # noqa: F401  (all three fill the table)
 from lojax.adapt.adapter import is_adapter
 from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.initializers import key_for

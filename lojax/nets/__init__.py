@@ -1,0 +1,1 @@
+"""One file per kind of net that lojax can wrap."""

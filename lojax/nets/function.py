@@ -22,6 +22,9 @@ class FunctionNet:
         """Raises: a function holds no parameters."""
         raise AttributeError("A plain function holds no parameters: pass them to init and apply.")
 
+    def check(self, params: Any) -> None:
+        """Nothing: any tree may be right."""
+
     def bind(self, params: Any) -> Any:
         """``params``: all there is to hold."""
         return params

@@ -23,6 +23,9 @@ class LinenNet:
         """Raises: a Linen module holds no parameters."""
         raise AttributeError("A Linen module holds no parameters: pass its variables to init and apply.")
 
+    def check(self, params: Any) -> None:
+        """Nothing: Linen names a missing parameter itself."""
+
     def bind(self, params: Any) -> Any:
         """``params``: all there is to hold."""
         return params

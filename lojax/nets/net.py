@@ -15,5 +15,8 @@ class Net(Protocol):
     def params(self) -> Any:
         """The parameters the net holds, or an `AttributeError` where it holds none."""
 
+    def check(self, params: Any) -> None:
+        """Raises if ``params`` cannot be the parameters of this net. Only nets that hold parameters can tell."""
+
     def bind(self, params: Any) -> Any:
         """A net of the same kind that holds ``params``; ``params`` itself where nets hold none."""

@@ -1,0 +1,1 @@
+"""What the user is told: what trains, and how it is executed."""

@@ -66,7 +66,25 @@ class Summary:
 def summary(frozen: Any, lora: Any) -> Summary:
     """The trainable and total numbers of parameters, one row a parameter.
 
-    Works on arrays and on shapes (`jax.eval_shape`).
+    Args:
+        frozen: The frozen tree: arrays, or shapes (`jax.eval_shape`).
+        lora: The trained tree, likewise.
+
+    Returns:
+        A `Summary`: its ``rows`` are data, and printing it gives the table.
+
+    Raises:
+        ValueError: The trees do not fit together.
+
+    >>> import numpy as np
+    >>> from lojax import Adapter
+    >>> adapter = Adapter(a=np.ones((30, 2)), b=np.ones((2, 50)), scale=1.0, axes=("in", "out"))
+    >>> print(summary({"kernel": np.ones((30, 50)), "bias": np.ones(50)}, {"kernel": adapter, "bias": None}))
+    parameter  shape     rank  trainable    all
+    -------------------------------------------
+    bias       (50,)                   0     50
+    kernel     (30, 50)     2        160  1,660
+    trainable params: 160 || all params: 1,710 || trainable%: 9.3567
     """
     left, right = check_pair(frozen, lora)
     rows = []

@@ -1,0 +1,1 @@
+"""What outlives the run: checkpoints and exchange formats."""

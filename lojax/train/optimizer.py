@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from lojax.adapt.adapter import Adapter, is_adapter
+from lojax.adapt.adapter import is_adapter
+from lojax.adapt.paths import flatten
 
 
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -25,15 +27,27 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     Returns:
         A transformation over ``lora``, over ``{"frozen": frozen, "lora": lora}``, or over the pair
         ``(frozen, lora)``. Frozen leaves get an update of zero and no state.
+
+    >>> import jax.numpy as jnp
+    >>> tree = {"frozen": {"w": jnp.ones(2)}, "lora": {"w": jnp.ones(3)}}
+    >>> tx = optimizer(optax.sgd(0.5))
+    >>> updates, _ = tx.update(tree, tx.init(tree))
+    >>> {name: half["w"].tolist() for name, half in updates.items()}
+    {'frozen': [-0.0, -0.0], 'lora': [-0.5, -0.5, -0.5]}
     """
-    return optax.multi_transform({"train": tx, "frozen": optax.set_to_zero()}, labels)
+    return optax.multi_transform({"train": tx, "frozen": _keep()}, labels)
+
+
+def _keep() -> optax.GradientTransformation:
+    """Updates of -0.0: ``w + -0.0`` is ``w`` bit for bit, where ``w + 0.0`` turns -0.0 into 0.0."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: -jnp.zeros_like(g), updates))
 
 
 def labels(tree: Any) -> Any:
     """``"train"`` or ``"frozen"`` for every leaf of a ``lora`` tree or of a combined tree."""
     if isinstance(tree, Mapping) and set(tree) == {"frozen", "lora"}:
         return {"frozen": _all(tree["frozen"], "frozen"), "lora": _all(tree["lora"], "train")}
-    if isinstance(tree, tuple) and len(tree) == 2 and _holds_adapter(tree[1]) and not _holds_adapter(tree[0]):
+    if isinstance(tree, tuple) and len(tree) == 2 and _is_pair(*tree):
         return (_all(tree[0], "frozen"), _all(tree[1], "train"))
     return _all(tree, "train")
 
@@ -42,5 +56,15 @@ def _all(tree: Any, label: str) -> Any:
     return jax.tree.map(lambda _: label, tree)
 
 
-def _holds_adapter(tree: Any) -> bool:
-    return any(isinstance(node, Adapter) for node in jax.tree.leaves(tree, is_leaf=is_adapter))
+def _is_pair(left: Any, right: Any) -> bool:
+    """Whether these are ``frozen`` and ``lora``, and not two layers of a ``lora`` tree that is a tuple."""
+    weights, trained = flatten(left), flatten(right)
+    if weights.keys() != trained.keys() or all(t is None for t in trained.values()):
+        return False
+    return all(_fit(weights[path], trained[path]) for path in weights)
+
+
+def _fit(weight: Any, trained: Any) -> bool:
+    if is_adapter(weight):
+        return False
+    return weight is not None if is_adapter(trained) else weight is None or trained is None

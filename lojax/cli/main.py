@@ -1,0 +1,38 @@
+"""``python -m lojax SUBCOMMAND``, for people who only have files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "inspect": "lojax.cli.inspect_adapter",
+    "convert": "lojax.cli.convert",
+    "merge": "lojax.cli.merge_files",
+}
+"""Each subcommand's module. It offers ``SUMMARY``, ``configure(parser)`` and ``run(args)``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        0, or 1 where the input is at fault: then the reason is on standard error.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lojax", description="Low-rank adapters as files.")
+    choices = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    modules = {name: importlib.import_module(path) for name, path in COMMANDS.items()}
+    for name, module in modules.items():
+        module.configure(choices.add_parser(name, help=module.SUMMARY, description=module.__doc__))
+    args = parser.parse_args(argv)
+    try:
+        modules[args.command].run(args)
+    except (OSError, ValueError) as error:
+        print(f"lojax {args.command}: {error}".replace("pass overwrite=True", "pass --overwrite"), file=sys.stderr)
+        return 1
+    return 0

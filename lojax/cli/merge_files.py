@@ -1,0 +1,102 @@
+"""Base safetensors and a PEFT adapter in, merged safetensors out, one tensor at a time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+from lojax.cli.progress import watcher
+from lojax.store import safetensors
+from lojax.store.directory import refuse_existing, whole_directory
+from lojax.store.peft.patch import Patch, patches
+
+SUMMARY = "merge a PEFT adapter into the safetensors of its base"
+INDEX = "model.safetensors.index.json"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("base", type=Path, help="a .safetensors file, or the directory of a model")
+    parser.add_argument("adapter", type=Path, help="the directory of a PEFT adapter")
+    parser.add_argument("target", type=Path, help="the directory to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merges."""
+    merge(args.base, args.adapter, args.target, overwrite=args.overwrite)
+    print(f"{args.base} + {args.adapter} -> {args.target}")
+
+
+def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False) -> None:
+    """Writes the merged model: files of the same names, float32 sums, each tensor in the base's dtype.
+
+    Memory stays near the largest tensor of the base plus the adapter.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the adapter does not fit the base; nothing is written.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    files = [safetensors.open_file(path) for path in weight_files(base)]
+    entries = {name: entry for file in files for name, entry in file.entries.items()}
+    if len(entries) < sum(len(file.entries) for file in files):
+        raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
+    found = patches(adapter, {name: (entry.dtype, entry.shape) for name, entry in entries.items()})
+    with whole_directory(target, overwrite=overwrite) as fresh:
+        for file in files:
+            _merge_file(file, found, fresh / file.path.name)
+        for extra in _others(base, {file.path.name for file in files}):
+            shutil.copyfile(extra, fresh / extra.name)
+
+
+def _merge_file(file: safetensors.File, found: dict[str, Patch], target: Path) -> None:
+    def produce(name: str) -> object:
+        tensor = file.read(name)
+        if name in found:
+            found[name].apply(tensor)
+        return tensor
+
+    shapes = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+    safetensors.write(target, shapes, produce, metadata=file.metadata, watch=watcher(file.path.name))  # type: ignore
+
+
+def weight_files(base: Path) -> list[Path]:
+    """The safetensors files of a model.
+
+    Raises:
+        FileNotFoundError: There are none, or one that the index names is missing.
+        ValueError: The index is no JSON of the right form, or names a file outside its directory.
+    """
+    if base.is_file():
+        return [base]
+    index = base / INDEX
+    if not index.is_file():
+        found = sorted(base.glob("model.safetensors")) or sorted(base.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        what = "several .safetensors files and no index" if found else "no .safetensors file"
+        raise FileNotFoundError(f"{base} holds {what}; pass the file itself.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of safetensors files: {error!r}.") from None
+    for name in names:
+        if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"{index} names {name!r}, which is no plain file name. It could lead out of {base}.")
+        if not (base / name).is_file():
+            raise FileNotFoundError(f"{index} names {name}, which is not in {base}.")
+    return [base / name for name in names]
+
+
+def _others(base: Path, weights: set[str]) -> Iterator[Path]:
+    """The config, tokenizer and index beside the weights; other forms of the weights are left behind."""
+    if base.is_dir():
+        for path in sorted(base.iterdir()):
+            heavy = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
+            if path.is_file() and not path.is_symlink() and path.name not in weights and not heavy:
+                yield path

@@ -1,0 +1,44 @@
+"""A Flax model of Hugging Face transformers as a net. Its parameter tree is ``model.params``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from lojax.adapt.paths import flatten
+from lojax.nets.held import call, fit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TransformersNet:
+    """A ``FlaxPreTrainedModel``. Nothing of transformers is imported."""
+
+    model: Any
+
+    @property
+    def params(self) -> Any:
+        """The parameters of the model."""
+        if not self.model._is_initialized:
+            raise AttributeError(
+                f"This {type(self.model).__name__} was made with _do_init=False and holds no parameters: pass those "
+                "that came with it to init and apply."
+            )
+        return self.model.params
+
+    def check(self, params: Any) -> None:
+        """Raises unless ``params`` fits the model."""
+        if self.model._is_initialized:
+            fit(params, flatten(self.model.params), f"the model {type(self.model).__name__}")
+
+    def bind(self, params: Any) -> Any:
+        """A copy of the model that holds ``params``; it shares everything else."""
+        self.check(params)
+        bound = copy.copy(self.model)
+        bound._params, bound._is_initialized = params, True
+        return bound
+
+    def apply(self, params: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """What the model returns; ``method`` is the name of one that takes ``params=``, such as ``"decode"``."""
+        self.check(params)
+        return call(self.model, method, args, {**kwargs, "params": params})

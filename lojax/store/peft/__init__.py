@@ -1,0 +1,1 @@
+"""Hugging Face PEFT adapters: the file format, names, and conversion both ways."""

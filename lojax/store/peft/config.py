@@ -1,0 +1,223 @@
+"""``adapter_config.json``: what each field means for the maths, honoured or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+
+REFUSED = {
+    "use_dora": "DoRA scales each output by a magnitude",
+    "lora_bias": "it adds a bias to B",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "ensure_weight_tying": "it ties the adapters of tied layers",
+    "layer_replication": "it repeats layers of the base",
+    "alora_invocation_tokens": "the update depends on where invocation tokens stand",
+    "use_qalora": "it pools inputs before A",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "it truncates the base weights and adds singular values",
+    "monteclora_config": "it samples its factors",
+    "velora_config": "it compresses activations",
+}
+"""Fields that change the maths in a way that lojax does not compute, and how."""
+
+HONOURED = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "init_lora_weights",
+)
+HARMLESS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
+SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""The values of ``init_lora_weights`` that leave the base weights as they were."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A checked ``adapter_config.json``. ``fields`` holds all of it, unknown fields included."""
+
+    fields: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields.get(name)
+
+    def rank(self, module: str) -> int:
+        """The rank of the adapter on a torch module."""
+        return self._pattern("rank_pattern", module, self.fields["r"])
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor on the update of a torch module, at its rank."""
+        alpha = self._pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8))
+        return float(alpha / math.sqrt(rank) if self["use_rslora"] else alpha / rank)
+
+    def _pattern(self, field: str, module: str, default: Any) -> Any:
+        patterns = self[field] or {}
+        hits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        return next(hits, default)
+
+    def targets(self, module: str) -> bool:
+        """Whether the config asks for an adapter on a torch module, by PEFT's rules."""
+        if _matches(self["exclude_modules"], module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self["modules_to_save"] or ()):
+            return False
+        wanted = self["target_modules"]
+        if isinstance(wanted, str) or wanted is None:
+            return wanted not in (None, "all-linear") and _matches(wanted, module)
+        return _matches(wanted, module) and self._layer_chosen(module, exact=module in wanted)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the config asks for an adapter on a parameter through ``target_parameters``."""
+        return _matches(self["target_parameters"] or (), name)
+
+    @property
+    def exchanges_experts(self) -> bool:
+        """Whether it is of a PEFT before 0.19, which took experts ``[E, out, in]`` for ``[E, in, out]``."""
+        version = [int(n) for n in str(self["peft_version"] or "0.0").split(".")[:2] if n.isdigit()]
+        return version < [0, 19]
+
+    def _layer_chosen(self, module: str, exact: bool) -> bool:
+        layers = self["layers_to_transform"]
+        if exact or layers is None or layers == []:
+            return True
+        patterns = self["layers_pattern"] or []
+        named = [rf"(?:^|.*?\.){name}" for name in ([patterns] if isinstance(patterns, str) else patterns)]
+        for start in named or [r".*?\.[^.]*"]:
+            found = re.match(rf"{start}\.(\d+)\.", module)
+            if found:
+                return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+        return False
+
+
+def _matches(wanted: Any, module: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted or ())
+
+
+def read_config(directory: Path) -> Config:
+    """Reads and checks the config of an adapter directory.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not JSON, has a field of the wrong type, or asks for what lojax does not do.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(_no_config(directory))
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}. Fetch or save the adapter again.") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}; expected a JSON object.")
+    check_config(fields, str(path))
+    return Config(fields)
+
+
+def _no_config(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is no directory. Pass the directory that holds {CONFIG}."
+    named = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    hint = f" It holds adapters in the subdirectories {', '.join(named)}: pass one of these." if named else ""
+    return f"{directory} holds no {CONFIG}, so it is no PEFT adapter.{hint}"
+
+
+def check_config(fields: Mapping[str, Any], where: str) -> None:
+    """Raises where ``fields`` cannot be honoured; warns of truthy fields that nobody here knows."""
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type is {fields.get('peft_type')!r}; lojax reads 'LORA' adapters.")
+    for name, reason in REFUSED.items():
+        if fields.get(name):
+            raise ValueError(f"{where}: {name}={fields[name]!r} is not supported ({reason}).")
+    init = fields.get("init_lora_weights")
+    if not any(init is value or (isinstance(value, str) and init == value) for value in SAME_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights={init!r} changed the base weights, so this adapter does not belong to the "
+            "original base. Save it with path_initial_model_for_weight_conversion= in PEFT, which makes it plain LoRA."
+        )
+    for name, valid in _VALID.items():
+        if name in fields and not valid(fields[name]):
+            raise ValueError(f"{where}: {name}={fields[name]!r} is no valid value.")
+    if "r" not in fields:
+        raise ValueError(f"{where} lacks the rank, r.")
+    _check_patterns(fields, where)
+    unknown = sorted(n for n, v in fields.items() if v and n not in (*HONOURED, *HARMLESS, *REFUSED))
+    if unknown:
+        warnings.warn(f"{where}: unknown fields {', '.join(unknown)} are kept, and not acted on.", stacklevel=3)
+
+
+def _check_patterns(fields: Mapping[str, Any], where: str) -> None:
+    regexes = [*(fields.get("rank_pattern") or {}), *(fields.get("alpha_pattern") or {})]
+    regexes += [fields[n] for n in ("target_modules", "exclude_modules") if isinstance(fields.get(n), str)]
+    for regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ValueError(f"{where}: {regex!r} is no regular expression ({error}).") from None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+_VALID = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda v: _is_number(v) and 0 <= v < 1,
+    "rank_pattern": lambda v: v is None or (isinstance(v, dict) and all(_is_rank(n) for n in v.values())),
+    "alpha_pattern": lambda v: v is None or (isinstance(v, dict) and all(_is_number(n) for n in v.values())),
+    "bias": lambda v: v in (None, "none", "all", "lora_only"),
+    "target_modules": lambda v: isinstance(v, str) or _is_names(v),
+    "exclude_modules": lambda v: isinstance(v, str) or _is_names(v),
+    "modules_to_save": _is_names,
+    "target_parameters": _is_names,
+    "layers_to_transform": lambda v: (
+        v is None or type(v) is int or (isinstance(v, list) and all(type(i) is int for i in v))
+    ),
+    "layers_pattern": lambda v: isinstance(v, str) or _is_names(v),
+    "use_rslora": lambda v: v is None or isinstance(v, bool),
+}

@@ -1,0 +1,243 @@
+"""A PEFT adapter directory becomes a ``lora`` tree that fits a base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lojax.adapt.adapter import Adapter
+from lojax.adapt.boxes import box_factors, rebox, unbox
+from lojax.adapt.paths import flatten, map_paths
+from lojax.adapt.targets import nearest
+from lojax.store import safetensors
+from lojax.store.peft import factors
+from lojax.store.peft.config import Config, read_config
+from lojax.store.peft.factors import Cell
+from lojax.store.peft.families import name_map as find_map
+from lojax.store.peft.keys import (
+    PREFIX,
+    WEIGHTS,
+    Factor,
+    factor_keys,
+    is_parameter_target,
+    pair_up,
+    parameter_key,
+    read_key,
+)
+from lojax.store.peft.namemap import NameMap, Slot, Table
+
+
+def load(path: str | os.PathLike[str], params: Any, name_map: NameMap | str, *, dtype: Any = jnp.float32) -> Any:
+    """The ``lora`` tree of a Hugging Face PEFT adapter.
+
+    Args:
+        path: The directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        params: The base the adapter is for: a parameter tree, or a ``frozen`` tree. Shapes are enough
+            (`jax.ShapeDtypeStruct`), except where only part of a scanned leaf is saved in full.
+        name_map: A `NameMap`, or the name of a ready one (see `name_maps`).
+        dtype: The dtype of the adapters; None keeps that of the file. Parameters saved in full take the
+            dtype of the base.
+
+    Returns:
+        A tree of the structure of ``params``: an `Adapter` at each adapted weight, an array at each
+        parameter saved in full (``modules_to_save``, ``bias``), None elsewhere. `freeze` gives the
+        ``frozen`` tree beside it. An embedding that ``params`` also uses as the output head is adapted
+        in both uses; PEFT adapts the look-up alone.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The files are damaged, need what lojax does not compute, or do not fit ``params``; the
+            text lists every missing, unexpected and mis-shaped key. Nothing is loaded partly.
+    """
+    directory = Path(path)
+    config = read_config(directory)
+    file = safetensors.open_file(weights_file(directory))
+    table = find_map(name_map).table(params)
+    pairs, full = sort_keys(file, table, config)
+    cells = [(slot, _read_pair(file, slot, a, b, config, dtype)) for slot, a, b in pairs]
+    leaves = flatten(params)
+    found: dict[str, Any] = {}
+    for leaf_path, group in _grouped(cells).items():
+        found[leaf_path] = _adapter(leaves[leaf_path], group, config)
+    for leaf_path, group in _grouped(full).items():
+        if leaf_path not in found:
+            found[leaf_path] = _full(leaves[leaf_path], table.by_path()[leaf_path], group, file)
+        else:
+            _check_same(leaves[leaf_path], group, file)
+    return map_paths(lambda p, _: found.get(p), params)
+
+
+def freeze(params: Any, lora: Any) -> Any:
+    """The ``frozen`` tree beside ``lora``: ``params``, with None where ``lora`` holds the parameter in full."""
+    return map_paths(lambda _, p, t: p if t is None or isinstance(t, Adapter) else None, params, lora)
+
+
+def weights_file(directory: Path) -> Path:
+    """The weights of an adapter directory.
+
+    Raises:
+        ValueError: They are a pickle.
+        FileNotFoundError: There are none.
+    """
+    path = directory / WEIGHTS
+    if path.is_file():
+        return path
+    pickled = directory / "adapter_model.bin"
+    if pickled.exists():
+        raise ValueError(
+            f"{pickled} is a pickle, which can run any code when it is opened; lojax reads safetensors only. Where you "
+            "trust its origin, convert it once with PyTorch: "
+            "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            f"'{WEIGHTS}', metadata={{'format': 'pt'}})"
+        )
+    raise FileNotFoundError(f"{directory} holds no {WEIGHTS}.")
+
+
+def sort_keys(
+    file: safetensors.File, table: Table, config: Config
+) -> tuple[list[tuple[Slot, str, str]], list[tuple[Slot, str]]]:
+    """The keys of a file as pairs ``(slot, A, B)`` and full parameters ``(slot, key)``, all checked.
+
+    Raises:
+        ValueError: Keys are missing, unexpected or mis-shaped; the text lists them.
+    """
+    where = str(file.path)
+    shapes = {key: entry.shape for key, entry in file.entries.items()}
+    read = {key: read_key(key, where) for key in file.entries}
+    weights: dict[str, list[Slot]] = {}
+    for slot in table.slots.values():
+        if slot.is_weight:
+            weights.setdefault(slot.module, []).append(slot)
+    pairs, unexpected = pair_up([k for k in read.values() if isinstance(k, Factor)], weights, shapes, config)
+    full = [(table.slots[name], key) for key, name in read.items() if isinstance(name, str) and name in table.slots]
+    known = {key for _, *keys in pairs for key in keys} | {key for _, key in full} | set(unexpected)
+    unexpected += [key for key in read if key not in known]
+    taken = {slot.name for slot, _, _ in pairs}
+    missing = [
+        key
+        for slots in weights.values()
+        for slot in slots
+        if slot.name not in taken and _is_wanted(slot, config)
+        for key in factor_keys(slot)
+    ]
+    problems = [*_misshapen(pairs, full, shapes, config)]
+    problems += _listed("unexpected", unexpected, [PREFIX + name for name in table.slots])
+    problems += _listed("missing", [key for key in missing if key not in unexpected], ())
+    if problems:
+        raise ValueError(_text(where, problems, none_fit=not pairs and not full))
+    _check_ranks(pairs, shapes, config, where)
+    return pairs, full
+
+
+def _is_wanted(slot: Slot, config: Config) -> bool:
+    return config.targets_parameter(slot.name) if is_parameter_target(slot) else config.targets(slot.module)
+
+
+def _misshapen(pairs: Any, full: Any, shapes: Mapping[str, tuple[int, ...]], config: Config) -> list[str]:
+    lines = []
+    for slot, *keys in pairs:
+        got = tuple(shapes[key] for key in keys)
+        rank = _rank_of(slot, got[0])
+        if rank and got in [factors.torch_shapes(slot, rank, exchanged=e) for e in (False, True)]:
+            continue
+        expected = factors.torch_shapes(slot, rank or config.rank(parameter_key(slot)))
+        for key, have, want in zip(keys, got, expected, strict=True):
+            if have != want:
+                lines.append(f"  mis-shaped: {key} is {have}; {slot.path} {slot.shape} needs {want}")
+    for slot, key in full:
+        want = factors.full_shape(slot)
+        if shapes[key] != want:
+            lines.append(f"  mis-shaped: {key} is {shapes[key]}; {slot.path} {slot.shape} needs {want}")
+    return lines
+
+
+def _rank_of(slot: Slot, shape: tuple[int, ...]) -> int:
+    count = int(np.prod(factors.sizes(slot, "expert"))) if is_parameter_target(slot) else 1
+    return shape[0] // count if shape else 0
+
+
+def _listed(kind: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
+    lines = []
+    for key in keys[:10]:
+        near = nearest(key, known, 1) if known else []
+        lines.append(f"  {kind}: {key}" + (f" (nearest in the base: {near[0]})" if near else ""))
+    return [*lines, *([f"  {kind}: and {len(keys) - 10} more"] if len(keys) > 10 else [])]
+
+
+def _text(where: str, problems: list[str], none_fit: bool) -> str:
+    start = f"{where} does not fit the base:"
+    hint = "Is this the base the adapter was trained on, and does the name map fit it? print(name_map.table(params)) shows."
+    if none_fit:
+        start = f"{where} is an adapter for another architecture, or the name map is for another: no key fits the base."
+    return "\n".join([start, *problems, hint])
+
+
+def _check_ranks(pairs: Any, shapes: Mapping[str, tuple[int, ...]], config: Config, where: str) -> None:
+    wrong = []
+    for slot, a, _ in pairs:
+        rank, expected = _rank_of(slot, shapes[a]), config.rank(parameter_key(slot))
+        if rank != expected:
+            wrong.append(f"  {a} has rank {rank}, adapter_config.json says {expected} for {parameter_key(slot)}")
+    if wrong:
+        more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+        start = f"{where} and its adapter_config.json disagree about ranks, on which the scale depends:"
+        raise ValueError("\n".join([start, *wrong[:10], *more, "One of the two files is of another adapter."]))
+
+
+def _read_pair(file: safetensors.File, slot: Slot, key_a: str, key_b: str, config: Config, dtype: Any) -> Cell:
+    a, b = (tensor if dtype is None else tensor.astype(dtype) for tensor in map(file.read, (key_a, key_b)))
+    rank = _rank_of(slot, a.shape)
+    scale = config.scale(parameter_key(slot), rank)
+    return factors.cell_from_torch(slot, a, b, scale, exchanged=_is_exchanged(slot, a.shape, b.shape, rank, config))
+
+
+def _is_exchanged(slot: Slot, a: tuple[int, ...], b: tuple[int, ...], rank: int, config: Config) -> bool:
+    """Whether in and out are exchanged: by shape, and where that cannot tell by the PEFT that wrote it."""
+    straight, exchanged = (factors.torch_shapes(slot, rank, exchanged=e) for e in (False, True))
+    return config.exchanges_experts and slot.kind == "experts" if straight == exchanged else (a, b) == exchanged
+
+
+def _grouped(items: Sequence[Any]) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(item[0].path, []).append(item)
+    return groups
+
+
+def _adapter(leaf: Any, cells: Sequence[tuple[Slot, Cell]], config: Config) -> Adapter:
+    a, b, scale, axes = factors.assemble(cells, cells[0][1].a.dtype)
+    a, b = box_factors(leaf, axes, jnp.asarray(a), jnp.asarray(b))
+    return Adapter(a, b, scale, axes, float(config["lora_dropout"] or 0.0))
+
+
+def _full(leaf: Any, slots: Sequence[Slot], saved: Sequence[tuple[Slot, str]], file: safetensors.File) -> Any:
+    base = unbox(leaf)
+    if len(saved) < len(slots) and not hasattr(base, "__array__"):
+        raise ValueError(
+            f"{saved[0][0].path}: {file.path} holds {len(saved)} of its {len(slots)} entries, so the others must come "
+            "from the base; pass its arrays, not shapes."
+        )
+    value = np.array(base) if len(saved) < len(slots) else np.empty(base.shape, base.dtype)
+    for slot, key in saved:
+        value[factors.full_index(slot)] = factors.full_from_torch(slot, file.read(key)).astype(base.dtype)
+    return rebox(leaf, jnp.asarray(value))
+
+
+def _check_same(leaf: Any, saved: Sequence[tuple[Slot, str]], file: safetensors.File) -> None:
+    """PEFT saves the base beside the adapter of an embedding: it must be ours."""
+    base = unbox(leaf)
+    for slot, key in saved:
+        ours = np.asarray(base)[factors.full_index(slot)] if hasattr(base, "__array__") else None
+        theirs = factors.full_from_torch(slot, file.read(key))
+        if ours is not None and not np.allclose(
+            ours.astype(np.float32), theirs.astype(np.float32), atol=1e-6, rtol=1e-3
+        ):
+            raise ValueError(
+                f"{file.path}: {key} is the base weight that the adapter was trained on, and {slot.path} differs from "
+                "it. Put it into params first, or load the base that the adapter belongs to."
+            )

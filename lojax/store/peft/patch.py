@@ -1,0 +1,206 @@
+"""What a PEFT adapter does to torch weights by name, without a tree: for merging files."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lojax.adapt.targets import nearest
+from lojax.store import safetensors
+from lojax.store.peft.config import Config, read_config
+from lojax.store.peft.keys import Factor, read_key
+from lojax.store.peft.load import weights_file
+
+BLOCK = 1 << 24
+"""How many numbers of a weight are updated at once."""
+
+Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """A change of one torch tensor: ``w += scale * b @ a``, or its replacement.
+
+    Attributes:
+        a: ``[E, r, columns]``.
+        b: ``[E, rows, r]``.
+        scale: The factor.
+        value: The replacement, where it is one.
+    """
+
+    a: np.ndarray | None
+    b: np.ndarray | None
+    scale: float = 1.0
+    value: np.ndarray | None = None
+
+    def apply(self, tensor: np.ndarray) -> None:
+        """Changes ``tensor`` in place: block by block, float32 sums, one cast."""
+        if self.value is not None:
+            tensor[...] = self.value.astype(tensor.dtype)
+            return
+        assert self.a is not None and self.b is not None
+        experts, rows, _ = self.b.shape
+        flat = tensor.reshape(experts, rows, -1)
+        step = max(1, BLOCK // max(flat.shape[-1], 1))
+        wide = np.promote_types(tensor.dtype, np.float32) if tensor.dtype.kind == "f" else np.dtype(np.float32)
+        for e, start in itertools.product(range(experts), range(0, rows, step)):
+            at = (e, slice(start, start + step))
+            update = (self.scale * self.b[at].astype(wide)) @ self.a[e].astype(wide)
+            flat[at] = (flat[at].astype(wide) + update).astype(tensor.dtype)
+
+
+def patches(adapter: Path, base: Specs) -> dict[str, Patch]:
+    """The patch of each tensor of ``base`` that the adapter changes.
+
+    Args:
+        adapter: The directory of a PEFT adapter.
+        base: Dtype and shape of every tensor of the base.
+
+    Raises:
+        ValueError: Anything in the adapter has no place in the base; all of it is listed.
+    """
+    config = read_config(adapter)
+    file = safetensors.open_file(weights_file(adapter))
+    read = {key: read_key(key, str(file.path)) for key in file.entries}
+    factors = {(k.module, k.nested, k.side): k for k in read.values() if isinstance(k, Factor)}
+    full = {name: key for key, name in read.items() if isinstance(name, str)}
+    rename = _prefix({module for module, _, _ in factors} | {name.rpartition(".")[0] for name in full}, base)
+    problems = [f"  unexpected: {key}" for key, name in read.items() if name is None]
+    found: dict[str, Patch] = {}
+    levels: dict[str, list[int]] = {}
+    for module, nested, _ in factors:
+        levels.setdefault(module, [])
+        levels[module] += [nested] if nested not in levels[module] else []
+    work = _Work(file, config, base, factors)
+    work.vote(levels, rename)
+    for module, depths in levels.items():
+        problems += work.place(module, rename(module), sorted(depths, reverse=True), found)
+    for name, key in full.items():
+        target = rename(name)
+        shape = file.entries[key].shape
+        if target not in base or base[target][1] != shape:
+            problems.append(f"  {key} {shape} has no place" + (f": {target} is {base[target][1]}" if target in base else ""))
+        elif target not in found:
+            found[target] = Patch(None, None, value=file.read(key))
+    if problems:
+        raise ValueError("\n".join([f"{file.path} does not fit the base:", *problems[:20]]))
+    return found
+
+
+def _prefix(modules: set[str], base: Specs) -> Any:
+    """Torch names as the base has them: alike, or all under (or out of) one prefix, as ``bert.``."""
+    owners = {name.rpartition(".")[0] for name in base} | {name.rpartition(".")[0].rpartition(".")[0] for name in base}
+    if not modules or any(module in owners for module in modules):
+        return lambda name: name
+    first = min(modules, key=len)
+    tops = {first.partition(".")[0] + "."}
+    if all(module.startswith(tuple(tops)) for module in modules):
+        top = tops.pop()
+        if all(module.removeprefix(top) in owners for module in modules):
+            return lambda name: name.removeprefix(top)
+    added = {owner.removesuffix(first) for owner in owners if owner.endswith("." + first)}
+    fitting = [prefix for prefix in added if all(prefix + module in owners for module in modules)]
+    return (lambda name: fitting[0] + name) if len(fitting) == 1 else (lambda name: name)
+
+
+class _Work:
+    """The adapter file, and how its factors lie in the base's tensors."""
+
+    def __init__(self, file: safetensors.File, config: Config, base: Specs, factors: Mapping[Any, Factor]) -> None:
+        self.file, self.config, self.base, self.factors = file, config, base, factors
+        self.transposed = bool(config["fan_in_fan_out"])
+
+    def shapes(self, module: str, nested: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The shapes of A and B, or None where one is missing."""
+        pair = [self.factors.get((module, nested, side)) for side in "AB"]
+        if None in pair:
+            return None
+        a, b = (self.file.entries[key.key].shape for key in pair if key)
+        return a, b
+
+    def vote(self, levels: Mapping[str, list[int]], rename: Any) -> None:
+        """Decides how square weights lie: as the others do; only without others as the config says."""
+        votes = set()
+        for module in levels:
+            shapes, spec = self.shapes(module, 0), self.base.get(rename(module) + ".weight")
+            if shapes and spec and len(spec[1]) == len(shapes[0]) == 2 and spec[1][0] != spec[1][1]:
+                votes.add(spec[1] != (shapes[1][0], shapes[0][1]))
+        if len(votes) == 1:
+            self.transposed = votes.pop()
+
+    def place(self, module: str, target: str, depths: list[int], found: dict[str, Patch]) -> list[str]:
+        """Adds the patches of one module; returns what has no place."""
+        shapes = [self.shapes(module, depth) for depth in depths]
+        if None in shapes:
+            return [f"  {module} has only one of lora_A and lora_B"]
+        weight = f"{target}.weight"
+        if depths == [0] and weight in self.base:
+            return self.place_weight(module, weight, found)
+        names = [n for n in self.base if n.startswith(target + ".") and self.config.targets_parameter(n)]
+        fits = [o for o in itertools.permutations(names, len(depths)) if all(map(self.fits, o, shapes, [module] * len(o)))]
+        if len(fits) != 1:
+            near = nearest(weight, list(self.base), 1)
+            hint = f" (nearest in the base: {near[0]})" if near and not names else ""
+            why = "fits several parameters alike" if fits else "has no place"
+            return [f"  {module} {why}{hint}"]
+        for name, depth in zip(fits[0], depths, strict=True):
+            problem = self.place_experts(module, depth, name, found)
+            if problem:
+                return [problem]
+        return []
+
+    def tensors(self, module: str, nested: int) -> tuple[np.ndarray, np.ndarray]:
+        """A and B."""
+        a, b = (self.file.read(self.factors[module, nested, side].key) for side in "AB")
+        return a, b
+
+    def place_weight(self, module: str, name: str, found: dict[str, Patch]) -> list[str]:
+        """Linear, Conv1D, embedding and convolution."""
+        dtype, shape = self.base[name]
+        a, b = self.tensors(module, 0)
+        rank = a.shape[0]
+        if rank != self.config.rank(module):
+            return [f"  {module} has rank {rank}, adapter_config.json says {self.config.rank(module)}"]
+        if dtype.kind not in "fV":
+            return [f"  {name} is {dtype}: a quantized base cannot be merged into"]
+        straight = (b.shape[0], *a.shape[1:])
+        embedding = self.factors[module, 0, "A"].embedding
+        a, b = a.reshape(rank, -1), b.reshape(b.shape[0], -1)
+        scale = self.config.scale(module, rank)
+        turned = embedding or (len(shape) == 2 and straight[::-1] == shape and (straight != shape or self.transposed))
+        if b.shape[1] != rank or (straight[::-1] if turned else straight) != shape:
+            return [f"  {module}: lora_B @ lora_A is {straight}, {name} is {shape}"]
+        found[name] = Patch(b.T[None], a.T[None], scale) if turned else Patch(a[None], b[None], scale)
+        return []
+
+    def fits(self, name: str, shapes: Any, module: str) -> bool:
+        """Whether a pair of factors can belong to a parameter ``[E, d1, d2]`` or ``[d1, d2]``."""
+        shape = self.base[name][1]
+        experts = shape[0] if len(shape) == 3 else 1
+        rank = self.config.rank(name)
+        a, b = shapes
+        ends = (a[1], b[0])
+        return a[0] == experts * rank == b[1] and ends in (shape[-2:], shape[-2:][::-1]) and len(shape) in (2, 3)
+
+    def place_experts(self, module: str, nested: int, name: str, found: dict[str, Patch]) -> str:
+        """Parameters reached through ``target_parameters``."""
+        shape = self.base[name][1]
+        experts = shape[0] if len(shape) == 3 else 1
+        a, b = self.tensors(module, nested)
+        rank = self.config.rank(name)
+        if len(shape) == 3 and shape[1] == shape[2] and not self.config.exchanges_experts:
+            return f"  {name} is square {shape}: the files do not say whether it is [expert, out, in] or [expert, in, out]"
+        over_rows = (a.shape[1], b.shape[0]) == shape[-2:] and (shape[-2] != shape[-1] or len(shape) == 3)
+        a = a.reshape(experts, rank, -1)
+        b = b.reshape(-1, rank, experts).transpose(2, 0, 1)
+        scale = self.config.scale(name, rank)
+        pair = (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if over_rows else (a, b)
+        assert math.prod(pair[1].shape[:2]) * pair[0].shape[-1] == math.prod(shape)
+        found[name] = Patch(*pair, scale)
+        return ""

@@ -1,0 +1,215 @@
+"""The safetensors file format: eight bytes of length, a JSON header, and the raw bytes of the tensors.
+
+Everything the header claims is checked against the file before a byte of data is used, so a damaged or
+hostile file is an error and never a large allocation. Tensors are read one at a time, and written as a
+stream, so a model passes through in the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+MAX_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+    }.items()
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DIGEST = "lojax_sha256"
+"""The metadata key under which `write` may leave a digest of the data, which `open_file` checks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes ``start`` to ``stop`` of the file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """An open safetensors file: its header. Tensors are read when asked for."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor called ``name``, little-endian bytes in the machine's order."""
+        entry = self.entries[name]
+        count = math.prod(entry.shape)
+        data = np.fromfile(self.path, dtype=entry.dtype, count=count, offset=entry.start)
+        if data.size != count:
+            raise ValueError(f"{self.path}: the file ended inside tensor {name!r}; it was cut while being read.")
+        return data.reshape(entry.shape)
+
+
+def open_file(path: str | os.PathLike[str]) -> File:
+    """Reads and checks the header of a safetensors file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not safetensors, is cut short, or its header contradicts itself or the
+            file; or the data differs from the digest that `write` left.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise _damaged(path, f"its header claims {length:,} bytes of a file of {size:,}")
+        text = stream.read(length)
+    header = _parse(path, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its __metadata__ is no map of strings")
+    entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
+    _check_layout(path, entries, 8 + length, size)
+    if DIGEST in metadata and _digest_file(path, 8 + length) != metadata[DIGEST]:
+        raise _damaged(path, "its data differs from the digest stored with it: bytes were changed after it was written")
+    return File(path, entries, metadata)
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is not a whole safetensors file: {reason}. Fetch or save it again.")
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
+        if twice:
+            raise _damaged(path, f"its header holds {sorted(twice)[0]!r} twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return header
+
+
+def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
+    def is_sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
+        raise _damaged(path, f"tensor {name!r} lacks a dtype, shape or data_offsets")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"tensor {name!r} has shape {shape} and data_offsets {offsets}")
+    if fields["dtype"] not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"{path}: tensor {name!r} has dtype {fields['dtype']!r}; lojax reads {known}.")
+    dtype = DTYPES[fields["dtype"]]
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        got = f"shape {shape} of {fields['dtype']} in {offsets[1] - offsets[0]:,} bytes"
+        raise _damaged(path, f"tensor {name!r} claims {got}")
+    return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
+    end = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise _damaged(path, f"tensor {name!r} starts at byte {entry.start:,}, not at {end:,}")
+        end = entry.stop
+    if end != size:
+        raise _damaged(path, f"its tensors end at byte {end:,}, the file at {size:,}")
+
+
+def _digest_file(path: Path, start: int) -> str:
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    produce: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> None:
+    """Writes tensors one at a time, in the order of ``shapes``.
+
+    Args:
+        path: The file; it must not exist.
+        shapes: The dtype and shape of every tensor.
+        produce: Returns the tensor of a name; called once for each, in order.
+        metadata: Strings to keep in the header.
+        watch: Wraps the iteration, for a progress bar.
+
+    Raises:
+        FileExistsError: ``path`` exists.
+        ValueError: ``produce`` returned another dtype or shape than announced.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        if dtype not in NAMES:
+            raise ValueError(f"{name} has dtype {dtype}, which safetensors cannot hold.")
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in watch(shapes):
+            array = produce(name)
+            if (array.dtype, array.shape) != shapes[name]:
+                raise ValueError(f"{name} was announced as {shapes[name]}, and came as {array.dtype} {array.shape}.")
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes tensors that are at hand, with a digest of their bytes in the header's metadata."""
+    digest = hashlib.sha256()
+    for array in tensors.values():
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    write(path, shapes, tensors.__getitem__, metadata={**metadata, DIGEST: digest.hexdigest()})

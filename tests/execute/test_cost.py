@@ -1,0 +1,270 @@
+"""What an adapted net costs, by XLA's own analysis and by the jaxpr: no clocks, so no noise.
+
+T tokens, m in, n out, rank r. The floor is the frozen net with its input gradient, 4Tmn; the low-rank
+products add 6Tr(m + n); forming the weight costs 6Tmn and three weight-sized arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import lojax
+from tests.helpers import equations
+
+MIB = 2**20
+
+
+def shape(*lengths: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(lengths, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What XLA says of a compiled program; ``temporaries`` in bytes."""
+
+    flops: float
+    temporaries: int
+
+
+def cost(f: Callable[..., Any], *args: Any) -> Cost:
+    compiled = jax.jit(f).lower(*args).compile()
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    assert analysis is not None and analysis["flops"] > 0, "XLA gave no analysis"
+    return Cost(analysis["flops"], memory.temp_size_in_bytes)
+
+
+def adapted(f: Callable[..., Any], params: Any, *inputs: Any, rank: int) -> tuple[Any, Any, Callable[..., Any]]:
+    """``(frozen, lora, apply)`` by shapes alone, every use factored or an error."""
+    model = lojax.wrap(f, "**", rank=rank, alpha=2 * rank, strict=True)
+    frozen, lora = jax.eval_shape(model.init, jax.random.key(0), params, *inputs)
+    return frozen, lora, model.apply
+
+
+def loss(y: Any) -> Any:
+    return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(y))
+
+
+# --- one dense layer, compiled ---
+
+
+def dense(params: Any, x: Any) -> Any:
+    return x @ params["kernel"]
+
+
+def dense_cost(tokens: int, m: int, n: int, rank: int, *, apply: Callable[..., Any] | None = None) -> Cost:
+    """The gradient of a dense layer with respect to A, B and x; ``apply`` in place of lojax's."""
+    params, x = {"kernel": shape(m, n)}, shape(tokens, m)
+    frozen, lora, lojax_apply = adapted(dense, params, x, rank=rank)
+    run = apply or lojax_apply
+    return cost(jax.grad(lambda lora, x, frozen: loss(run(frozen, lora, x)), argnums=(0, 1)), lora, x, frozen)
+
+
+def literal(frozen: Any, lora: Any, x: Any) -> Any:
+    """``W0 + s * A B`` as the papers write it."""
+    adapter = lora["kernel"]
+    return x @ (lax.stop_gradient(frozen["kernel"]) + adapter.scale * adapter.a @ adapter.b)
+
+
+LAYERS = [(4096, 2048, 2048, 16), (1024, 768, 3072, 8), (512, 1024, 256, 64), (4096, 512, 1536, 4)]
+
+
+@pytest.mark.parametrize(("tokens", "m", "n", "rank"), LAYERS)
+def test_a_dense_layer_costs_the_floor_and_the_low_rank_products(tokens: int, m: int, n: int, rank: int) -> None:
+    bound = 4 * tokens * m * n + 6 * tokens * rank * (m + n)
+    assert dense_cost(tokens, m, n, rank).flops <= 1.02 * bound
+
+
+def test_literal_weights_cost_nearly_half_as_much_again() -> None:
+    """The contrast: XLA does not find the factored form by itself, so the bound above can fail."""
+    factored, formed = (dense_cost(4096, 2048, 2048, 16, apply=apply) for apply in (None, literal))
+    assert formed.flops >= 1.4 * factored.flops
+    assert formed.temporaries >= 1.4 * factored.temporaries
+
+
+def test_a_dense_layer_keeps_one_temporary_of_the_size_of_its_output() -> None:
+    output = 4096 * 2048 * 4
+    assert dense_cost(4096, 2048, 2048, 16).temporaries <= 33 * MIB == output + MIB
+
+
+def test_differentiating_the_combined_tree_has_no_weight_sized_product() -> None:
+    """A trainer that differentiates ``(frozen, lora)`` gets zeros for ``frozen``, at no cost in products."""
+    tokens, m, n, rank = 1024, 512, 768, 8
+    params, x = {"kernel": shape(m, n)}, shape(tokens, m)
+    frozen, lora, apply = adapted(dense, params, x, rank=rank)
+
+    def combined(tree: Any, x: Any) -> Any:
+        return loss(apply(tree["frozen"], tree["lora"], x))
+
+    gradient = jax.grad(combined, argnums=(0, 1))
+    tree = {"frozen": frozen, "lora": lora}
+    assert (m, n) not in products(gradient, tree, x)
+    assert cost(gradient, tree, x).flops <= 1.02 * (4 * tokens * m * n + 6 * tokens * rank * (m + n))
+    assert (m, n) in products(jax.grad(lambda p, x: loss(dense(p, x))), params, x), "the net itself forms dW"
+
+
+def products(f: Callable[..., Any], *args: Any) -> set[tuple[int, ...]]:
+    """The shapes of the results of every `dot_general`, each sorted."""
+    found = equations(jax.make_jaxpr(f)(*args))
+    return {tuple(sorted(eqn.outvars[0].aval.shape)) for eqn in found if eqn.primitive.name == "dot_general"}
+
+
+# --- layers under scan, compiled ---
+
+
+def scanned(params: Any, x: Any, *, remat: bool = False) -> Any:
+    def body(c: Any, w: Any) -> Any:
+        return jnp.tanh(c @ w["up"]) @ w["down"], None
+
+    return lax.scan(jax.checkpoint(body) if remat else body, x, params)[0]
+
+
+def slope(program: Callable[..., Any], tokens: int, d: int, h: int, rank: int, net: Callable[..., Any]) -> float:
+    """Bytes of temporaries for each further layer; ``program(apply, frozen, lora, x)`` is differentiated."""
+
+    def temporaries(layers: int) -> int:
+        params, x = {"up": shape(layers, d, h), "down": shape(layers, h, d)}, shape(tokens, d)
+        frozen, lora, apply = adapted(net, params, x, rank=rank)
+        gradient = jax.grad(lambda lora, x, frozen: loss(program(apply, frozen, lora, x)), (0, 1))
+        return cost(gradient, lora, x, frozen).temporaries
+
+    return (temporaries(16) - temporaries(2)) / 14
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
+def test_under_scan_temporaries_do_not_grow_with_the_weights(remat: bool) -> None:
+    """A layer keeps what the frozen one keeps, the inputs of its weights (for dA), and T·r numbers for each."""
+    tokens, d, h, rank = 64, 512, 1024, 4
+    net = functools.partial(scanned, remat=remat)
+    layer = functools.partial(slope, tokens=tokens, d=d, h=h, rank=rank, net=net)
+    alone = layer(lambda apply, frozen, lora, x: net(frozen, x))
+    added = layer(lambda apply, frozen, lora, x: apply(frozen, lora, x)) - alone
+    kept = 0 if remat else 4 * tokens * (d + h + 2 * rank)
+    assert added <= kept + 4096 < 0.2 * (d * h * 4)
+
+
+def test_merging_outside_the_loop_keeps_every_weight() -> None:
+    """The contrast to the bound above."""
+    merged = slope(lambda apply, frozen, lora, x: scanned(lojax.merge(frozen, lora), x), 64, 512, 1024, 4, scanned)
+    assert merged >= 2 * 512 * 1024 * 4
+
+
+# --- every kind of use, by its jaxpr ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A function of params whose weights are all larger than any activation."""
+
+    f: Callable[..., Any]
+    params: dict[str, jax.ShapeDtypeStruct]
+    x: jax.ShapeDtypeStruct
+
+
+def attention(p: Any, x: Any) -> Any:
+    q, k, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in "qkv")
+    scores = jax.nn.softmax(jnp.einsum("shk,thk->hst", q, k))
+    return jnp.einsum("hst,thk,hkd->sd", scores, v, p["o"])
+
+
+def tied(p: Any, i: Any) -> Any:
+    return jnp.tanh(p["table"][i]) @ p["table"].T
+
+
+def conv(p: Any, x: Any) -> Any:
+    return lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def fused_qkv(p: Any, x: Any) -> Any:
+    return [x @ w for w in jnp.split(p["kernel"], 3, axis=-1)]
+
+
+def experts(p: Any, x: Any) -> Any:
+    return lax.ragged_dot(x, p["kernel"], jnp.array([3, 1, 2, 0], jnp.int32))
+
+
+HEADS = {**dict.fromkeys("qkv", shape(48, 4, 12)), "o": shape(4, 12, 48)}
+STACK = {"up": shape(3, 48, 64), "down": shape(3, 64, 48)}
+NETS = {
+    "dense": Net(dense, {"kernel": shape(48, 40)}, shape(6, 48)),
+    "dense transposed": Net(lambda p, x: x @ p["kernel"].T, {"kernel": shape(40, 48)}, shape(6, 48)),
+    "dense cast": Net(
+        lambda p, x: x @ p["kernel"].astype(x.dtype), {"kernel": shape(48, 40)}, shape(6, 48, dtype=jnp.bfloat16)
+    ),
+    "heads": Net(attention, HEADS, shape(6, 48)),
+    "embedding": Net(lambda p, i: p["table"][i], {"table": shape(96, 48)}, shape(6, dtype=jnp.int32)),
+    "tied embedding": Net(tied, {"table": shape(96, 48)}, shape(6, dtype=jnp.int32)),
+    "fused qkv": Net(fused_qkv, {"kernel": shape(48, 144)}, shape(6, 48)),
+    "conv": Net(conv, {"kernel": shape(3, 3, 32, 40)}, shape(1, 6, 6, 32)),
+    "experts": Net(experts, {"kernel": shape(4, 48, 40)}, shape(6, 48)),
+    "scan": Net(scanned, STACK, shape(6, 48)),
+    "remat": Net(lambda p, x: jax.checkpoint(dense)(p, x), {"kernel": shape(48, 40)}, shape(6, 48)),
+    "scan of remat": Net(functools.partial(scanned, remat=True), STACK, shape(6, 48)),
+    "jit": Net(lambda p, x: jax.jit(dense)(p, x), {"kernel": shape(48, 40)}, shape(6, 48)),
+}
+nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
+
+CALLS = {"scan", "while", "cond", "jit", "pjit", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
+FREE = {"stop_gradient", "optimization_barrier"}  # marks, which make no array
+
+
+def weight_sized(f: Callable[..., Any], least: int, *args: Any) -> Counter[str]:
+    """How often each primitive gives a result of at least ``least`` numbers; calls count by what is inside."""
+    return Counter(
+        eqn.primitive.name
+        for eqn in equations(jax.make_jaxpr(f)(*args))
+        if eqn.primitive.name not in CALLS | FREE
+        for var in eqn.outvars
+        if math.prod(getattr(var.aval, "shape", ())) >= least
+    )
+
+
+def gradients(net: Net, rank: int = 2) -> tuple[int, Any, Any, Any]:
+    """``(size, frozen, adapted, formed)``: the smallest single weight and value_and_grad of three programs."""
+    frozen, lora, apply = adapted(net.f, net.params, net.x, rank=rank)
+    floats = jnp.issubdtype(net.x.dtype, jnp.floating)
+    layers = 3 if net.params is STACK else 4 if net.f is experts else 1
+    least = min(math.prod(w.shape) for w in net.params.values()) // layers
+
+    def alone(frozen: Any, lora: Any, x: Any) -> Any:
+        f = jax.value_and_grad(lambda x: loss(net.f(frozen, x))) if floats else lambda x: loss(net.f(frozen, x))
+        return f(x)
+
+    def with_lora(frozen: Any, lora: Any, x: Any) -> Any:
+        return jax.value_and_grad(lambda t, x: loss(apply(frozen, t, x)), (0, 1) if floats else 0)(lora, x)
+
+    def formed(frozen: Any, lora: Any, x: Any) -> Any:
+        return jax.value_and_grad(lambda t: loss(net.f(lojax.merge(frozen, t), x)))(lora)
+
+    return least, *(functools.partial(weight_sized, f, least, frozen, lora, net.x) for f in (alone, with_lora, formed))
+
+
+@nets
+def test_no_weight_sized_array_that_the_frozen_net_lacks(net: Net) -> None:
+    _, frozen, with_lora, formed = gradients(net)
+    assert with_lora() - frozen() == Counter()
+    assert formed() - frozen() != Counter(), "forming the weight must show, or this test sees nothing"
+
+
+@pytest.mark.parametrize("net", [NETS["heads"], NETS["conv"]], ids=["heads", "conv"])
+def test_weights_with_several_axes_are_not_transposed(net: Net) -> None:
+    """A and B of a ``[D, H, K]`` kernel meet the activation as they lie: no array of their size is moved."""
+    frozen, lora, apply = adapted(net.f, net.params, net.x, rank=2)
+
+    def transposes(f: Callable[..., Any], *args: Any) -> int:
+        return sum(
+            eqn.primitive.name == "transpose" and len(eqn.invars[0].aval.shape) > 1
+            for eqn in equations(jax.make_jaxpr(f)(*args))
+        )
+
+    alone = transposes(lambda frozen, x: loss(net.f(frozen, x)), frozen, net.x)
+    assert transposes(lambda frozen, lora, x: loss(apply(frozen, lora, x)), frozen, lora, net.x) == alone
