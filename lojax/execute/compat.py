@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """``(jaxpr, constants)`` of an open or a closed jaxpr. JAX 0.12 made the two one type."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def without_dead(closed: Any) -> Any:
+    """``closed`` without the equations, inside bodies too, whose results nothing reads."""
+    jaxpr, _ = opened(closed)
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return live if closed is jaxpr else closed.replace(jaxpr=live)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

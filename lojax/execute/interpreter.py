@@ -18,7 +18,8 @@ from jax.extend.core import Literal
 
 from lojax.execute import products
 from lojax.execute.compat import opened
-from lojax.execute.lowrank import LowRank, NotFactored
+from lojax.execute.lowrank import SIDE_BY_SIDE, LowRank, NotFactored
+from lojax.execute.named import RANK
 from lojax.execute.products import Product
 from lojax.execute.uses import MaterializedError, Use
 
@@ -106,17 +107,26 @@ class Interpreter:
             use = Use(value.path, name, "materialized", reason=reason)
             if self.strict:
                 raise MaterializedError(dataclasses.replace(use, where=_where(eqn)), value.shape)
-            if self.uses is not None:
-                extra = 2 * value.w.size * value.factors[0].size("rank")
-                self.uses.append(dataclasses.replace(use, where=_where(eqn), extra_flops=extra))
+            self._note(use, eqn, value)
         return value.dense()
 
     def record(self, value: LowRank, eqn: Any, product: Product) -> Any:
         """The value of a factored ``product``, noted as a use of ``value``."""
-        if self.uses is not None and not value.probe:
-            name = eqn.primitive.name
-            self.uses.append(Use(value.path, name, "factored", product.flops, product.extra_flops, where=_where(eqn)))
+        if not value.probe:
+            use = Use(value.path, eqn.primitive.name, "factored", product.flops, product.extra_flops)
+            self._note(use, eqn, value)
         return product.value
+
+    def _note(self, use: Use, eqn: Any, value: LowRank) -> None:
+        """Adds ``use`` to the record, shared out among the weights that make up ``value``."""
+        if self.uses is None:
+            return
+        if use.how == "materialized":
+            rank = sum(x.size(RANK) for x in value.factors[::2])
+            use = dataclasses.replace(use, extra_flops=2 * value.w.size * rank)
+        paths, where = value.path.split(SIDE_BY_SIDE), _where(eqn)
+        share = {"flops": use.flops // len(paths), "extra_flops": use.extra_flops // len(paths)}
+        self.uses += [dataclasses.replace(use, path=path, where=where, **share) for path in paths]
 
     @contextmanager
     def repeated(self, trips: int) -> Iterator[None]:

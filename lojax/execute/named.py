@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 RANK = "rank"
 """The name of the axis that the two factors of an update share."""
@@ -62,7 +63,9 @@ def sizes(*arrays: Named) -> dict[Name, int]:
     return {d: x.array.shape[i] for x in arrays for i, d in enumerate(x.dims)}
 
 
-def multiply(x: Named, y: Named, out: Sequence[Name], *, precision: Any = None, dtype: Any = None) -> Named:
+def multiply(
+    x: Named, y: Named, out: Sequence[Name], *, precision: Any = None, dtype: Any = None, like: Any = None
+) -> Named:
     """The product of ``x`` and ``y`` summed over every shared axis that is not in ``out``.
 
     An einsum by name, as one `dot_general`: a transpose is added only where ``out`` asks for an order
@@ -74,10 +77,12 @@ def multiply(x: Named, y: Named, out: Sequence[Name], *, precision: Any = None, 
         out: The names of the result, in order. Axes of only one operand must be among them.
         precision: As in `jax.lax.dot_general`, for ``(x, y)``.
         dtype: The dtype in which the sums are accumulated and returned.
+        like: An array with axes ``out`` whose sharding the result takes on a mesh of explicit axes.
     """
     shared = [d for d in x.dims if d in y.dims]
     batch = [d for d in shared if d in out]
     summed = [d for d in shared if d not in out]
+    free = [d for z in (x, y) for d in z.dims if d not in shared]
     result = lax.dot_general(
         x.array,
         y.array,
@@ -87,10 +92,29 @@ def multiply(x: Named, y: Named, out: Sequence[Name], *, precision: Any = None, 
         ),
         precision=precision,
         preferred_element_type=dtype,
+        out_sharding=_explicit_sharding(x, y, (*batch, *free), out, like),
     )
-    free_x = [d for d in x.dims if d not in shared]
-    free_y = [d for d in y.dims if d not in shared]
-    return Named(result, (*batch, *free_x, *free_y)).ordered(out)
+    return Named(result, (*batch, *free)).ordered(out)
+
+
+def _explicit_sharding(x: Named, y: Named, dims: Sequence[Name], out: Sequence[Name], like: Any) -> Any:
+    """On a mesh of explicit axes, the sharding of a product: each axis lies as in the operand that has it."""
+    shardings = [jax.typeof(z.array).sharding for z in (x, y)]
+    mesh = next((s.mesh for s in shardings if not s.mesh.empty), None)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return None
+    entries: dict[Name, Any] = {}
+    for z, sharding in zip((y, x), shardings[::-1], strict=True):
+        entries |= {d: e for d, e in zip(z.dims, sharding.spec, strict=True) if e is not None or d not in entries}
+    if like is not None:
+        entries |= dict(zip(out, jax.typeof(like).sharding.spec, strict=True))
+    used: set[str] = set()
+    spec = []
+    for d in dims:
+        names = entries[d] if isinstance(entries[d], tuple) else (entries[d],)
+        spec.append(None if used & {*names} else entries[d])
+        used |= {n for n in names if n is not None}
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def multiply_flops(x: Named, y: Named) -> int:

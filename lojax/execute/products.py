@@ -40,7 +40,7 @@ def compute_dtype(x: Any, accumulated: Any) -> Any:
 
 
 def apply_factors(
-    x: Named, value: LowRank, out: Sequence[Name], *, precision: Any = None, dtype: Any = None
+    x: Named, value: LowRank, out: Sequence[Name], *, precision: Any = None, dtype: Any = None, like: Any = None
 ) -> tuple[Named, int]:
     """``scale * (x . first) . second`` summed over the axes of ``x`` that are not in ``out``.
 
@@ -59,12 +59,16 @@ def apply_factors(
     first, second = value.factors if weight[0] >= weight[1] else value.factors[::-1]
     gone = alone(0 if weight[0] >= weight[1] else 1)
     kind = compute_dtype(x.array, dtype)
-    x, first, second = cast(_dropped_out(x, value), kind), cast(first, kind), cast(second, kind)
+    x, first = cast(_dropped_out(x, value), kind), cast(first, kind)
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
     inner = multiply(x, first, middle, precision=precision, dtype=dtype)
     flops = multiply_flops(x, first)
-    inner = cast(Named(rescaled(inner.array, value.scale), inner.dims), kind)
-    outer = multiply(inner, second, out, precision=precision, dtype=dtype)
+    if second.array.size <= inner.array.size:  # the scale goes where it touches the fewest numbers
+        second = Named(rescaled(second.array, value.scale), second.dims)
+    else:
+        inner = Named(rescaled(inner.array, value.scale), inner.dims)
+    inner, second = cast(inner, kind), cast(second, kind)
+    outer = multiply(inner, second, out, precision=precision, dtype=dtype, like=like)
     return outer, flops + multiply_flops(inner, second)
 
 
@@ -119,8 +123,8 @@ def dot(
     if weight_on_left and isinstance(precision, tuple):
         precision = precision[::-1]
     named = Named(x, tuple(dims))
-    updates = [apply_factors(named, term, out, precision=precision, dtype=dtype) for term in value.terms()]
     y = base(value.w)
+    updates = [apply_factors(named, term, out, precision=precision, dtype=dtype, like=y) for term in value.terms()]
     for update, _ in updates:
         y = y + update.array.astype(y.dtype)
     flops = multiply_flops(named, Named(value.w, tuple(range(value.w.ndim))))

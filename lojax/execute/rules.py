@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lojax.execute import lowrank
 from lojax.execute.interpreter import Interpreter, bind, rule
 from lojax.execute.lowrank import LowRank, NotFactored
+from lojax.execute.named import RANK, Named
 
 # --- products ---
 
@@ -156,6 +160,38 @@ def _split(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     return parts
 
 
+@rule("concatenate")
+def _concatenate(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    w = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in operands])[0]
+    return lowrank.concatenate(operands, w, eqn.params["dimension"])
+
+
+@rule("stack")
+def _stack(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    axis = eqn.params["axis"]
+    w = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in operands])[0]
+
+    def with_unit(v: Any) -> Any:
+        if not isinstance(v, LowRank):
+            return jnp.expand_dims(v, axis)
+        return lowrank.broadcast(v, jnp.expand_dims(v.w, axis), [d + (d >= axis) for d in range(v.w.ndim)])
+
+    return lowrank.concatenate([with_unit(v) for v in operands], w, axis)
+
+
+@rule("unstack")
+def _unstack(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, axis = operands[0], eqn.params["axis"]
+
+    def entry(i: int) -> LowRank:
+        def along(array: Any, axes: tuple[int, ...]) -> Any:
+            return lax.slice_in_dim(array, i, i + 1, axis=axes.index(axis)) if axis in axes else array
+
+        return lowrank.squeeze(lowrank.cut(value, lax.slice_in_dim(value.w, i, i + 1, axis=axis), along), [axis])
+
+    return [entry(i) for i in range(value.shape[axis])]
+
+
 @rule("convert_element_type")
 def _convert(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
@@ -211,7 +247,28 @@ def _on_every_array(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     return operands[0].mapped(lambda x: bind(eqn, [x])[0])
 
 
-@rule("sharding_constraint", "name", "device_put", "mesh_cast", "reshard", "layout_constraint")
+@rule("sharding_constraint", "reshard", "mesh_cast")
+def _placed(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    """Every factor lies as the axes of the weight do that it holds; the rank is whole."""
+    value, w = operands[0], bind(eqn, [operands[0].w])[0]
+    sharding = eqn.params["sharding" if "sharding" in eqn.params else "dst_sharding"]
+    if value.probe or not isinstance(sharding, NamedSharding):
+        return value.with_w(w)
+    place = lax.with_sharding_constraint if eqn.primitive.name == "sharding_constraint" else jax.sharding.reshard
+    unconstrained = eqn.params.get("unconstrained_dims") or ()
+    along = [*sharding.spec, *[None] * (value.w.ndim - len(sharding.spec))]
+
+    def entry(d: Any) -> Any:
+        return None if d == RANK else PartitionSpec.UNCONSTRAINED if d in unconstrained else along[d]
+
+    def follow(x: Named) -> Named:
+        spec = PartitionSpec(*(entry(d) for d in x.dims))
+        return Named(place(x.array, NamedSharding(sharding.mesh, spec)), x.dims)
+
+    return dataclasses.replace(value, w=w, factors=tuple(follow(x) for x in value.factors))
+
+
+@rule("name", "device_put", "layout_constraint")
 def _on_the_weight(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     if len(operands) != 1:
         raise NotFactored(f"{eqn.primitive.name} of several arrays")

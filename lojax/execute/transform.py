@@ -17,6 +17,7 @@ from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.initializers import key_for
 from lojax.adapt.paths import map_paths, path_of
 from lojax.adapt.tree import check_pair
+from lojax.execute.compat import without_dead
 from lojax.execute.interpreter import Interpreter
 from lojax.execute.lowrank import LowRank, from_adapter
 from lojax.execute.uses import Use
@@ -111,7 +112,7 @@ def evaluate(f: Callable[..., Any], interp: Interpreter, params: Any, args: Any,
         found, out_tree = jax.tree_util.tree_flatten_with_path(outputs)
         return [_checked_output(keys, leaf) for keys, leaf in found]
 
-    outputs = interp.run(jax.make_jaxpr(flat)(*avals), values)
+    outputs = interp.run(without_dead(jax.make_jaxpr(flat)(*avals)), values)
     outputs = [interp.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)
 

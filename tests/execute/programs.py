@@ -210,6 +210,27 @@ PROGRAMS: dict[str, Program] = {
     "layer_unstacked": Program(
         lambda p, x: [x := jnp.tanh(x @ w) for w in p["w"]][-1], {"w": (3, 8, 8)}, (X,), "sio", uses=3
     ),
+    "concatenated_out": Program(
+        lambda p, x: x @ jnp.concatenate([p["w"], jnp.ones((8, 3)), 2 * p["v"]], 1),
+        {"w": (8, 6), "v": (8, 4)},
+        (X,),
+        "io",
+        uses=2,
+    ),
+    "concatenated_in": Program(
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"], jnp.ones((2, 6))]),
+        {"w": (4, 6), "v": (2, 6)},
+        (X,),
+        "io",
+        uses=2,
+    ),
+    "stacked_layers": Program(
+        lambda p, x: _scan(lambda c, w: jnp.tanh(c @ w), x, jnp.stack([p["w"], p["v"]])),
+        {"w": (8, 8), "v": (8, 8)},
+        (X,),
+        "io",
+        uses=2,
+    ),
     # structure
     "jit": Program(lambda p, x: jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x), {"w": (8, 8)}, (X,), "io"),
     "jit_returns_weight": Program(lambda p, x: x @ jax.jit(lambda w: w.T * 2)(p["w"]), {"w": (6, 8)}, (X,), "oi"),
@@ -309,6 +330,7 @@ PROGRAMS: dict[str, Program] = {
         "io",
         uses=2,
     ),
+    "dead_code": Program(lambda p, x: (x @ p["w"], jnp.sin(p["w"]))[0], {"w": (8, 6)}, (X,), "io"),
     # no factored form
     "unused": Program(lambda p, x: x, {"w": (8, 6)}, (X,), "io", uses=0),
     "inverse": Program(
