@@ -1,8 +1,8 @@
 """The table, third part: functions that bring their own derivative (`custom_jvp`, `custom_vjp`).
 
 The user's rule is honoured, with the low-rank value going through it: the program that `jax.jvp` or
-`jax.vjp` makes of the function is itself evaluated by the interpreter. A tangent of ``w + s a b`` is
-``dw + s (da b + a db)``, a sum of two updates. A cotangent of the whole weight, which only
+`jax.vjp` makes of the function is itself evaluated by the interpreter. A tangent of ``w + a b`` is
+``dw + da b + a db``, a sum of two updates. A cotangent of the whole weight, which only
 the user's rule of a `custom_vjp` can ask for, is pulled back to ``a`` and ``b`` at the end.
 """
 
@@ -67,7 +67,7 @@ def _custom_jvp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 
 
 def _tangent(value: Any, dot: Any) -> Any:
-    """``dw + scale * (da b + a db)``: a sum of two updates, each linear in the tangents."""
+    """``dw + da b + a db``: a sum of two updates, each linear in the tangents."""
     if not isinstance(value, LowRank):
         return dot
     factors = []

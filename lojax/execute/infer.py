@@ -136,7 +136,7 @@ def infer_axes(
 
 def _probe(path: str, w: Any) -> LowRank:
     factors = tuple(Named(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
-    return LowRank(w, factors, None, 1.0, 0.0, path, probe=True)
+    return LowRank(w, factors, None, 0.0, path, probe=True)
 
 
 def _agreed(sights: Sequence[Sight]) -> Axes:

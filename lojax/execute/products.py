@@ -1,8 +1,8 @@
 """What an adapted weight is for: products with an activation, computed without forming the update.
 
-Each function returns the product with ``w + scale * a b`` as ``x@w + scale * (x@a)@b``, the scale on
-the side of the rank, where it touches the fewest numbers. `NotFactored` is raised, with the reason,
-where no cheap factored form exists. Pure maths: no jaxprs here.
+Each function returns the product with ``w + a b`` as ``x@w + (x@a)@b`` (the scale is in ``b``, see
+`lowrank.from_adapter`). `NotFactored` is raised, with the reason, where no cheap factored form exists.
+Pure maths: no jaxprs here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def compute_dtype(x: Any, accumulated: Any) -> Any:
 def apply_factors(
     x: Named, value: LowRank, out: Sequence[Name], *, precision: Any = None, dtype: Any = None, like: Any = None
 ) -> tuple[Named, int]:
-    """``scale * (x . first) . second`` summed over the axes of ``x`` that are not in ``out``.
+    """``(x . first) . second`` summed over the axes of ``x`` that are not in ``out``.
 
     The first factor is the one that sums away the most. Returns the update of the product, axes in the
     order ``out``, and its floating-point operations.
@@ -63,18 +63,9 @@ def apply_factors(
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
     inner = multiply(x, first, middle, precision=precision, dtype=dtype)
     flops = multiply_flops(x, first)
-    if second.array.size <= inner.array.size:  # the scale goes where it touches the fewest numbers
-        second = Named(rescaled(second.array, value.scale), second.dims)
-    else:
-        inner = Named(rescaled(inner.array, value.scale), inner.dims)
     inner, second = cast(inner, kind), cast(second, kind)
     outer = multiply(inner, second, out, precision=precision, dtype=dtype, like=like)
     return outer, flops + multiply_flops(inner, second)
-
-
-def rescaled(x: Any, scale: float) -> Any:
-    """``x * scale`` in the dtype of ``x``, and ``x`` itself for a scale of one."""
-    return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
 def _dropped_out(x: Named, value: LowRank) -> Named:
@@ -162,7 +153,6 @@ def gather(
     y, flops = base, 0
     for term in found.terms():
         a, b = (cast(x, base.dtype) for x in complete(term).factors)
-        a = Named(rescaled(a.array, value.scale), a.dims)
         y = y + multiply(a, b, range(base.ndim)).array
         flops += multiply_flops(a, b)
     return Product(y, 0, flops)
@@ -272,11 +262,11 @@ def conv(
         feature_group_count=groups,
         **shared,
     )
-    middle_kind = rescaled(middle, value.scale).astype(kind)
+    middle = middle.astype(kind)
     point = cast(outer, kind).ordered([out_axis if d == out_axis else RANK for d in sorted((in_axis, out_axis))])
     ones = jnp.expand_dims(point.array, tuple(window))
     update = lax.conv_general_dilated(
-        middle_kind,
+        middle,
         ones,
         [1] * len(window),
         [(0, 0)] * len(window),
@@ -338,7 +328,7 @@ def ragged_dot(
 
     dropped = _dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
     middle = product(dropped, first, x_sum, [*w_sum, RANK], ragged)
-    middle = rescaled(middle, value.scale).astype(kind)
+    middle = middle.astype(kind)
     moved = ragged - sum(d < ragged for d in x_sum)
     update = product(middle, second, [middle.ndim - 1], [RANK, *free], moved)
     rows, rank = x.size // math.prod(x.shape[d] for d in x_sum), first.size(RANK)

@@ -9,7 +9,7 @@ from typing import Any
 from lojax.adapt.adapter import is_adapter
 from lojax.adapt.boxes import unbox
 from lojax.adapt.tree import check_pair
-from lojax.report.table import table
+from lojax.table import table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lojax.adapt.axes import Axes
 from lojax.adapt.boxes import unbox
 from lojax.adapt.tree import check_pair
 from lojax.execute.uses import Use
-from lojax.report.table import table
+from lojax.table import table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,10 +45,13 @@ def test_a_product_forms_no_weight_and_transposes_nothing() -> None:
     assert names.count("dot_general") == 3 and "transpose" not in names
 
 
-def test_scale_is_on_the_rank_side() -> None:
-    model, frozen, lora = wrapped(lambda p, x: x @ p["w"], {"w": (8, 6)}, X, alpha=3)
-    (product,) = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name == "mul"]
-    assert product.outvars[0].aval.shape == (5, 2)
+def test_scale_touches_b_alone_and_stays_out_of_loops() -> None:
+    def f(p, x):
+        return lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]
+
+    model, frozen, lora = wrapped(f, {"w": (3, 8, 8)}, X, alpha=3)
+    (scaling,) = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name == "mul"]
+    assert scaling.outvars[0].aval.shape == (3, 2, 8)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -1,0 +1,189 @@
+"""The walls of the house: who may import whom, how long things may be, and what must be documented."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import graphlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lojax
+
+ROOT = Path(lojax.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {
+    ".".join(("lojax", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file for file in FILES
+}
+TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
+
+FOUNDATION = {"adapt", "execute"}
+MAY_IMPORT = {
+    "adapt": set(),
+    "execute": {"adapt"},
+    "nets": FOUNDATION,
+    "train": FOUNDATION,
+    "deploy": FOUNDATION,
+    "store": FOUNDATION,
+    "report": FOUNDATION | {"table"},
+    "scale": FOUNDATION | {"table", "wrap"},  # a plan compiles the step of a whole wrapped net
+    "table": set(),
+}
+"""The parts of the package that each part may know."""
+
+FRONT = {"__init__", "__main__", "cli", "peft", "wrap"}
+"""The front doors: they may know all, and no other part may know them."""
+
+OPTIONAL = {"equinox", "haiku", "transformers", "torch", "safetensors", "tokenizers", "peft", "matplotlib", "tqdm"}
+
+
+def imports(node: ast.AST, package: str) -> set[str]:
+    """The absolute names of all modules imported anywhere under ``node``, also inside functions."""
+    found = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            base = package.split(".")[: -child.level + 1 or None] if child.level else []
+            module = ".".join([*base, *([child.module] if child.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in child.names}
+    return found
+
+
+def at_import_time(tree: ast.Module) -> list[ast.stmt]:
+    """The statements that run when the module is imported: all but function bodies and type-checking blocks."""
+    kept, stack = [], list(tree.body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef, ast.For, ast.While)):
+            stack += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+        else:
+            kept.append(node)
+    return kept
+
+
+def part_of(module: str) -> str:
+    """``adapt`` of ``lojax.adapt.tree``; the name of the module itself for one at the top."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def lojax_modules(names: set[str]) -> set[str]:
+    """Those of ``names`` that are modules of ours."""
+    return names & MODULES.keys()
+
+
+def test_the_walk_sees_the_package():
+    assert {"adapt", "execute", "nets", "train", "deploy", "report", "wrap", "__init__"} <= {
+        part_of(name) for name in MODULES
+    }
+    seen = lojax_modules(imports(TREES["lojax.wrap"], "lojax"))
+    assert {"lojax.adapt.rule", "lojax.deploy.merge", "lojax.execute.transform"} <= seen
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    part = part_of(module)
+    if part in FRONT:
+        return
+    assert part in MAY_IMPORT, f"{module} is in no known part: say in MAY_IMPORT what it stands on"
+    parts = {part_of(name) for name in lojax_modules(imports(TREES[module], module.rpartition(".")[0])) - {"lojax"}}
+    allowed = MAY_IMPORT[part] | {part}
+    assert parts <= allowed, f"{module} imports {sorted(parts - allowed)}; {part} may know {sorted(allowed)} only"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {}
+    for name, tree in TREES.items():
+        found = set().union(*(imports(node, name.rpartition(".")[0]) for node in at_import_time(tree)))
+        graph[name] = lojax_modules(found) - {name, "lojax"}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("lojax.adapt.axes") < order.index("lojax.execute.lowrank") < order.index("lojax.wrap")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_public_jax(module):
+    private = {name for name in imports(TREES[module], module) if any(part == "_src" for part in name.split("."))}
+    assert not private
+    attributes = {node.attr for node in ast.walk(TREES[module]) if isinstance(node, ast.Attribute)}
+    assert "_src" not in attributes
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_above_450_lines_and_no_function_above_80(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 450
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 80, f"{node.name} has {length} lines"
+
+
+def test_importing_lojax_loads_no_optional_dependency():
+    script = f"import sys, lojax; print(sorted({OPTIONAL!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in ("adapt", "execute", "wrap", "__init__")])
+def test_the_core_names_no_optional_dependency_at_all(module):
+    assert not {name.split(".")[0] for name in imports(TREES[module], module)} & OPTIONAL
+
+
+# --- documentation ---
+
+
+def doctest_examples(function):
+    """The examples in the docstring of a function."""
+    return doctest.DocTestFinder(recurse=False).find(function)[0].examples
+
+
+def public():
+    """Every public name with its object."""
+    return {name: getattr(lojax, name) for name in lojax.__all__}
+
+
+def test_the_public_names_are_sorted_and_exist():
+    assert lojax.__all__ == sorted(set(lojax.__all__))
+    assert all(hasattr(lojax, name) for name in lojax.__all__)
+    assert {"wrap", "transform", "init", "merge", "unmerge", "optimizer", "summary", "Rule"} <= set(lojax.__all__)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_opens_with_its_idea(module):
+    assert ast.get_docstring(TREES[module])
+
+
+@pytest.mark.parametrize("name", [name for name, value in public().items() if inspect.isfunction(value)])
+def test_a_public_function_documents_every_argument_its_result_and_an_example(name):
+    function = getattr(lojax, name)
+    text = inspect.getdoc(function)
+    assert text
+    for parameter in inspect.signature(function).parameters:
+        assert f"{parameter}:" in text, f"{name}: {parameter} is not under Args"
+    assert "Returns:" in text
+    examples = [e.source for f in public().values() if inspect.isfunction(f) for e in doctest_examples(f)]
+    assert any(re.search(rf"\b{name}\(", example) for example in examples), f"no example shows {name}"
+
+
+@pytest.mark.parametrize("name", [name for name, value in public().items() if inspect.isclass(value)])
+def test_a_public_class_documents_every_public_member(name):
+    cls = getattr(lojax, name)
+    assert inspect.getdoc(cls)
+    for member, value in vars(cls).items():
+        if not member.startswith("_") and (callable(value) or isinstance(value, property)):
+            assert inspect.getdoc(value), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("name", [name for name, value in public().items() if callable(value)])
+def test_every_public_signature_is_annotated(name):
+    for parameter in inspect.signature(getattr(lojax, name)).parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter.name}"
