@@ -1,7 +1,9 @@
 """lojax: LoRA as a pure JAX function transform, on any model, without touching its code."""
 
+from lojax import peft
 from lojax.adapt.adapter import Adapter
 from lojax.adapt.rule import Rule
+from lojax.deploy.compose import combine, rescale, resize, subtract
 from lojax.deploy.merge import merge, unmerge
 from lojax.execute.transform import transform
 from lojax.report.summary import summary
@@ -15,11 +17,16 @@ __all__ = [
     "Adapter",
     "Model",
     "Rule",
+    "combine",
     "init",
     "merge",
     "optimizer",
+    "peft",
+    "rescale",
+    "resize",
     "restore",
     "save",
+    "subtract",
     "summary",
     "transform",
     "unmerge",

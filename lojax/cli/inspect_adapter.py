@@ -14,13 +14,13 @@ from lojax.adapt.adapter import Adapter, is_adapter
 from lojax.adapt.axes import positions
 from lojax.adapt.boxes import unbox
 from lojax.adapt.paths import flatten
-from lojax.report.table import table
 from lojax.store import safetensors
 from lojax.store.checkpoint import read_record, restore
 from lojax.store.layout import POINTER
 from lojax.store.peft.config import read_config
 from lojax.store.peft.keys import Factor, read_key
 from lojax.store.peft.load import weights_file
+from lojax.table import table
 
 SUMMARY = "show what an adapter directory holds"
 
@@ -112,7 +112,14 @@ def _row(path: str, adapter: Adapter) -> Row:
     ins, outs = a.shape[stack:-1], b.shape[stack + 1 :]
     r = adapter.rank
     flat = a.reshape(-1, math.prod(ins), r), b.reshape(-1, r, math.prod(outs))
-    return Row(path, _shape(a.shape[:stack], ins, outs), r, adapter.scale, a.size + b.size, singular_values(*flat, adapter.scale))
+    return Row(
+        path,
+        _shape(a.shape[:stack], ins, outs),
+        r,
+        adapter.scale,
+        a.size + b.size,
+        singular_values(*flat, adapter.scale),
+    )
 
 
 def _shape(stack: Any, ins: Any, outs: Any) -> str:
@@ -141,7 +148,9 @@ def _peft(directory: Path) -> tuple[list[Row], dict[str, str]]:
         flat_b = b.reshape(b.shape[0], rank, experts).transpose(2, 1, 0)
         values = singular_values(flat_a, flat_b, scale)
         name = module + ".base_layer" * nested
-        rows.append(Row(name, _shape([experts] if experts > 1 else [], ins, outs), rank, scale, a.size + b.size, values))
+        rows.append(
+            Row(name, _shape([experts] if experts > 1 else [], ins, outs), rank, scale, a.size + b.size, values)
+        )
     for key, name in read.items():
         if isinstance(name, str):
             shape = file.entries[key].shape
@@ -149,5 +158,8 @@ def _peft(directory: Path) -> tuple[list[Row], dict[str, str]]:
         elif name is None:
             raise ValueError(f"{file.path}: {key} is no key of PEFT.")
     facts = {"kind": f"PEFT adapter (peft {config['peft_version'] or 'of unknown version'})"}
-    facts |= {"base": str(config["base_model_name_or_path"] or "not recorded"), "task": str(config["task_type"] or "none")}
+    facts |= {
+        "base": str(config["base_model_name_or_path"] or "not recorded"),
+        "task": str(config["task_type"] or "none"),
+    }
     return rows, facts

@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect": "lojax.cli.inspect_adapter",
     "convert": "lojax.cli.convert",
     "merge": "lojax.cli.merge_files",
+    "plan": "lojax.cli.plan",
 }
 """Each subcommand's module. It offers ``SUMMARY``, ``configure(parser)`` and ``run(args)``."""
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         modules[args.command].run(args)
     except (OSError, ValueError) as error:
-        print(f"lojax {args.command}: {error}".replace("pass overwrite=True", "pass --overwrite"), file=sys.stderr)
+        text = f"lojax {args.command}: {error}"
+        for spelled, here in (("pass overwrite=True", "pass --overwrite"), ("with experts=", "with --experts")):
+            text = text.replace(spelled, here)
+        print(text, file=sys.stderr)
         return 1
     return 0

@@ -22,19 +22,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", type=Path, help="a .safetensors file, or the directory of a model")
     parser.add_argument("adapter", type=Path, help="the directory of a PEFT adapter")
     parser.add_argument("target", type=Path, help="the directory to make")
+    parser.add_argument(
+        "--experts", choices=("out_in", "in_out"), help="how the base has its experts, if shapes do not tell"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the target")
 
 
 def run(args: argparse.Namespace) -> None:
     """Merges."""
-    merge(args.base, args.adapter, args.target, overwrite=args.overwrite)
+    merge(args.base, args.adapter, args.target, overwrite=args.overwrite, experts=args.experts)
     print(f"{args.base} + {args.adapter} -> {args.target}")
 
 
-def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False) -> None:
+def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, experts: str | None = None) -> None:
     """Writes the merged model: files of the same names, float32 sums, each tensor in the base's dtype.
 
-    Memory stays near the largest tensor of the base plus the adapter.
+    Memory stays near the largest tensor of the base plus the adapter. ``experts`` is as in `patches`.
 
     Raises:
         FileExistsError: ``target`` exists.
@@ -46,7 +49,7 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False) -
     entries = {name: entry for file in files for name, entry in file.entries.items()}
     if len(entries) < sum(len(file.entries) for file in files):
         raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
-    found = patches(adapter, {name: (entry.dtype, entry.shape) for name, entry in entries.items()})
+    found = patches(adapter, {name: (entry.dtype, entry.shape) for name, entry in entries.items()}, experts=experts)
     with whole_directory(target, overwrite=overwrite) as fresh:
         for file in files:
             _merge_file(file, found, fresh / file.path.name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lojax.adapt.adapter import is_adapter
 from lojax.adapt.boxes import rebox, unbox
@@ -103,7 +104,7 @@ def _finite_merged(frozen: Any, lora: Any) -> dict[str, Any]:
 
 
 def _refuse_nonfinite(finite: dict[str, Any]) -> None:
-    if any(isinstance(flag, jax.core.Tracer) for flag in finite.values()):
+    if any(isinstance(flag, Tracer) for flag in finite.values()):
         raise ValueError("check_finite=True reads values, which do not exist under jit: merge outside of jit.")
     bad = [path for path, flag in jax.device_get(finite).items() if not flag]
     if bad:

@@ -68,7 +68,7 @@ class LowRank:
         """``w + a b``, the update in float32 (or wider), cast once to the dtype of ``w``."""
         if self.probe:
             return self.w
-        wide = self.w.dtype if jnp.finfo(self.w.dtype).bits > 32 else jnp.float32
+        wide = at_least_float32(self.w.dtype)
         total = self.w.astype(wide)
         for single in self.terms():
             a, b = (cast(x, wide) for x in complete(single).factors)
@@ -91,9 +91,14 @@ def from_adapter(path: str, w: Any, adapter: Adapter, *, rate: float = 0.0, key:
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
     a, b = unbox(adapter.a), unbox(adapter.b)
     if adapter.scale != 1:
-        b = b.astype(jnp.promote_types(b.dtype, jnp.float32))
+        b = b.astype(at_least_float32(b.dtype))
         b = b * jnp.asarray(adapter.scale, b.dtype)
     return LowRank(w, (Named(a, (*stack, *ins, RANK)), Named(b, (*stack, RANK, *outs))), key, rate, path)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """``dtype``, or float32 where that is wider; unlike `jnp.promote_types`, also under strict promotion."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def complete(value: LowRank) -> LowRank:

@@ -86,7 +86,7 @@ class AdaptedModule(nnx.Module):
 
     def _adapters(self) -> dict[str, Adapter]:
         """The adapters by path, as arrays."""
-        flat = traverse_util.flatten_dict(self.lora)
+        flat: dict[Any, Any] = traverse_util.flatten_dict(self.lora)  # type: ignore[assignment]
         found = {}
         for path, form in self.forms:
             names = _names(form)
@@ -103,8 +103,8 @@ def as_module(net: Any, frozen: Any, lora: Any, *, strict: bool, rngs: nnx.Rngs 
     """
     if not isinstance(net, NNXNet):
         raise TypeError(
-            f"as_nnx is for NNX nets, and this one is a {type(net).__name__.removesuffix('Net')}. Train lora itself with "
-            "optax: every array in it trains, and jax.grad with respect to it is all a loop needs."
+            f"as_nnx is for NNX nets, and this one is a {type(net).__name__.removesuffix('Net')}. Train lora itself "
+            "with optax: every array in it trains, and jax.grad with respect to it is all a loop needs."
         )
     check_pair(frozen, lora)
     trained = flatten(lora)

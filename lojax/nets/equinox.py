@@ -1,4 +1,4 @@
-"""An Equinox module as a net. Its parameter tree is the module with None in place of all but its floating-point arrays."""
+"""An Equinox module as a net. Its parameter tree is the module with None for all but its floating-point arrays."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from lojax.report.table import table
 from lojax.scale.hlo import Instruction, Program, parse
+from lojax.table import table
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {"pred": 1, "token": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
@@ -77,7 +77,7 @@ class Traffic:
         """The collectives that ``other`` has not, or has fewer of. Arrays are compared by dtype and size."""
         have = Counter[object]()
         for c in other.collectives:
-            have.update({piece: c.count for piece in _pieces(c)} if len(c.arrays) == 1 else {})
+            have.update(dict.fromkeys(_pieces(c), c.count) if len(c.arrays) == 1 else {})
             if len(c.arrays) != 1:
                 for piece in _pieces(c):
                     have[piece] += c.count
@@ -176,7 +176,9 @@ def _group(instruction: Instruction, chips: int) -> int:
         return int(found.group(2))
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-        return math.prod(int(_axis_size(axis, sizes)) for axis in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2]))
+        return math.prod(
+            int(_axis_size(axis, sizes)) for axis in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
+        )
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return len(found.group(1).split(","))
     return chips

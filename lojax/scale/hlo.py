@@ -115,7 +115,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 
 def _called(text: str) -> list[str]:
-    names = [name for name in _CALLED.findall(text)]
+    names = list(_CALLED.findall(text))
     for group in _BRANCHES.findall(text):
         names += [name.strip().lstrip("%") for name in group.split(",")]
     return list(dict.fromkeys(names))
@@ -144,8 +144,6 @@ def parse(text: str) -> Program:
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction | None:
     found = _OPCODE.search(rest)
-    while found and found.group(1) in ("S", "T"):  # pragma: no cover - layouts are capital
-        found = _OPCODE.search(rest, found.end())
     if not found:
         return None
     shapes = tuple((kind, _dimensions(dims)) for kind, dims in _SHAPE.findall(rest[: found.start(1)]))

@@ -8,6 +8,7 @@ the product with the weight, but for values of the size of the rank.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from lojax.adapt.axes import positions
 from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.paths import is_leaf, map_paths, path_of
 from lojax.adapt.tree import check_pair
+from lojax.execute.compat import opened
 from lojax.scale.specs import check_divides, find_mesh, weight_specs
 
 
@@ -192,12 +194,9 @@ def _keys(keys: Any) -> tuple[str, ...]:
 
 def _kept(shape: tuple[int, ...], part: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec | None:
     """The spec of an array whose axes are some of those of ``shape``, in order; None where that is ambiguous."""
-    options = {()} if not part else set()
-    for axis in range(len(shape) if part else 0):
-        if shape[axis] == part[0]:
-            rest = _kept(shape[axis + 1 :], part[1:], PartitionSpec(*spec[axis + 1 :]))
-            if rest is not None:
-                options.add((spec[axis], *rest))
+    entries = (*spec, *[None] * (len(shape) - len(spec)))
+    axes = itertools.combinations(range(len(shape)), len(part))
+    options = {tuple(entries[i] for i in kept) for kept in axes if tuple(shape[i] for i in kept) == part}
     return PartitionSpec(*options.pop()) if len(options) == 1 else None
 
 
@@ -231,9 +230,24 @@ def init_sharded(
     start = lambda key, params: model.init(key, params, *args, **kwargs)
     mesh = find_mesh(params, specs) if mesh is None else mesh
     specs = specs if specs is not None else _specs_of(params, rules)
-    shapes = jax.eval_shape(start, key, params)
+    traced, shapes = jax.make_jaxpr(start, return_shape=True)(key, params)
     found = shardings(*shapes, mesh=mesh, specs=specs, rules=rules, spread=spread)
-    return jax.jit(start, out_shardings=(None, found.lora))(key, params)
+    wanted, tree = jax.tree.flatten((found.frozen, found.lora))
+    given = _passed_on(traced, jax.tree.leaves((key, params)))
+    made = [i for i in range(len(wanted)) if i not in given]
+    make = jax.jit(
+        lambda key, params: [jax.tree.leaves(start(key, params))[i] for i in made],
+        out_shardings=[wanted[i] for i in made],
+    )
+    results = given | dict(zip(made, make(key, params), strict=True))
+    return jax.tree.unflatten(tree, [results[i] for i in range(len(wanted))])
+
+
+def _passed_on(traced: Any, inputs: Sequence[Any]) -> dict[int, Any]:
+    """The outputs of a traced function that are inputs as they came, by position."""
+    body, _ = opened(traced)
+    places = {id(var): x for var, x in zip(body.invars, inputs, strict=True)}
+    return {i: places[id(var)] for i, var in enumerate(body.outvars) if id(var) in places}
 
 
 def _specs_of(params: Any, rules: Any) -> Any:

@@ -10,9 +10,11 @@ import jax
 from flax import linen as nn
 from flax import nnx
 from flax.core import meta
+from flax.linen.spmd import logical_to_mesh
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lojax.adapt.boxes import is_box, unbox
+from lojax.adapt.boxes import unbox
 from lojax.adapt.paths import flatten, path_of
 
 
@@ -53,17 +55,15 @@ def find_mesh(*trees: Any) -> Any:
 
 
 def _sharding(leaf: Any) -> Any:
-    if isinstance(leaf, jax.core.Tracer):
-        return jax.typeof(leaf).sharding
-    return getattr(leaf, "sharding", None)
+    return jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
 def _own(leaf: Any, rules: Sequence[tuple[str, Any]] | None) -> PartitionSpec:
     """What the box of a leaf says, or the sharding of its array."""
-    if is_box(leaf) and isinstance(leaf, meta.AxisMetadata):
+    if isinstance(leaf, meta.AxisMetadata):
         spec = nn.get_partition_spec(leaf)
         if isinstance(leaf, nn.LogicallyPartitioned) or rules:
-            spec = nn.logical_to_mesh(spec, rules=rules) if rules is not None else nn.logical_to_mesh(spec)
+            spec = logical_to_mesh(spec, rules=rules) if rules is not None else logical_to_mesh(spec)
         return spec
     sharding = _sharding(leaf)
     return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()

@@ -1,4 +1,20 @@
-"""`save` and `restore`: one adapter, whole, named and checked, in a directory of its own."""
+"""`save` and `restore`: one adapter, whole, named and checked, in a directory of its own.
+
+That is what outlives a run. While a run goes on, a training loop wants more: the optimizer's state,
+the step, the random key, several generations. `lora` is an ordinary pytree, so orbax's own
+`CheckpointManager` takes it as it is, with keep-last, keep-best, asynchronous saves and preemption::
+
+    state = {"lora": lora, "opt_state": opt_state, "loop": {"step": step, "rng": jax.random.key_data(key)}}
+    with ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(max_to_keep=3)) as manager:
+        parts = {name: ocp.args.StandardSave(part) for name, part in state.items()}
+        manager.save(step, args=ocp.args.Composite(**parts))
+
+and gives the adapter back alone, on any mesh, without reading the rest::
+
+    shapes = jax.eval_shape(model.init, key, params, *example)[1]
+    found = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.StandardRestore(shapes)))
+    lojax.save("adapter", found["lora"], frozen=frozen)
+"""
 
 from __future__ import annotations
 
@@ -115,15 +131,17 @@ def _run(
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         done.set_result(None)
         return done
-    _last = _background.submit(task)
-    _last.add_done_callback(_complain)
+    _last = _background.submit(_aloud, task)
     return _last
 
 
-def _complain(done: concurrent.futures.Future[None]) -> None:
-    """Says what went wrong in the background, in case nobody asks for the result."""
-    if error := done.exception():
-        _log.error("Saving in the background failed.", exc_info=error)
+def _aloud(task: Callable[[], None]) -> None:
+    """Runs ``task``; also says what went wrong, in case nobody asks for the result."""
+    try:
+        task()
+    except BaseException:
+        _log.exception("Saving in the background failed.")
+        raise
 
 
 def _settle() -> None:
@@ -158,12 +176,14 @@ def _claim(place: Path) -> int:
 
 def _finish(place: Path, folder: Path, finish_write: Callable[[], None], describe: Callable[[Path], Record]) -> None:
     with _failing_clearly(place):
-        finish_write()
-        if multihost.is_primary_host(0):
-            layout.write_pointer(place, describe(folder).to_json())
-            _tidy(place)
-        if jax.process_count() > 1:
-            multihost.get_barrier_sync_fn()(key=f"lojax-save-{folder}", timeout_ms=600_000)
+        try:
+            finish_write()
+            if multihost.is_primary_host(0):
+                layout.write_pointer(place, describe(folder).to_json())
+                _tidy(place)
+        finally:
+            if jax.process_count() > 1:  # nobody goes on before the checkpoint is there, or has failed
+                multihost.get_barrier_sync_fn()(key=f"lojax-save-{folder}", timeout_ms=600_000)
 
 
 def _tidy(place: Path) -> None:
@@ -180,7 +200,8 @@ def _failing_clearly(place: Path) -> Iterator[None]:
         yield
     except Exception as error:
         with contextlib.suppress(OSError):
-            _tidy(place)
+            if multihost.is_primary_host(0):
+                _tidy(place)
         whole = "The previous checkpoint there is whole." if (place / layout.POINTER).exists() else "Nothing was saved."
         text = f"{place}: the adapter could not be saved: {error}. {whole}"
         number = getattr(error, "errno", None)

@@ -129,6 +129,7 @@ def write_pointer(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())
     os.replace(file, path / POINTER)
     _flush(path)
+    _flush(path.parent)
 
 
 def read_pointer(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lojax.adapt.axes import check, factor_shapes, positions
 FORMAT, VERSION = "lojax-adapter", 1
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 _DTYPE = re.compile(r"bool|u?int\d+|b?float\d+(_\w+)?|complex\d+")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Adapter)}
 _T = TypeVar("_T")
 
 
@@ -61,7 +62,7 @@ class Array:
         """The reverse of `to_json`."""
         shape = tuple(_of(int, size, "a size") for size in _of(list, value["shape"], "shape"))
         dtype = _of(str, value["dtype"], "dtype")
-        if any(size < 0 for size in shape) or not _DTYPE.fullmatch(dtype):
+        if any(not 0 <= size < 1 << 48 for size in shape) or not _DTYPE.fullmatch(dtype):
             raise ValueError(f"{dtype!r} of shape {shape} is no array")
         jnp.dtype(dtype)
         return cls(shape, dtype, _of(str, value["digest"], "digest"), value.get("box"))
@@ -100,10 +101,11 @@ class AdapterEntry:
         told = ("rank", "alpha", "weight")
         static = {name: field for name, field in value.items() if name not in arrays and name not in told}
         weight = tuple(_of(int, size, "a size") for size in value["weight"])
-        if unknown := {*static, *arrays} - {field.name for field in dataclasses.fields(Adapter)}:
+        if unknown := {*static, *arrays} - _DEFAULTS.keys():
             raise ValueError(f"{min(unknown)!r} is no field of lojax.Adapter: perhaps a newer lojax wrote it")
         static["axes"] = check(_of(list, static["axes"], "axes"), weight, path)
-        static["scale"] = float(_of((int, float), static["scale"], "scale"))
+        for name in ("scale", "dropout"):
+            static[name] = float(_of((int, float), static.get(name, _DEFAULTS.get(name)), name))
         expected = factor_shapes(static["axes"], weight, value["rank"])
         if (arrays["a"].shape, arrays["b"].shape) != expected:
             raise ValueError(f"a and b have other shapes than rank, axes and weight say: {expected}")

@@ -202,6 +202,7 @@ def write(
             if (array.dtype, array.shape) != shapes[name]:
                 raise ValueError(f"{name} was announced as {shapes[name]}, and came as {array.dtype} {array.shape}.")
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -40,7 +40,12 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 def _keep() -> optax.GradientTransformation:
     """Updates of -0.0: ``w + -0.0`` is ``w`` bit for bit, where ``w + 0.0`` turns -0.0 into 0.0."""
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda g: -jnp.zeros_like(g), updates))
+
+    def keep(updates: Any, params: Any) -> Any:
+        like = updates if params is None else params  # the gradient of an integer is like nothing
+        return jax.tree.map(lambda x: -jnp.zeros_like(x), like)
+
+    return optax.stateless(keep)
 
 
 def labels(tree: Any) -> Any:

@@ -19,6 +19,8 @@ from lojax.adapt.boxes import unbox
 from lojax.store.peft.namemap import Slot
 
 RANK = "r"
+PLAIN = ("a", "b", "scale", "axes", "dropout")
+"""The fields of a plain low-rank adapter. Another one (a magnitude, say) has its keys and cells made here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +126,11 @@ def read_cell(slot: Slot, adapter: Adapter) -> Cell:
     each module gets its part of it: they share ``a`` (or ``b``).
 
     Raises:
-        ValueError: The adapter's axes contradict the map's.
+        ValueError: The adapter's axes contradict the map's, or it is of a variant that PEFT files are not made of here.
     """
+    held = [f.name for f in dataclasses.fields(adapter) if f.name not in PLAIN and getattr(adapter, f.name) is not None]
+    if held:
+        raise ValueError(f"{slot.path}: the adapter holds {held[0]}, which lojax cannot write as PEFT yet.")
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
     a, a_dims = _take(np.asarray(unbox(adapter.a)), [*stack, *ins, RANK], slot)
     b, b_dims = _take(np.asarray(unbox(adapter.b)), [*stack, RANK, *outs], slot)

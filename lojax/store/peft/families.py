@@ -14,78 +14,88 @@ import re
 from lojax.store.peft.namemap import NameMap
 
 
-def _encoder(base: str, heads: str) -> str:
+def _under(path: str, name: str, rules: str) -> str:
+    """The rules with a common start of the paths and of the names."""
+    lines = (line.split("<->") for line in rules.strip().splitlines())
+    return "\n".join(f"{path}{left.strip()} <-> {name}{right.strip()}" for left, right in lines) + "\n"
+
+
+def _encoder(base: str) -> str:
     """BERT and its kin: ``base`` is the name under which a model with a head holds its encoder."""
+    layer = """
+    attention/self/{m:query,key,value}/*              <-> attention.self.{m}
+    attention/{m:query,key,value}/*                   <-> attention.self.{m}
+    attention/{m:query,key,value}/*[in, out, out]     <-> attention.self.{m}
+    attention/output/{m:dense,LayerNorm}/*            <-> attention.output.{m}
+    attention/out/*                                   <-> attention.output.dense
+    attention/out/*[in, in, out]                      <-> attention.output.dense
+    crossattention/self/{m:query,key,value}/*         <-> crossattention.self.{m}
+    crossattention/output/{m:dense,LayerNorm}/*       <-> crossattention.output.{m}
+    {m:intermediate/dense,output/dense,output/LayerNorm}/* <-> {m}
+    """
+    rest = """
+    embeddings/{m:word_embeddings,position_embeddings,token_type_embeddings}/* <-> embeddings.{m}
+    embeddings/LayerNorm/*                            <-> embeddings.LayerNorm
+    pooler/dense/*                                    <-> pooler.dense
+    """
     p, n = f"({base}/)", f"({base}.)"
-    layer, torch = p + "encoder/layer/{i}", n + "encoder.layer.{i}"
-    return f"""
-    {p}embeddings/{{m:word_embeddings,position_embeddings,token_type_embeddings}}/* <-> {n}embeddings.{{m}}
-    {p}embeddings/LayerNorm/*                                <-> {n}embeddings.LayerNorm
-    {layer}/attention/self/{{m:query,key,value}}/*           <-> {torch}.attention.self.{{m}}
-    {layer}/attention/{{m:query,key,value}}/*                <-> {torch}.attention.self.{{m}}
-    {layer}/attention/{{m:query,key,value}}/*[in, out, out]  <-> {torch}.attention.self.{{m}}
-    {layer}/attention/{{m:output/dense,output/LayerNorm}}/*  <-> {torch}.attention.{{m}}
-    {layer}/attention/out/*[in, in, out]                     <-> {torch}.attention.output.dense
-    {layer}/attention/out/*                                  <-> {torch}.attention.output.dense
-    {layer}/crossattention/self/{{m:query,key,value}}/*      <-> {torch}.crossattention.self.{{m}}
-    {layer}/crossattention/{{m:output/dense,output/LayerNorm}}/* <-> {torch}.crossattention.{{m}}
-    {layer}/{{m:intermediate/dense,output/dense,output/LayerNorm}}/* <-> {torch}.{{m}}
-    {p}pooler/dense/*                                        <-> {n}pooler.dense
-    {heads}
-    """
+    return _under(p + "encoder/layer/{i}/", n + "encoder.layer.{i}.", layer) + _under(p, n, rest)
 
 
-_BERT = _encoder(
-    "bert",
-    """
+_BERT_HEADS = """
     {m:classifier,qa_outputs,cls/seq_relationship,cls/predictions/decoder}/* <-> {m}
     cls/predictions/transform/{m:dense,LayerNorm}/* <-> cls.predictions.transform.{m}
     cls/predictions/bias                            <-> cls.predictions.bias : param
-    """,
-)
-
-_ROBERTA = _encoder(
-    "roberta",
     """
+_ROBERTA_HEADS = """
     classifier/{m:dense,out_proj}/*          <-> classifier.{m}
     {m:classifier,qa_outputs}/*              <-> {m}
     lm_head/{m:dense,layer_norm,decoder}/*   <-> lm_head.{m}
     lm_head/bias                             <-> lm_head.bias : param
+    """
+
+_GPT2 = _under(
+    "(transformer/)",
+    "(transformer.)",
+    """
+    {m:wte,wpe}/embedding                                    <-> {m}
+    h/{i}/{m:ln_1,ln_2,ln_cross_attn}/*                      <-> h.{i}.{m}
+    h/{i}/attn/{m:c_attn,c_proj}/*[out, in]                  <-> h.{i}.attn.{m} : conv1d
+    h/{i}/crossattention/{m:c_attn,c_proj,q_attn}/*[out, in] <-> h.{i}.crossattention.{m} : conv1d
+    h/{i}/mlp/{m:c_fc,c_proj}/*[out, in]                     <-> h.{i}.mlp.{m} : conv1d
+    ln_f/*                                                   <-> ln_f
     """,
 )
-
-_GPT2 = """
-    (transformer/){m:wte,wpe}/embedding                   <-> (transformer.){m}
-    (transformer/)h/{i}/{m:ln_1,ln_2,ln_cross_attn}/*     <-> (transformer.)h.{i}.{m}
-    (transformer/)h/{i}/{a:attn,crossattention}/{m:c_attn,c_proj,q_attn}/*[out, in] <-> (transformer.)h.{i}.{a}.{m} : conv1d
-    (transformer/)h/{i}/mlp/{m:c_fc,c_proj}/*[out, in]    <-> (transformer.)h.{i}.mlp.{m} : conv1d
-    (transformer/)ln_f/*                                  <-> (transformer.)ln_f
-    {m:lm_head,score}/*                                   <-> {m}
-    """
 """As transformers Flax has it: kernels ``[out, in]``."""
+_GPT2_HEADS = "{m:lm_head,score}/* <-> {m}"
 
-_GPT2_PLAIN = """
-    (transformer/)h/{i}/attn/c_attn/*[in, out, out, out]  <-> (transformer.)h.{i}.attn.c_attn : conv1d
-    (transformer/)h/{i}/attn/c_attn/*[in, out, out]       <-> (transformer.)h.{i}.attn.c_attn : conv1d
-    (transformer/)h/{i}/attn/c_proj/*[in, in, out]        <-> (transformer.)h.{i}.attn.c_proj : conv1d
-    (transformer/)h/{i}/{m:attn/c_attn,attn/c_proj,mlp/c_fc,mlp/c_proj}/*[in, out] <-> (transformer.)h.{i}.{m} : conv1d
+_GPT2_PLAIN = _under(
+    "(transformer/)h/{i}/",
+    "(transformer.)h.{i}.",
     """
+    attn/c_attn/*[in, out, out, out]  <-> attn.c_attn : conv1d
+    attn/c_attn/*[in, out, out]       <-> attn.c_attn : conv1d
+    attn/c_proj/*[in, in, out]        <-> attn.c_proj : conv1d
+    """,
+)
 """Kernels ``[in, out]``, as everyone else has them; fused qkv as ``[in, 3 * out]`` or ``[in, 3, heads, size]``."""
 
-_LLAMA = """
-    (model/)embed_tokens/embedding                            <-> (model.)embed_tokens
-    (model/)layers/{i}/self_attn/{m:q_proj,k_proj,v_proj}/*[in, out, out] <-> (model.)layers.{i}.self_attn.{m}
-    (model/)layers/{i}/self_attn/o_proj/*[in, in, out]        <-> (model.)layers.{i}.self_attn.o_proj
-    (model/)layers/{i}/self_attn/{m:q_proj,k_proj,v_proj,o_proj,q_norm,k_norm}/* <-> (model.)layers.{i}.self_attn.{m}
-    (model/)layers/{i}/mlp/{m:gate_proj,up_proj,down_proj}/*  <-> (model.)layers.{i}.mlp.{m}
-    (model/)layers/{i}/mlp/gate_up_proj/*[in, {m:gate_proj,up_proj}, out] <-> (model.)layers.{i}.mlp.{m}
-    (model/)layers/{i}/mlp/gate_up_proj/*[in, {m:gate_proj,up_proj}*out]  <-> (model.)layers.{i}.mlp.{m}
-    (model/)layers/{i}/mlp/{gate:router=gate}/*               <-> (model.)layers.{i}.mlp.{gate}
-    (model/)layers/{i}/mlp/experts/{m:gate_proj,up_proj,down_proj}/*[{e}, in, out] <-> (model.)layers.{i}.mlp.experts.{e}.{m}
-    (model/)layers/{i}/{m*}/*                                 <-> (model.)layers.{i}.{m}
-    (model/)norm/*                                            <-> (model.)norm
-    {m:lm_head,score}/*                                       <-> {m}
+_LLAMA = _under(
+    "(model/)layers/{i}/",
+    "(model.)layers.{i}.",
     """
+    self_attn/{m:q_proj,k_proj,v_proj}/*[in, out, out]         <-> self_attn.{m}
+    self_attn/o_proj/*[in, in, out]                            <-> self_attn.o_proj
+    self_attn/{m:q_proj,k_proj,v_proj,o_proj,q_norm,k_norm}/*  <-> self_attn.{m}
+    mlp/{m:gate_proj,up_proj,down_proj}/*                      <-> mlp.{m}
+    mlp/gate_up_proj/*[in, {m:gate_proj,up_proj}, out]         <-> mlp.{m}
+    mlp/gate_up_proj/*[in, {m:gate_proj,up_proj}*out]          <-> mlp.{m}
+    mlp/{gate:router=gate}/*                                   <-> mlp.{gate}
+    mlp/experts/{m:gate_proj,up_proj,down_proj}/*[{e}, in, out] <-> mlp.experts.{e}.{m}
+    {m*}/*                                                     <-> {m}
+    """,
+) + _under("(model/)", "(model.)", "embed_tokens/embedding <-> embed_tokens\nnorm/* <-> norm")
+_LLAMA_HEADS = "{m:lm_head,score}/* <-> {m}"
 
 _GEMMA_EINSUM = """
     embedder/input_embedding[in, out]                           <-> model.embed_tokens : embedding
@@ -101,57 +111,78 @@ _GEMMA_EINSUM = """
     """
 """As Google's own Gemma code has it, with heads before features."""
 
-_T5 = """
-    shared/embedding                                                        <-> shared
-    {s:encoder,decoder}/block/{i}/layer/{j}/{a:SelfAttention,EncDecAttention}/{m:q,k,v,o}/* <-> {s}.block.{i}.layer.{j}.{a}.{m}
-    {s:encoder,decoder}/block/{i}/layer/{j}/{a:SelfAttention,EncDecAttention}/{m:q,k,v}/*[in, out, out] <-> {s}.block.{i}.layer.{j}.{a}.{m}
-    {s:encoder,decoder}/block/{i}/layer/{j}/{a:SelfAttention,EncDecAttention}/o/*[in, in, out] <-> {s}.block.{i}.layer.{j}.{a}.o
-    {s:encoder,decoder}/block/{i}/layer/{j}/SelfAttention/relative_attention_bias/embedding <-> {s}.block.{i}.layer.{j}.SelfAttention.relative_attention_bias
-    {s:encoder,decoder}/block/{i}/layer/{j}/DenseReluDense/{m:wi,wi_0,wi_1,wo}/* <-> {s}.block.{i}.layer.{j}.DenseReluDense.{m}
-    {s:encoder,decoder}/block/{i}/layer/{j}/layer_norm/*                    <-> {s}.block.{i}.layer.{j}.layer_norm
-    {s:encoder,decoder}/final_layer_norm/*                                  <-> {s}.final_layer_norm
-    lm_head/*                                                               <-> lm_head
+_T5 = _under(
+    "{s:encoder,decoder}/block/{i}/layer/{j}/",
+    "{s}.block.{i}.layer.{j}.",
+    """
+    {a:SelfAttention,EncDecAttention}/{m:q,k,v,o}/*              <-> {a}.{m}
+    {a:SelfAttention,EncDecAttention}/{m:q,k,v}/*[in, out, out]  <-> {a}.{m}
+    {a:SelfAttention,EncDecAttention}/o/*[in, in, out]           <-> {a}.o
+    SelfAttention/relative_attention_bias/embedding              <-> SelfAttention.relative_attention_bias
+    DenseReluDense/{m:wi,wi_0,wi_1,wo}/*                         <-> DenseReluDense.{m}
+    layer_norm/*                                                 <-> layer_norm
+    """,
+)
+_T5_REST = """
+    shared/embedding                       <-> shared
+    {s:encoder,decoder}/final_layer_norm/* <-> {s}.final_layer_norm
+    lm_head/*                              <-> lm_head
     """
 
-_VIT = """
-    (vit/)embeddings/patch_embeddings/projection/kernel  <-> (vit.)embeddings.patch_embeddings.projection : conv
-    (vit/)embeddings/patch_embeddings/projection/bias    <-> (vit.)embeddings.patch_embeddings.projection
-    (vit/)embeddings/{m:cls_token,position_embeddings}   <-> (vit.)embeddings.{m} : param
-    (vit/)encoder/layer/{i}/attention/attention/{m:query,key,value}/* <-> (vit.)encoder.layer.{i}.attention.attention.{m}
-    (vit/)encoder/layer/{i}/attention/attention/{m:query,key,value}/*[in, out, out] <-> (vit.)encoder.layer.{i}.attention.attention.{m}
-    (vit/)encoder/layer/{i}/{m:attention/output/dense,intermediate/dense,output/dense}/* <-> (vit.)encoder.layer.{i}.{m}
-    (vit/)encoder/layer/{i}/{m:layernorm_before,layernorm_after}/* <-> (vit.)encoder.layer.{i}.{m}
-    (vit/)layernorm/*                                    <-> (vit.)layernorm
-    (vit/)pooler/dense/*                                 <-> (vit.)pooler.dense
-    classifier/*                                         <-> classifier
+_VIT = _under(
+    "(vit/)encoder/layer/{i}/",
+    "(vit.)encoder.layer.{i}.",
     """
+    attention/attention/{m:query,key,value}/*              <-> attention.attention.{m}
+    attention/attention/{m:query,key,value}/*[in, out, out] <-> attention.attention.{m}
+    {m:attention/output/dense,intermediate/dense,output/dense}/* <-> {m}
+    {m:layernorm_before,layernorm_after}/*                 <-> {m}
+    """,
+) + _under(
+    "(vit/)",
+    "(vit.)",
+    """
+    embeddings/patch_embeddings/projection/kernel          <-> embeddings.patch_embeddings.projection : conv
+    embeddings/patch_embeddings/projection/bias            <-> embeddings.patch_embeddings.projection
+    embeddings/{m:cls_token,position_embeddings}           <-> embeddings.{m} : param
+    layernorm/*                                            <-> layernorm
+    pooler/dense/*                                         <-> pooler.dense
+    """,
+)
+_VIT_HEADS = "classifier/* <-> classifier"
 
-_CLIP = """
+_CLIP = _under(
+    "{t:text_model,vision_model}/encoder/layers/{i}/",
+    "{t}.encoder.layers.{i}.",
+    """
+    self_attn/{m:q_proj,k_proj,v_proj,out_proj}/*          <-> self_attn.{m}
+    self_attn/{m:q_proj,k_proj,v_proj}/*[in, out, out]     <-> self_attn.{m}
+    self_attn/out_proj/*[in, in, out]                      <-> self_attn.out_proj
+    {m:mlp/fc1,mlp/fc2,layer_norm1,layer_norm2}/*          <-> {m}
+    """,
+)
+_CLIP_REST = """
     {t:text_model,vision_model}/embeddings/{m:token_embedding,position_embedding}/embedding <-> {t}.embeddings.{m}
-    vision_model/embeddings/patch_embedding/kernel       <-> vision_model.embeddings.patch_embedding : conv
-    vision_model/embeddings/class_embedding              <-> vision_model.embeddings.class_embedding : param
-    {t:text_model,vision_model}/encoder/layers/{i}/self_attn/{m:q_proj,k_proj,v_proj}/*[in, out, out] <-> {t}.encoder.layers.{i}.self_attn.{m}
-    {t:text_model,vision_model}/encoder/layers/{i}/self_attn/out_proj/*[in, in, out] <-> {t}.encoder.layers.{i}.self_attn.out_proj
-    {t:text_model,vision_model}/encoder/layers/{i}/{m:self_attn/q_proj,self_attn/k_proj,self_attn/v_proj,self_attn/out_proj}/* <-> {t}.encoder.layers.{i}.{m}
-    {t:text_model,vision_model}/encoder/layers/{i}/{m:mlp/fc1,mlp/fc2,layer_norm1,layer_norm2}/* <-> {t}.encoder.layers.{i}.{m}
-    text_model/final_layer_norm/*                        <-> text_model.final_layer_norm
-    vision_model/{m:pre_layrnorm,post_layernorm}/*       <-> vision_model.{m}
-    {m:visual_projection,text_projection}/*              <-> {m}
-    logit_scale                                          <-> logit_scale : param
+    vision_model/embeddings/patch_embedding/kernel         <-> vision_model.embeddings.patch_embedding : conv
+    vision_model/embeddings/class_embedding                <-> vision_model.embeddings.class_embedding : param
+    text_model/final_layer_norm/*                          <-> text_model.final_layer_norm
+    vision_model/{m:pre_layrnorm,post_layernorm}/*         <-> vision_model.{m}
+    {m:visual_projection,text_projection}/*                <-> {m}
+    logit_scale                                            <-> logit_scale : param
     """
 
 _TEXTS = {
-    "bert": (_BERT,),
-    "roberta": (_ROBERTA,),
-    "gpt2": (_GPT2,),
-    "gpt2_plain": (_GPT2.replace("[out, in]", "[in, out]"), _GPT2_PLAIN),
-    "llama": (_LLAMA,),
-    "mistral": (_LLAMA,),
-    "qwen": (_LLAMA,),
-    "gemma": (_LLAMA, _GEMMA_EINSUM),
-    "t5": (_T5,),
-    "vit": (_VIT,),
-    "clip": (_CLIP,),
+    "bert": (_encoder("bert"), _BERT_HEADS),
+    "roberta": (_encoder("roberta"), _ROBERTA_HEADS),
+    "gpt2": (_GPT2, _GPT2_HEADS),
+    "gpt2_plain": (_GPT2.replace("[out, in]", "[in, out]"), _GPT2_PLAIN, _GPT2_HEADS),
+    "llama": (_LLAMA, _LLAMA_HEADS),
+    "mistral": (_LLAMA, _LLAMA_HEADS),
+    "qwen": (_LLAMA, _LLAMA_HEADS),
+    "gemma": (_LLAMA, _LLAMA_HEADS, _GEMMA_EINSUM),
+    "t5": (_T5, _T5_REST),
+    "vit": (_VIT, _VIT_HEADS),
+    "clip": (_CLIP, _CLIP_REST),
 }
 
 

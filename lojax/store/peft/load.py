@@ -171,7 +171,7 @@ def _listed(kind: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
 
 def _text(where: str, problems: list[str], none_fit: bool) -> str:
     start = f"{where} does not fit the base:"
-    hint = "Is this the base the adapter was trained on, and does the name map fit it? print(name_map.table(params)) shows."
+    hint = "Is this the base it was trained on, and does the name map fit it? print(name_map.table(params)) shows."
     if none_fit:
         start = f"{where} is an adapter for another architecture, or the name map is for another: no key fits the base."
     return "\n".join([start, *problems, hint])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lojax.store.peft.config import Config, read_config
 from lojax.store.peft.keys import Factor, read_key
 from lojax.store.peft.load import weights_file
 
-BLOCK = 1 << 24
+BLOCK = 1 << 20
 """How many numbers of a weight are updated at once."""
 
 Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
@@ -31,18 +31,18 @@ class Patch:
         a: ``[E, r, columns]``.
         b: ``[E, rows, r]``.
         scale: The factor.
-        value: The replacement, where it is one.
+        value: Reads the replacement, where it is one.
     """
 
     a: np.ndarray | None
     b: np.ndarray | None
     scale: float = 1.0
-    value: np.ndarray | None = None
+    value: Callable[[], np.ndarray] | None = None
 
     def apply(self, tensor: np.ndarray) -> None:
         """Changes ``tensor`` in place: block by block, float32 sums, one cast."""
         if self.value is not None:
-            tensor[...] = self.value.astype(tensor.dtype)
+            tensor[...] = self.value().astype(tensor.dtype)
             return
         assert self.a is not None and self.b is not None
         experts, rows, _ = self.b.shape
@@ -55,12 +55,14 @@ class Patch:
             flat[at] = (flat[at].astype(wide) + update).astype(tensor.dtype)
 
 
-def patches(adapter: Path, base: Specs) -> dict[str, Patch]:
+def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[str, Patch]:
     """The patch of each tensor of ``base`` that the adapter changes.
 
     Args:
         adapter: The directory of a PEFT adapter.
         base: Dtype and shape of every tensor of the base.
+        experts: How the base has its experts, where the shapes do not tell: ``"out_in"`` for
+            ``[expert, out, in]``, as most models, or ``"in_out"``.
 
     Raises:
         ValueError: Anything in the adapter has no place in the base; all of it is listed.
@@ -77,7 +79,7 @@ def patches(adapter: Path, base: Specs) -> dict[str, Patch]:
     for module, nested, _ in factors:
         levels.setdefault(module, [])
         levels[module] += [nested] if nested not in levels[module] else []
-    work = _Work(file, config, base, factors)
+    work = _Work(file, config, base, factors, experts)
     work.vote(levels, rename)
     for module, depths in levels.items():
         problems += work.place(module, rename(module), sorted(depths, reverse=True), found)
@@ -85,9 +87,11 @@ def patches(adapter: Path, base: Specs) -> dict[str, Patch]:
         target = rename(name)
         shape = file.entries[key].shape
         if target not in base or base[target][1] != shape:
-            problems.append(f"  {key} {shape} has no place" + (f": {target} is {base[target][1]}" if target in base else ""))
+            problems.append(
+                f"  {key} {shape} has no place" + (f": {target} is {base[target][1]}" if target in base else "")
+            )
         elif target not in found:
-            found[target] = Patch(None, None, value=file.read(key))
+            found[target] = Patch(None, None, value=functools.partial(file.read, key))
     if problems:
         raise ValueError("\n".join([f"{file.path} does not fit the base:", *problems[:20]]))
     return found
@@ -112,9 +116,13 @@ def _prefix(modules: set[str], base: Specs) -> Any:
 class _Work:
     """The adapter file, and how its factors lie in the base's tensors."""
 
-    def __init__(self, file: safetensors.File, config: Config, base: Specs, factors: Mapping[Any, Factor]) -> None:
+    def __init__(
+        self, file: safetensors.File, config: Config, base: Specs, factors: Mapping[Any, Factor], experts: str | None
+    ) -> None:
         self.file, self.config, self.base, self.factors = file, config, base, factors
         self.transposed = bool(config["fan_in_fan_out"])
+        over_rows = experts == "in_out" or config.exchanges_experts
+        self.over_rows = (False, True) if experts is None else (over_rows,)
 
     def shapes(self, module: str, nested: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The shapes of A and B, or None where one is missing."""
@@ -129,7 +137,15 @@ class _Work:
         votes = set()
         for module in levels:
             shapes, spec = self.shapes(module, 0), self.base.get(rename(module) + ".weight")
-            if shapes and spec and len(spec[1]) == len(shapes[0]) == 2 and spec[1][0] != spec[1][1]:
+            factor = self.factors.get((module, 0, "A"))
+            if (
+                shapes
+                and factor
+                and not factor.embedding
+                and spec
+                and len(spec[1]) == len(shapes[0]) == 2
+                and spec[1][0] != spec[1][1]
+            ):
                 votes.add(spec[1] != (shapes[1][0], shapes[0][1]))
         if len(votes) == 1:
             self.transposed = votes.pop()
@@ -143,16 +159,23 @@ class _Work:
         if depths == [0] and weight in self.base:
             return self.place_weight(module, weight, found)
         names = [n for n in self.base if n.startswith(target + ".") and self.config.targets_parameter(n)]
-        fits = [o for o in itertools.permutations(names, len(depths)) if all(map(self.fits, o, shapes, [module] * len(o)))]
-        if len(fits) != 1:
+        fits = [
+            (order, over_rows)
+            for over_rows in self.over_rows
+            for order in itertools.permutations(names, len(depths))
+            if all(self.fits(name, pair, over_rows) for name, pair in zip(order, shapes, strict=True))
+        ]
+        if not fits:
             near = nearest(weight, list(self.base), 1)
-            hint = f" (nearest in the base: {near[0]})" if near and not names else ""
-            why = "fits several parameters alike" if fits else "has no place"
-            return [f"  {module} {why}{hint}"]
-        for name, depth in zip(fits[0], depths, strict=True):
-            problem = self.place_experts(module, depth, name, found)
-            if problem:
-                return [problem]
+            return [f"  {module} has no place" + (f" (nearest in the base: {near[0]})" if near else "")]
+        if len(fits) > 1:
+            listed = ", ".join(names)
+            return [
+                f"  {module}: {listed} can be [expert, out, in] or [expert, in, out] by shape; say which with experts="
+            ]
+        (order, over_rows), *_ = fits
+        for name, depth in zip(order, depths, strict=True):
+            found[name] = self.experts(module, depth, name, over_rows)
         return []
 
     def tensors(self, module: str, nested: int) -> tuple[np.ndarray, np.ndarray]:
@@ -179,28 +202,21 @@ class _Work:
         found[name] = Patch(b.T[None], a.T[None], scale) if turned else Patch(a[None], b[None], scale)
         return []
 
-    def fits(self, name: str, shapes: Any, module: str) -> bool:
-        """Whether a pair of factors can belong to a parameter ``[E, d1, d2]`` or ``[d1, d2]``."""
+    def fits(self, name: str, pair: Any, over_rows: bool) -> bool:
+        """Whether a pair can belong to a parameter ``[E, d1, d2]``, A over ``d1`` or over ``d2``, or ``[d1, d2]``."""
         shape = self.base[name][1]
+        if len(shape) not in (2, 3) or (len(shape) == 2 and over_rows):
+            return False
         experts = shape[0] if len(shape) == 3 else 1
-        rank = self.config.rank(name)
-        a, b = shapes
-        ends = (a[1], b[0])
-        return a[0] == experts * rank == b[1] and ends in (shape[-2:], shape[-2:][::-1]) and len(shape) in (2, 3)
+        rank = experts * self.config.rank(name)
+        columns, rows = shape[-2:] if over_rows else shape[-2:][::-1]
+        return pair == ((rank, columns), (rows, rank))
 
-    def place_experts(self, module: str, nested: int, name: str, found: dict[str, Patch]) -> str:
-        """Parameters reached through ``target_parameters``."""
-        shape = self.base[name][1]
-        experts = shape[0] if len(shape) == 3 else 1
-        a, b = self.tensors(module, nested)
+    def experts(self, module: str, nested: int, name: str, over_rows: bool) -> Patch:
+        """The patch of a parameter reached through ``target_parameters``."""
         rank = self.config.rank(name)
-        if len(shape) == 3 and shape[1] == shape[2] and not self.config.exchanges_experts:
-            return f"  {name} is square {shape}: the files do not say whether it is [expert, out, in] or [expert, in, out]"
-        over_rows = (a.shape[1], b.shape[0]) == shape[-2:] and (shape[-2] != shape[-1] or len(shape) == 3)
-        a = a.reshape(experts, rank, -1)
-        b = b.reshape(-1, rank, experts).transpose(2, 0, 1)
-        scale = self.config.scale(name, rank)
+        a, b = self.tensors(module, nested)
+        count = a.shape[0] // rank
+        a, b = a.reshape(count, rank, -1), b.reshape(-1, rank, count).transpose(2, 0, 1)
         pair = (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if over_rows else (a, b)
-        assert math.prod(pair[1].shape[:2]) * pair[0].shape[-1] == math.prod(shape)
-        found[name] = Patch(*pair, scale)
-        return ""
+        return Patch(*pair, self.config.scale(name, rank))

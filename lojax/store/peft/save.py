@@ -71,7 +71,7 @@ def save(
     full = {s.name: s for p, x in trained.items() if not is_adapter(x) for s in slots[p]}
     tensors = _factor_tensors(cells)
     leaves = {p: trained.get(p, leaf) for p, leaf in _leaves(frozen).items()} | trained
-    saved, modules = _whole_modules(table, full)
+    saved, modules = _whole_modules(table, full, climb=frozen is not None)
     for slot in saved.values():
         tensors[_full_key(slot, cells)] = factors.full_to_torch(slot, _concrete(slot, leaves))
     fields = dict(config.fields if isinstance(config, Config) else config or {})
@@ -141,8 +141,11 @@ def _full_key(slot: Slot, cells: Mapping[str, tuple[Slot, Cell]]) -> str:
     return f"{PREFIX}{slot.module}{inner}.{slot.name.rpartition('.')[2]}"
 
 
-def _whole_modules(table: Table, full: Mapping[str, Slot]) -> tuple[dict[str, Slot], list[str]]:
-    """Every parameter to write in full, and the modules to save: those of a trained weight, whole."""
+def _whole_modules(table: Table, full: Mapping[str, Slot], *, climb: bool) -> tuple[dict[str, Slot], list[str]]:
+    """Every parameter to write in full, and the modules to save: those of a trained weight, whole.
+
+    ``climb``: a parent of which all is written stands for its children, as PEFT names a head of several layers.
+    """
     modules = {slot.module for slot in full.values() if not slot.is_bias}
     written = dict(full) | {slot.name: slot for slot in table.slots.values() if slot.module in modules}
     for name, slot in full.items():
@@ -150,7 +153,7 @@ def _whole_modules(table: Table, full: Mapping[str, Slot]) -> tuple[dict[str, Sl
             raise ValueError(f"{slot.path}: PEFT cannot save {name}, a parameter of the model itself, in full.")
     highest: set[str] = set()
     for module in modules:
-        while "." in module:
+        while climb and "." in module:
             parent = module.rpartition(".")[0]
             if any(n.startswith(parent + ".") and n not in written for n in table.slots):
                 break

@@ -1,0 +1,207 @@
+"""Claim: an adapted layer costs the frozen layer plus its low-rank products, and no weight-sized memory.
+
+One dense layer, every library in the same run with the same scale, factors and dtype: FLOPs, bytes and
+temporaries of value_and_grad as XLA counts them, and on this device also the step time.
+
+    python benchmarks/layer_cost.py                    # this device, with clocks
+    python benchmarks/layer_cost.py --no-time          # counts only
+    python benchmarks/layer_cost.py --tpu v5e          # compiled ahead of time for a TPU (needs libtpu, no TPU)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from layer_ways import PEERS, Way, available
+from measure import alternated, bars, cost, ratio, table, topology, write
+
+SCALE = 2.0
+FLOOR = "frozen (floor)"
+MIB = 2**20
+
+
+class Layer(NamedTuple):
+    """T tokens, m in, n out, rank r."""
+
+    tokens: int
+    m: int
+    n: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} m={self.m} n={self.n} r={self.rank}"
+
+
+COUNTED = [  # compiled only
+    Layer(16, 4096, 4096, 16),
+    Layer(512, 1024, 1024, 8),
+    Layer(2048, 1024, 4096, 16),
+    Layer(2048, 4096, 1024, 16),
+    Layer(4096, 2048, 2048, 16),
+    Layer(4096, 2048, 2048, 128),
+    Layer(8192, 4096, 4096, 16),
+]
+FOR_TPU = [COUNTED[0], COUNTED[2], COUNTED[4], COUNTED[6]]  # that compiler is slow
+TIMED = [
+    Layer(512, 1024, 1024, 8),
+    Layer(1024, 768, 3072, 16),
+    Layer(1024, 3072, 768, 16),
+    Layer(2048, 1024, 1024, 16),
+    Layer(2048, 1024, 1024, 64),
+    Layer(1024, 2048, 2048, 16),
+]
+
+
+def gradient(way: Way, wrt: str) -> Callable[..., Any]:
+    """value_and_grad of ``|y|² / 2`` with respect to what trains, and to x where ``wrt`` says so."""
+
+    def loss(trained: Any, x: Any, frozen: Any) -> Any:
+        return jnp.sum(way.apply(trained, frozen, x).astype(jnp.float32) ** 2) / 2
+
+    return jax.value_and_grad(loss, argnums=(0, 1) if wrt == "A, B, x" else 0)
+
+
+def arguments(way: Way, layer: Layer, dtype: Any) -> tuple[Any, Any, Any]:
+    """``(trained, x, frozen)`` as shapes."""
+    shapes = (layer.m, layer.n), (layer.m, layer.rank), (layer.rank, layer.n), (layer.tokens, layer.m)
+    w, a, b, x = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    trained, frozen = jax.eval_shape(functools.partial(way.build, scale=SCALE), w, a, b)
+    return trained, x, frozen
+
+
+def filled(tree: Any) -> Any:
+    """The same shapes with random numbers."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(x.shape[0]), x.dtype), tree)
+
+
+def count(
+    makers: Mapping[str, Callable[..., Way]], layers: Sequence[Layer], dtype: Any, sharding: Any
+) -> list[dict[str, Any]]:
+    """One row for each layer, gradient and way: what XLA counts."""
+    rows = []
+    for layer in layers:
+        print(f"counting {layer}", flush=True)
+        for wrt in ("A, B, x", "A, B"):
+            for name, make in makers.items():
+                way = make(layer.m, layer.n, layer.rank, SCALE)
+                found = cost(gradient(way, wrt), *arguments(way, layer, dtype), sharding=sharding)
+                rows.append({"layer": layer, "wrt": wrt, "way": name, **dataclasses.asdict(found)})
+    return rows
+
+
+def shown(rows: Sequence[Mapping[str, Any]], wrt: str) -> str:
+    """The counts of one gradient as a table, FLOPs and bytes also over the floor's."""
+    lines = []
+    for row in (row for row in rows if row["wrt"] == wrt):
+        (floor,) = [r for r in rows if (r["layer"], r["wrt"], r["way"]) == (row["layer"], wrt, FLOOR)]
+        lines.append(
+            {
+                "layer": str(row["layer"]),
+                "way": row["way"],
+                "GFLOP": row["flops"] / 1e9,
+                "/ floor": row["flops"] / floor["flops"],
+                "MiB accessed": row["bytes"] / MIB,
+                "bytes / floor": row["bytes"] / floor["bytes"],
+                "MiB temporaries": row["temporaries"] / MIB,
+                "kernels": row["kernels"],
+            }
+        )
+    return table(lines)
+
+
+def judged(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The claims, each with the rows that break it."""
+
+    def against(column: str, slack: float = 1.0) -> str:
+        worse: dict[str, list[float]] = {}
+        for mine in (row for row in rows if row["way"] == "lojax"):
+            for other in (row for row in rows if row["way"] in (*PEERS, "literal W0+BA")):
+                same = (other["layer"], other["wrt"]) == (mine["layer"], mine["wrt"])
+                if same and mine[column] > slack * other[column]:
+                    worse.setdefault(other["way"], []).append(mine[column] / other[column])
+        said = (f"above {way} on {len(over)} of {count} rows, by up to {max(over):.3f}" for way, over in worse.items())
+        return "; ".join(said) or "yes, on every row"
+
+    count = sum(row["way"] == "lojax" for row in rows)
+    over = max(
+        row["flops"] / (4 * t * m * n + 6 * t * r * (m + n))
+        for row in rows
+        if (row["way"], row["wrt"]) == ("lojax", "A, B, x")
+        for t, m, n, r in [row["layer"]]
+    )
+    return "\n".join(
+        [
+            f"- FLOPs of lojax over 4Tmn + 6Tr(m+n), the worst row: {over:.4f} (the bound is 1.02).",
+            f"- FLOPs at most those of every peer (+0.1 %): {against('flops', 1.001)}.",
+            f"- Temporaries at most those of every peer: {against('temporaries')}.",
+            f"- Bytes accessed at most those of every peer: {against('bytes')}.",
+        ]
+    )
+
+
+def timed(makers: Mapping[str, Callable[..., Way]], rounds: int) -> tuple[str, Any]:
+    """Step times of ``A, B, x`` in ratio to the floor, as a table, and the raw seconds."""
+    rows, raw = [], []
+    for layer in TIMED:
+        programs = {}
+        for name, make in makers.items():
+            way = make(layer.m, layer.n, layer.rank, SCALE)
+            step = jax.jit(gradient(way, "A, B, x"))
+            programs[name] = functools.partial(step, *filled(arguments(way, layer, jnp.float32)))
+        seconds = alternated(programs, rounds=rounds, warm=2)
+        raw.append({"layer": layer, "seconds": seconds})
+        floor = f"{1e3 * statistics.median(seconds[FLOOR]):.1f} ms"
+        rows.append({"layer": str(layer), "floor": floor, **{name: ratio(seconds, name, FLOOR) for name in programs}})
+    lines = []
+    for other in [name for name in makers if name not in (FLOOR, "lojax")]:
+        mean = statistics.geometric_mean(ratio(entry["seconds"], "lojax", other) for entry in raw)
+        lines.append(f"- lojax over {other}, geometric mean over the layers: {mean:.3f}")
+    return table(rows) + "\n\n" + "\n".join(lines), raw
+
+
+def main() -> None:
+    """Counts, times, writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead")
+    parser.add_argument("--no-time", action="store_true", help="no clocks")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of alternated runs")
+    options = parser.parse_args()
+    device, sharding = topology(f"{options.tpu}:2x2") if options.tpu else (None, None)
+    dtype = jnp.bfloat16 if options.tpu else jnp.float32
+    makers, missing = available()
+
+    layers = FOR_TPU if options.tpu else COUNTED
+    rows = count(makers, layers, dtype, sharding)
+    name = f"layer_cost_{options.tpu or jax.default_backend()}"
+    text = [
+        f"One dense layer, {jnp.dtype(dtype)}, scale {SCALE}; value_and_grad of |y|²/2. The floor is the frozen layer.",
+        *missing,
+        "## The claims\n\n" + judged(rows),
+        "## Gradient of A, B and x (a layer inside a net)\n\n" + shown(rows, "A, B, x"),
+        "## Gradient of A and B alone (the first layer of a net)\n\n" + shown(rows, "A, B"),
+    ]
+    data: dict[str, Any] = {"counts": rows}
+    if not (options.tpu or options.no_time):
+        times, data["seconds"] = timed(makers, options.rounds)
+        text.insert(-2, "## Step time over the floor's (gradient of A, B and x)\n\n" + times)
+    write(name, "What one adapted dense layer costs", "\n\n".join(text), data, device=device)
+    chosen = [layer for layer in layers if layer.rank == 16 and layer.tokens >= 2048][-2:]
+    panels = {}
+    for column, unit in (("flops", "FLOPs"), ("bytes", "bytes accessed")):
+        for layer in chosen:
+            here = {row["way"]: row[column] for row in rows if (row["layer"], row["wrt"]) == (layer, "A, B, x")}
+            panels[f"{unit}\n{layer}"] = {way: value / here[FLOOR] for way, value in here.items()}
+    bars(name, panels, label="over the frozen layer with dx (the red line)")
+
+
+if __name__ == "__main__":
+    main()

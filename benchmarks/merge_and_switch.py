@@ -1,0 +1,112 @@
+"""Claims: merging runs at the speed of memory, and switching adapters compiles nothing.
+
+Merge: all weights of a stack at once, against copying the same bytes (a jitted negation: read all, write all).
+A merge must read and write every weight, so the copy is the floor. Switch: one jitted forward pass and one
+jitted step, given other adapters of the same shape, and the compilations that JAX reports meanwhile.
+
+    python benchmarks/merge_and_switch.py [--rounds 15]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from measure import alternated, cost, ratio, table, write
+from nets import SCALE, Net, drawn
+
+import lojax
+
+RANK = 16
+
+
+def adapted(net: Net, seed: int = 0) -> tuple[Any, Any, Any]:
+    """``(model, frozen, lora)`` with every weight of the layers adapted and B away from zero."""
+    params = drawn(net.shapes(), seed)
+    axes = ("stack",) * net.scanned + ("in", "out")
+    weights = lambda path, leaf: path.startswith("layers") and leaf.ndim == len(axes) and "norm" not in path
+    model = lojax.wrap(net.loss, weights, rank=RANK, alpha=SCALE * RANK, axes=axes)
+    frozen, lora = model.init(jax.random.key(seed), params)
+    return model, frozen, jax.tree.map(lambda x: x + 0.01, lora)
+
+
+def merged(title: str, net: Net, rounds: int) -> tuple[dict[str, Any], Any]:
+    """One row: the time of a merge over that of a copy."""
+    model, frozen, lora = adapted(net)
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree))
+    programs = {"copy": lambda: copy(frozen), "merge": lambda: model.merge(frozen, lora)}
+    seconds = alternated(programs, rounds=rounds, warm=2)
+    size = sum(x.nbytes for x in jax.tree.leaves(frozen))
+    count = cost(lojax.merge, frozen, lora)
+    row = {
+        "net": title,
+        "MiB of weights": size / 2**20,
+        "copy GB/s": 2 * size / statistics.median(seconds["copy"]) / 1e9,
+        "merge GB/s": 2 * size / statistics.median(seconds["merge"]) / 1e9,
+        "of copy": 1 / ratio(seconds, "merge", "copy"),
+        "of copy, best rounds": min(seconds["copy"]) / min(seconds["merge"]),
+        "MiB temporaries": count.temporaries / 2**20,
+        "GFLOP": count.flops / 1e9,
+    }
+    return row, seconds
+
+
+def switched(net: Net) -> list[dict[str, Any]]:
+    """One row for each jitted program: compilations at the first adapter and at three others."""
+    model, frozen, lora = adapted(net)
+    x, labels = jnp.ones((1, 16, net.width), net.dtype), jnp.zeros((1, 16), jnp.int32)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    rows = []
+    for title, program in {
+        "forward": jax.jit(model.apply),
+        "step": jax.jit(lambda f, t, x, y: jax.value_and_grad(lambda t: model.apply(f, t, x, y))(t)),
+    }.items():
+        others = [jax.tree.map(lambda leaf, i=i: leaf * (i + 2), lora) for i in range(3)]
+        compiled.clear()
+        jax.block_until_ready(program(frozen, lora, x, labels))
+        first = len(compiled)
+        compiled.clear()
+        jax.block_until_ready([program(frozen, other, x, labels) for other in others])
+        rows.append({"program": title, "compilations, first adapter": first, "three others": len(compiled)})
+        assert first > 0, "JAX reports compilations under another name: this counts nothing"
+    return rows
+
+
+def main() -> None:
+    """Measures both claims."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    nets = {
+        f"{kind}, {'scanned' if scanned else 'unrolled'}, {jnp.dtype(dtype)}": Net(
+            kind, width=1024, inner=4096, scanned=scanned, dtype=dtype
+        )
+        for kind, scanned, dtype in (
+            ("gpt2", False, jnp.float32),
+            ("gpt2", True, jnp.float32),
+            ("llama", False, jnp.bfloat16),
+        )
+    }
+    rows, data = [], {}
+    for title, net in nets.items():
+        row, data[title] = merged(title, net, options.rounds)
+        rows.append(row)
+    switches = switched(Net("gpt2", layers=2, width=64, heads=4, inner=128, vocabulary=64))
+    text = (
+        f"Rank {RANK} on every weight of the layers. Aimed at: a merge at 0.5 of a copy or better.\n\n{table(rows)}\n\n"
+        f"## Switching the adapter of a jitted program\n\n{table(switches)}"
+    )
+    name = f"merge_and_switch_{jax.default_backend()}"
+    write(
+        name, "Merging at the speed of memory, switching without compiling", text, {"merge": data, "switch": switches}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Runs every benchmark that this machine can run, each in a process of its own, one after the other.
+
+python benchmarks/run_all.py            # all, some tens of minutes on two cores
+python benchmarks/run_all.py --counts   # only what needs no clock
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"]]
+CLOCKS = [
+    ["layer_cost.py"],
+    ["net_cost.py"],
+    ["trace_compile.py"],
+    ["merge_and_switch.py"],
+    ["minilm_step.py"],
+    ["checkpoint.py"],
+]
+TPU = [["layer_cost.py", "--tpu", "v5e"], ["layer_cost.py", "--tpu", "v6e"]]
+GPU = [["gpu.py"]]
+
+
+def main() -> None:
+    """Runs them, says what failed, and fails if any did."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--counts", action="store_true", help="only what needs no clock")
+    options = parser.parse_args()
+    chosen = list(COUNTS if options.counts else CLOCKS)
+    if importlib.util.find_spec("libtpu"):
+        chosen += TPU
+    if not options.counts and _has_gpu():
+        chosen += GPU
+    failed = []
+    for command in chosen:
+        if not (HERE / command[0]).exists():
+            continue
+        print(f"=== {' '.join(command)}", flush=True)
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode
+        print(f"=== {' '.join(command)}: {'done' if code == 0 else f'failed ({code})'}", end=" ")
+        print(f"in {time.perf_counter() - start:.0f} s", flush=True)
+        failed += [command[0]] * (code != 0)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _has_gpu() -> bool:
+    """Whether JAX finds a GPU, asked in another process so that this one holds no memory of it."""
+    question = "import jax, sys; sys.exit(jax.default_backend() != 'gpu')"
+    return subprocess.run([sys.executable, "-c", question], check=False, capture_output=True).returncode == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""``python -m lojax inspect``: the table, its numbers, and what is no adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import message, trained
+
+import lojax
+from lojax.cli.inspect_adapter import describe, effective_rank, singular_values
+from lojax.cli.main import main
+from lojax.store import safetensors
+from lojax.store.checkpoint import save
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "store" / "peft"))
+from layouts import golden
+from test_load import copied, edited
+
+
+def test_the_table_of_a_peft_adapter(tmp_path, capsys):
+    path = copied("patterns", tmp_path, config={"base_model_name_or_path": "org/base", "task_type": "SEQ_CLS"})
+    assert main(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["weight", "in", "->", "out", "rank", "scale", "parameters", "norm", "effective", "rank"]
+    found = {line.split()[0]: line.split() for line in lines[2:12]}
+    assert found["layers.1.q"][1:7] == ["6", "->", "6", "3", "2.309", "36"]
+    file = safetensors.open_file(path / "adapter_model.safetensors")
+    a, b = (file.read(f"base_model.model.layers.1.q.lora_{side}.weight") for side in "AB")
+    assert float(found["layers.1.q"][7]) == pytest.approx(4 / 3**0.5 * np.linalg.norm(b @ a), rel=1e-3)
+    assert found["head.weight"][1:] == ["(3,", "6)", "full", "18"]
+    facts = "\n".join(lines[12:])
+    assert "base:        org/base" in facts and "task:        SEQ_CLS" in facts
+    assert "parameters:  141 in 10 weights" in facts and "peft 0.21.2" in facts
+
+
+def test_the_table_of_a_lojax_adapter(tmp_path):
+    params = {"layers": {"w": jnp.ones((2, 4, 2, 3))}, "b": jnp.ones(3)}
+    axes = ("stack", "in", "out", "out")
+    frozen, lora = lojax.init(jax.random.key(0), params, "layers/w", rank=2, axes=axes, train="b")
+    save(tmp_path, trained(lora), frozen=frozen, metadata={"step": 3})
+    text = describe(tmp_path)
+    assert "layers/w 2 x 4 -> 2*3 2 1 40" in " ".join(text.split())
+    assert "b (3,) full 3" in " ".join(text.split()) and "{'step': 3}" in text and "known by its fingerprint" in text
+
+
+def test_norms_and_effective_ranks_are_those_of_the_update():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 7, 2)), rng.normal(size=(3, 2, 5))
+    expected = np.linalg.svd(-2.0 * a @ b, compute_uv=False)[:, :2]
+    np.testing.assert_allclose(singular_values(a, b, -2.0), expected, rtol=1e-10)
+    assert effective_rank(np.array([3.0, 0.0])) == 1.0
+    assert effective_rank(np.zeros(3)) == 0.0
+    assert singular_values(np.ones((2, 8)), np.ones((8, 3)), 1.0).shape == (1, 2)
+
+
+def test_the_experts_of_an_adapter_are_counted():
+    text = describe(golden("experts")[0])
+    assert "mlp.experts.base_layer  3 x 4 -> 6     2    1.5" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda t: t.pop("base_model.model.layers.0.q.lora_B.weight"),
+            "layers.0.q.lora_A.weight has no lora_B beside it",
+        ),
+        (lambda t: t.update(stray=np.zeros(3)), "stray is no key of PEFT"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(spoil, reason, tmp_path):
+    assert reason in message(ValueError, describe, edited(copied("linear", tmp_path), spoil))
+
+
+def test_an_empty_directory_is_refused(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "lojax inspect: " in (error := capsys.readouterr().err) and "holds no adapter_config.json" in error

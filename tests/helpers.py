@@ -1,0 +1,65 @@
+"""What several test files need. A helper that finds something wrong raises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lojax.adapt.adapter import Adapter, is_adapter
+from lojax.adapt.boxes import rebox, unbox
+
+
+def message(kind: type[Exception], f: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The text of the exception of exactly this kind that ``f`` raises."""
+    with pytest.raises(kind) as caught:
+        f(*args, **kwargs)
+    assert caught.type is kind, f"expected {kind.__name__}, got {caught.type.__name__}"
+    return str(caught.value)
+
+
+def trained(lora: Any, seed: int = 7) -> Any:
+    """``lora`` as after some training: ``b`` random instead of zero."""
+    rng = np.random.default_rng(seed)
+
+    def move(node: Any) -> Any:
+        if not is_adapter(node):
+            return node
+        b = unbox(node.b)
+        return dataclasses.replace(node, b=rebox(node.b, jax.numpy.asarray(rng.normal(size=b.shape), b.dtype)))
+
+    moved = jax.tree.map(move, lora, is_leaf=is_adapter)
+    assert any(isinstance(node, Adapter) for node in jax.tree.leaves(moved, is_leaf=is_adapter)), "no adapter to train"
+    return moved
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    """Both trees have the same structure, shapes, dtypes and bits (-0.0 is not 0.0)."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (keys, x), y in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), jax.tree_util.keystr(keys)
+        assert x.tobytes() == y.tobytes(), f"{jax.tree_util.keystr(keys)} differs"
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr, those of its sub-jaxprs included."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from equations(inner)
+
+
+def products_of_shape(f: Callable[..., Any], shape: tuple[int, ...], *args: Any) -> list[Any]:
+    """The `dot_general` equations in ``f(*args)`` whose result has these axes, in any order."""
+    found = list(equations(jax.make_jaxpr(f)(*args)))
+    assert any(eqn.primitive.name == "dot_general" for eqn in found), "the program has no product at all"
+    wanted = sorted(shape)
+    return [eqn for eqn in found if eqn.primitive.name == "dot_general" and sorted(eqn.outvars[0].aval.shape) == wanted]

@@ -1,0 +1,166 @@
+"""Every net of the zoo keeps the same promises. A new net is one row in the file of its library."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import CASES, Case, Example
+
+import lojax
+from lojax.adapt.adapter import Adapter, is_adapter
+from lojax.adapt.boxes import rebox, unbox
+from lojax.adapt.paths import map_paths
+
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+"""Compiler options: time goes to compiling here, not to running."""
+
+
+def rows() -> list[Any]:
+    return [
+        pytest.param(case, id=f"{case.library}-{case.name}", marks=[pytest.mark.slow] if case.slow else [])
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", rows())
+def test_keeps_the_contract(case: Case) -> None:
+    pytest.importorskip(case.requires)
+    with jax.numpy_dtype_promotion(case.promotion):
+        example = case.build()
+        strict = not case.materialized
+        model = lojax.wrap(example.net, case.targets, rank=case.rank, alpha=3 * case.rank, init=drawn, strict=strict)
+        frozen, lora = model.init(jax.random.key(0), example.params, *example.args, **example.kwargs)
+
+        says_how_it_runs(case, model.report(frozen, lora, *example.args, **example.kwargs))
+        ours, theirs = steps(example, model, frozen, lora)
+        starts_at_the_base(example, model, frozen, lora, ours(lora, frozen)[0][1][0], theirs(lora, frozen)[0][1][0])
+        trained = perturbed(lora)
+        matches_the_merged_form(ours(trained, frozen), theirs(trained, frozen))
+        merges_as_written(frozen, trained, theirs(trained, frozen)[0][1][1])
+        if case.flops is not None:
+            share = ours.cost_analysis()["flops"] / theirs.cost_analysis()["flops"]
+            assert share <= case.flops
+
+
+def says_how_it_runs(case: Case, report: Any) -> None:
+    """Every targeted weight is factored, or the row knows why not."""
+    assert len(report.weights) == case.count, [weight.path for weight in report.weights]
+    for weight in report.weights:
+        reasons = {use.reason for use in weight.uses if use.how == "materialized"}
+        if weight.path in case.materialized:
+            assert any(case.materialized[weight.path] in reason for reason in reasons), (weight.path, reasons)
+        else:
+            assert weight.how == "factored", (weight.path, weight.how, reasons)
+
+
+def steps(example: Example, model: Any, frozen: Any, lora: Any) -> tuple[Any, Any]:
+    """Two compiled gradient steps: lojax's, and the net's own on merged parameters."""
+
+    def ours(lora: Any, frozen: Any) -> Any:
+        outputs = model.apply(frozen, lora, *example.args, **example.kwargs)
+        return loss(outputs), (outputs, None)
+
+    def theirs(lora: Any, frozen: Any) -> Any:
+        merged = model.merge(frozen, lora)
+        outputs = example.native(merged)
+        return loss(outputs), (outputs, merged)
+
+    return tuple(  # type: ignore[return-value]
+        jax.jit(jax.value_and_grad(f, has_aux=True)).lower(lora, frozen).compile(compiler_options=QUICK)
+        for f in (ours, theirs)
+    )
+
+
+def loss(outputs: Any) -> Any:
+    """A fixed functional that weighs every number of the output differently."""
+    floats = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(jnp.sum(x * np.cos(np.arange(x.size)).astype(x.dtype).reshape(x.shape)) for x in floats)
+
+
+def starts_at_the_base(example: Example, model: Any, frozen: Any, lora: Any, outputs: Any, base: Any) -> None:
+    """B = 0 gives the base output, bit for bit.
+
+    Where the compiler treats the two programs differently, so that they round apart, they are compared
+    operation by operation, which takes longer.
+    """
+    close_trees(outputs, base, 2e-6)
+    if not all(map(np.array_equal, jax.tree.leaves(outputs), jax.tree.leaves(base))):
+        with jax.disable_jit():
+            outputs = model.apply(frozen, lora, *example.args, **example.kwargs)
+            base = example.native(example.params)
+        close_trees(outputs, base, 0)
+
+
+def matches_the_merged_form(ours: Any, theirs: Any) -> None:
+    """The same outputs and gradients as the net on merged parameters."""
+    ((_, (outputs, _)), gradient), ((_, (true_outputs, _)), true_gradient) = ours, theirs
+    close_trees(outputs, true_outputs)
+    close_trees(gradient, true_gradient)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(true_gradient):
+        assert np.linalg.norm(leaf) > 0, f"{jax.tree_util.keystr(keys)} gets no gradient: nothing was compared"
+
+
+def merges_as_written(frozen: Any, lora: Any, merged: Any) -> None:
+    """``merge`` is ``W0 + scale * a b``, by an einsum that has nothing of lojax in it."""
+
+    def check(path: str, weight: Any, trained: Any, leaf: Any) -> None:
+        if weight is None:
+            assert leaf is None or trained is not None
+        elif is_adapter(trained):
+            close(path, unbox(leaf), unbox(weight) + update(trained))
+        else:
+            np.testing.assert_array_equal(unbox(leaf), unbox(weight), path)
+
+    map_paths(check, frozen, lora, merged)
+
+
+def update(adapter: Adapter) -> Any:
+    whole = string.ascii_letters[: len(adapter.axes)]
+    stack, ins, outs = (
+        "".join(x for x, axis in zip(whole, adapter.axes, strict=True) if axis == role)
+        for role in ("stack", "in", "out")
+    )
+    spec = f"{stack}{ins}Z,{stack}Z{outs}->{whole}"
+    product = np.einsum(spec, np.float64(unbox(adapter.a)), np.float64(unbox(adapter.b)))
+    return np.float32(3 * product)  # alpha is three times the rank
+
+
+def drawn(key: Any, shape: Any, dtype: Any, **_: Any) -> Any:
+    """An initializer by NumPy: nothing to compile."""
+    return jnp.asarray(0.1 * np.random.default_rng(math.prod(shape)).standard_normal(shape), dtype)
+
+
+def perturbed(lora: Any) -> Any:
+    """Adapters as training would leave them: b away from zero."""
+
+    def move(_: str, leaf: Any) -> Any:
+        if not is_adapter(leaf):
+            return leaf
+        return dataclasses.replace(leaf, b=rebox(leaf.b, drawn(None, unbox(leaf.b).shape, jnp.float32)))
+
+    return map_paths(move, lora)
+
+
+def close_trees(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    left, right = jax.tree_util.tree_flatten_with_path(got), jax.tree_util.tree_flatten_with_path(expected)
+    assert left[1] == right[1]
+    for (keys, x), (_, y) in zip(left[0], right[0], strict=True):
+        close(jax.tree_util.keystr(keys), x, y, tolerance)
+
+
+def close(where: str, got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Equal to ``tolerance`` of the norm."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape and got.dtype == expected.dtype, where
+    if not np.issubdtype(expected.dtype, np.floating):
+        np.testing.assert_array_equal(got, expected, where)
+        return
+    error, norm = (np.linalg.norm(np.float64(x)) for x in (np.float64(got) - expected, expected))
+    assert math.isfinite(norm) and error <= tolerance * norm, f"{where}: off by {error / norm:.1e} of its norm"

@@ -1,0 +1,97 @@
+"""`summary`: one row a parameter, and the closing line in the words of Hugging Face PEFT."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+import lojax
+from lojax.report.summary import Row, Summary
+from tests.helpers import message
+
+PARAMS = {
+    "dense": {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32), "bias": jax.ShapeDtypeStruct((32,), jnp.float32)},
+    "head": jax.ShapeDtypeStruct((32, 2), jnp.float32),
+    "layers": jax.ShapeDtypeStruct((3, 16, 8), jnp.float32),
+    "scale": jax.ShapeDtypeStruct((), jnp.float32),
+}
+
+
+def make(params=PARAMS, **settings):
+    def init(key, params):
+        targets = [lojax.Rule("layers", axes=("stack", "in", "out"), rank=2), "dense/kernel"]
+        return lojax.init(key, params, targets, rank=4, train="head", **settings)
+
+    return jax.eval_shape(init, jax.random.key(0), params)
+
+
+def test_one_row_a_parameter_and_the_closing_line():
+    assert str(lojax.summary(*make())) == (
+        "parameter     shape       rank  trainable    all\n"
+        "------------------------------------------------\n"
+        "dense/bias    (32,)                     0     32\n"
+        "dense/kernel  (64, 32)       4        384  2,432\n"
+        "head          (32, 2)                  64     64\n"
+        "layers        (3, 16, 8)     2        144    528\n"
+        "scale         ()                        0      1\n"
+        "trainable params: 592 || all params: 3,057 || trainable%: 19.3654"
+    )
+
+
+def test_the_data():
+    summary = lojax.summary(*make())
+    assert summary.rows == (
+        Row("dense/bias", (32,), None, 0, 32),
+        Row("dense/kernel", (64, 32), 4, 4 * (64 + 32), 64 * 32 + 4 * (64 + 32)),
+        Row("head", (32, 2), None, 64, 64),
+        Row("layers", (3, 16, 8), 2, 3 * 2 * (16 + 8), 3 * 16 * 8 + 3 * 2 * (16 + 8)),
+        Row("scale", (), None, 0, 1),
+    )
+    assert (summary.trainable, summary.total) == (592, 3057)
+    assert summary.percent == 100 * 592 / 3057
+
+
+def test_it_counts_as_the_arrays_do():
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), PARAMS)
+    targets = [lojax.Rule("layers", axes=("stack", "in", "out"), rank=2), "dense/kernel"]
+    frozen, lora = lojax.init(jax.random.key(0), params, targets, rank=4, train="head")
+    summary = lojax.summary(frozen, lora)
+    assert summary == lojax.summary(*make())
+    assert summary.trainable == sum(x.size for x in jax.tree.leaves(lora))
+    assert summary.total == sum(x.size for x in jax.tree.leaves((frozen, lora)))
+
+
+def test_boxes_are_looked_into():
+    params = {"w": nn.Partitioned(jnp.ones((6, 4)), names=("x", "y")), "v": nn.Partitioned(jnp.ones(5), names=("x",))}
+    frozen, lora = lojax.init(jax.random.key(0), params, "w", rank=2)
+    assert lojax.summary(frozen, lora).rows == (Row("v", (5,), None, 0, 5), Row("w", (6, 4), 2, 20, 44))
+
+
+def test_the_closing_line_rounds_and_groups_as_peft_does():
+    rows = (Row("base", (1,), None, 0, 6_658_473_984), Row("lora", (1,), 16, 8_388_608, 8_388_608))
+    assert Summary(rows).line == "trainable params: 8,388,608 || all params: 6,666,862,592 || trainable%: 0.1258"
+
+
+def test_an_empty_summary_divides_by_nothing():
+    assert Summary(()).line == "trainable params: 0 || all params: 0 || trainable%: 0.0000"
+
+
+def test_trees_that_do_not_fit_are_refused():
+    frozen, lora = make()
+    text = message(ValueError, lojax.summary, {k: v for k, v in frozen.items() if k != "scale"}, lora)
+    assert text.startswith("frozen and lora have different structure: scale is in lora but not in frozen.")
+
+
+@pytest.mark.peer
+def test_the_closing_line_is_what_peft_prints(capsys):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 7))
+    peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0"])).print_trainable_parameters()
+    params = {
+        "0": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)},
+        "1": {"kernel": jnp.ones((32, 7)), "bias": jnp.ones(7)},
+    }
+    summary = lojax.summary(*lojax.init(jax.random.key(0), params, "0/kernel", rank=4))
+    assert capsys.readouterr().out.strip() == summary.line
