@@ -78,9 +78,7 @@ class BertConfig:
                 raise ValueError(f"{path}: {key} is {got!r}; this encoder needs {expected!r}.")
         config = cls(**{f.name: stored[f.name] for f in fields if f.name in stored})
         if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"{path}: hidden_act is {config.hidden_act!r}; known: {', '.join(ACTIVATIONS)}."
-            )
+            raise ValueError(f"{path}: hidden_act is {config.hidden_act!r}; known: {', '.join(ACTIVATIONS)}.")
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
                 f"{path}: hidden_size {config.hidden_size} is not a multiple of "
@@ -142,9 +140,7 @@ class Layer(nn.Module):
         attended = dropout()(Attention(c, name="attention")(x, mask, deterministic))
         x = norm(name="attention_norm")(x + attended)
         inner = ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
-        return norm(name="output_norm")(
-            x + dropout()(nn.Dense(c.hidden_size, name="output")(inner))
-        )
+        return norm(name="output_norm")(x + dropout()(nn.Dense(c.hidden_size, name="output")(inner)))
 
 
 class Encoder(nn.Module):
@@ -256,9 +252,7 @@ def load(
             )
     config = BertConfig.from_file(directory / "config.json")
     if dropout is not None:
-        config = dataclasses.replace(
-            config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
-        )
+        config = dataclasses.replace(config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     net = BertClassifier(config, classes)
     example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     params = dict(jax.eval_shape(net.init, key, example, example)["params"])

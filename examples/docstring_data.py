@@ -87,9 +87,7 @@ def rows_of(label: str, file: Path, module: str, *, min_words: int = 20) -> Iter
                 yield Row(text, label, module)
 
 
-def load(
-    *, train_per_class: int = 800, test_per_class: int = 200, per_module: int = 20
-) -> tuple[list[Row], list[Row]]:
+def load(*, train_per_class: int = 800, test_per_class: int = 300, per_module: int = 20) -> tuple[list[Row], list[Row]]:
     """The docstrings of the installed packages, split by module.
 
     Args:
@@ -114,11 +112,7 @@ def load(
         modules = _modules(label, folder)
         for split, size, wanted in ((train, train_per_class, False), (test, test_per_class, True)):
             chosen = [item for item in modules if in_test(item[0]) is wanted]
-            found = (
-                row
-                for module, file in chosen
-                for row in islice(rows_of(label, file, module), per_module)
-            )
+            found = (row for module, file in chosen for row in islice(rows_of(label, file, module), per_module))
             split += islice(found, size + size // 4)  # some are dropped below
     rows = _once(train + test)
     train = _at_most(train_per_class, [row for row in rows if not in_test(row.module)])

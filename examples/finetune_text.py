@@ -18,18 +18,18 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import bert
 import docstring_data
-import lojax
+import jax
+import jax.numpy as jnp
 import model_files
+import numpy as np
 import table_data
 import text_data
 import text_report
 import text_training as training
+
+import lojax
 
 TARGETS = ("**/query/kernel", "**/value/kernel")
 HEAD = "**/classifier/**"
@@ -50,10 +50,7 @@ class Task(NamedTuple):
 def make_task(args: argparse.Namespace) -> Task:
     """Finds the model and the data that the command line asks for."""
     directory = model_files.find(args.model)
-    if args.data is None:
-        rows = docstring_data.load()
-    else:
-        rows = table_data.load(args.data, text=args.text, label=args.label)
+    rows = docstring_data.load() if args.data is None else table_data.load(args.data, text=args.text, label=args.label)
     classes = tuple(sorted({row.label for row in rows[0]}))
     tokenizer = directory / "tokenizer.json"
     data = tuple(text_data.encode_rows(part, classes, tokenizer, args.length) for part in rows)
@@ -102,9 +99,7 @@ def finetune(args: argparse.Namespace) -> None:
     program = training.build(training.adapted(model), settings, len(task.rows[0]))
 
     training.prepare(args.out, settings, fresh=args.fresh)
-    run = training.train(
-        program, variables, task.data, settings, folder=args.out, save_every=args.save_every
-    )
+    run = training.train(program, variables, task.data, settings, folder=args.out, save_every=args.save_every)
     frozen, lora = run.frozen, run.state.trained
     lojax.save(args.out / "adapter", lora, frozen=frozen)
     text_report.write_json(args.out / "settings.json", dataclasses.asdict(settings))
@@ -137,9 +132,7 @@ def predict(folder: Path, text: str) -> str:
     """
     file = folder / "settings.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no finished run (no settings.json). Train first, or pass its --out."
-        )
+        raise FileNotFoundError(f"{folder} holds no finished run (no settings.json). Train first, or pass its --out.")
     settings = training.Settings(**json.loads(file.read_text(encoding="utf-8")))
     directory = model_files.find(settings.model)
     key = jax.random.key(settings.seed)
@@ -165,9 +158,7 @@ def check_merged(adapted: np.ndarray, merged: np.ndarray) -> None:
         raise AssertionError("merged and adapted weights disagree; this is a bug, please report it")
 
 
-def check_new_process(
-    folder: Path, text: str, logits: np.ndarray, classes: tuple[str, ...]
-) -> None:
+def check_new_process(folder: Path, text: str, logits: np.ndarray, classes: tuple[str, ...]) -> None:
     """Raises unless a new process, given the folder and a text, finds its logits ``[C]``."""
     command = [sys.executable, __file__, "--predict", text, "--out", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -176,8 +167,7 @@ def check_new_process(
     found = text_report.read_prediction(done.stdout, classes)
     if np.max(np.abs(found - text_report.shares(logits))) > 2e-4:
         raise AssertionError(
-            f"the new process predicted otherwise:\n{done.stdout}\nexpected:\n"
-            f"{text_report.prediction(logits, classes)}"
+            f"the new process predicted otherwise:\n{done.stdout}\nexpected:\n{text_report.prediction(logits, classes)}"
         )
     print(f"The adapter, restored in a new process, says of {text[:60]!r}...:\n{done.stdout}")
 
@@ -205,9 +195,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/finetune_text"), help="the run's folder")
     add("--model", default=model_files.DEFAULT, help="directory, installed package, or hub id")
@@ -217,7 +205,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--predict", metavar="TEXT", help="classify a text with the finished run in --out")
     add("--compare", action="store_true", help="train head only, LoRA and full, print a table")
     add("--seeds", type=_integers, default=(0,), help="such as 0,1,2 (more than one: --compare)")
-    add("--epochs", type=int, default=3)
+    add("--epochs", type=int, default=4)
     add("--batch", type=int, default=8, help="rows a step")
     add("--accumulate", type=int, default=2, help="steps an update")
     add("--steps", type=int, help="stop after this many steps")

@@ -13,7 +13,8 @@ class Checkpoints:
     def __init__(self, folder: Path, *, every: int):
         """Opens or makes the folder; ``every`` is the number of steps between checkpoints."""
         options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=2)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handler = ocp.StandardCheckpointHandler()
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
     def latest(self, fresh: Any, placed: Any) -> tuple[int, Any]:
         """The newest step and its state on this mesh; 0 and ``fresh`` where there is none.
@@ -34,17 +35,20 @@ class Checkpoints:
             found = self.manager.restore(step, args=ocp.args.StandardRestore(flat(wanted)))
         except Exception as error:
             raise ValueError(
-                f"The checkpoint of step {step} in {self.manager.directory} cannot be read: files are missing or "
-                f"damaged ({error}). Every process must see the same folder. Delete {step}/ to go on from an earlier one."
+                f"The checkpoint of step {step} in {self.manager.directory} cannot be read: files are missing "
+                f"or damaged ({error}). Every process must see the same folder. "
+                f"Delete {step}/ to go on from an earlier one."
             ) from error
         return step, jax.tree.unflatten(jax.tree.structure(fresh), found.values())
 
     def _check(self, step: int, wanted: dict[str, Any]) -> None:
-        kept = self.manager.item_metadata(step)
-        kept = dict(getattr(kept, "tree", kept) or {})
+        try:
+            kept = dict(self.manager.item_metadata(step).items())
+        except (AttributeError, OSError, ValueError):
+            return  # the metadata is damaged: reading the rest will say so
         for name, x in wanted.items():
             shape = tuple(kept[name].shape) if name in kept else None
-            if kept and shape != x.shape:
+            if shape != x.shape:
                 raise ValueError(
                     f"The checkpoint of step {step} holds {name} as {shape}; this run has {x.shape}. "
                     "Start it with the same --model, --rank and targets, or another --out."

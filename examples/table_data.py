@@ -83,18 +83,14 @@ def _read(file: Path) -> list[tuple[int, dict]]:
     return records
 
 
-def _checked(
-    file: Path, records: list[tuple[int, dict]], text: str, label: str
-) -> list[tuple[int, Row]]:
+def _checked(file: Path, records: list[tuple[int, dict]], text: str, label: str) -> list[tuple[int, Row]]:
     """The rows, once no column and no cell is missing."""
     if not records:
         raise ValueError(f"{file}: no rows. A CSV needs a header line and rows below it.")
     columns = list(dict.fromkeys(name for _, record in records for name in record if name))
     for option, name in (("--text", text), ("--label", label)):
         if name not in columns:
-            raise ValueError(
-                f"{file}: no column {name!r} ({option}). Its columns: {', '.join(columns)}."
-            )
+            raise ValueError(f"{file}: no column {name!r} ({option}). Its columns: {', '.join(columns)}.")
     rows, empty = [], []
     for line, record in records:
         cells = [record.get(name) for name in (text, label)]

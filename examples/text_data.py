@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
-
 from docstring_data import Row
+from tokenizers import Tokenizer
 
 
 class Split(NamedTuple):

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from matplotlib.figure import Figure
+from text_training import History, Run, Settings
 
 import lojax
-from text_training import History, Run, Settings
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -78,9 +78,7 @@ def draw_curves(file: Path, history: History, *, chance: float) -> None:
         mean = np.convolve(steps, np.ones(count) / count, mode="valid")
         places = np.arange(1, len(steps) + 1)
         axes.plot(places, steps, color="tab:blue", alpha=0.15)
-        axes.plot(
-            places[count - 1 :], mean, color="tab:blue", label=f"training, last {count} steps"
-        )
+        axes.plot(places[count - 1 :], mean, color="tab:blue", label=f"training, last {count} steps")
         tests = [record[name] for record in history.epochs]
         axes.plot(ends, tests, "o-", color="tab:orange", label="test, after each epoch")
         axes.set(title=title, xlabel="step")
@@ -133,8 +131,7 @@ def comparison(records: list[dict[str, Any]]) -> str:
         The table. The accuracy is a mean over the seeds, with its standard deviation.
     """
     lines = [
-        "| method | learning rate | test accuracy | trained parameters | optimizer state | step "
-        "| checkpoint |",
+        "| method | learning rate | test accuracy | trained parameters | optimizer state | step | checkpoint |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(record["method"] for record in records):

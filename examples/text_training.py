@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from text_data import Split
 from tqdm import tqdm
 
 import lojax
-from text_data import Split
 
 Array = jax.Array
 Tree = Any
@@ -35,7 +35,7 @@ class Settings:
     method: str
     learning_rate: float
     seed: int = 0
-    epochs: int = 3
+    epochs: int = 4
     batch: int = 8
     accumulate: int = 2
     length: int = 32
@@ -214,9 +214,7 @@ def train(
         ends_epoch = (index + 1) % per_epoch == 0 or index + 1 == steps
         if ends_epoch:
             logits = program.predict(frozen, state.trained, test.tokens, test.mask)
-            progress.say(
-                end_epoch(history, index // per_epoch, index % per_epoch + 1, logits, test)
-            )
+            progress.say(end_epoch(history, index // per_epoch, index % per_epoch + 1, logits, test))
         if folder is not None and (ends_epoch or (index + 1) % save_every == 0):
             _keep(folder, state, history)
     progress.bar.close()
@@ -228,8 +226,7 @@ def plan(settings: Settings, rows: int) -> tuple[int, int]:
     per_epoch = rows // settings.batch
     if per_epoch == 0:
         raise ValueError(
-            f"{rows} training rows do not fill a batch of {settings.batch}; "
-            "pass a smaller --batch or more data."
+            f"{rows} training rows do not fill a batch of {settings.batch}; pass a smaller --batch or more data."
         )
     steps = per_epoch * settings.epochs
     return per_epoch, min(steps, settings.max_steps or steps)
@@ -252,9 +249,7 @@ class Progress:
         self.seconds: list[float] = []
         self.tokens = 0
 
-    def advance(
-        self, history: History, loss: float, correct: float, batch: Split, seconds: float
-    ) -> None:
+    def advance(self, history: History, loss: float, correct: float, batch: Split, seconds: float) -> None:
         """Adds a step to the history and shows it."""
         history.losses.append(loss)
         history.accuracies.append(correct)
@@ -276,9 +271,7 @@ class Progress:
         )
 
 
-def end_epoch(
-    history: History, epoch: int, count: int, logits: np.ndarray, test: Split
-) -> dict[str, float]:
+def end_epoch(history: History, epoch: int, count: int, logits: np.ndarray, test: Split) -> dict[str, float]:
     """Adds the record of an epoch of `count` steps, with test logits ``[N, C]``, and returns it."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, test.labels)
     record = {
@@ -317,9 +310,7 @@ def prepare(folder: Path, settings: Settings, *, fresh: bool = False) -> bool:
     if file.exists() and not fresh:
         found = json.loads(file.read_text(encoding="utf-8"))
         if differing := [name for name in wanted if wanted[name] != found.get(name)]:
-            lines = [
-                f"{name}: {found.get(name)!r} there, {wanted[name]!r} now" for name in differing
-            ]
+            lines = [f"{name}: {found.get(name)!r} there, {wanted[name]!r} now" for name in differing]
             raise ValueError(
                 f"{folder} holds an unfinished run with other settings ({'; '.join(lines)}). "
                 "Use its settings to take it up, --fresh to forget it, or another --out."
@@ -344,9 +335,7 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
 def _keep(folder: Path, state: State, history: History) -> None:
     """Writes state and history as one checkpoint: it is there whole, or it is not there."""
     leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(leaves), history=ocp.args.JsonSave(history._asdict())
-    )
+    items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), history=ocp.args.JsonSave(history._asdict()))
     with _manager(folder) as manager:
         manager.save(int(state.step), args=items)
 
@@ -358,9 +347,7 @@ def _resume(folder: Path, state: State) -> tuple[State, History]:
             return state, History([], [], [])
         leaves, structure = jax.tree.flatten(state)
         like = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore())
         found = manager.restore(step, args=items)
     print(f"Taking up the run in {folder} after step {step}.")
     leaves = [found.state[name] for name in sorted(found.state)]

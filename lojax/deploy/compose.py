@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.axes import positions
-from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.initializers import key_for
 from lojax.adapt.paths import flatten, map_paths
+from lojax.deploy.matrices import like, matrices, padded, truncated
 from lojax.deploy.prune import Merge, merger
 
 FACTORWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -114,7 +112,7 @@ def resize(lora: Any, rank: int) -> Any:
         if rank < leaf.rank:
             with jax.default_matmul_precision("highest"):
                 a, b = truncated(a, b, rank)
-        return _like(leaf, _padded(a, rank, 2), _padded(b, rank, 1), leaf.scale)
+        return like(leaf, padded(a, rank, 2), padded(b, rank, 1), leaf.scale)
 
     return map_paths(change, lora)
 
@@ -168,37 +166,6 @@ def subtract(lora: Any, other: Any) -> Any:
 # --- one weight ---
 
 
-def matrices(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
-    """The factors as ``[S, m, r]`` and ``[S, r, n]``, in float32 or wider."""
-    a, b = jnp.asarray(unbox(adapter.a)), jnp.asarray(unbox(adapter.b))
-    stack = len(positions(adapter.axes, "stack"))
-    count = math.prod(a.shape[:stack])
-    wide = a.dtype if a.dtype.itemsize >= 4 else jnp.float32
-    return a.reshape(count, -1, a.shape[-1]).astype(wide), b.reshape(count, b.shape[stack], -1).astype(wide)
-
-
-def truncated(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """The factors ``[S, m, k]`` and ``[S, k, n]``, ``k <= rank``, whose product is nearest to ``a @ b``."""
-    qa, ra = jnp.linalg.qr(a)
-    qb, rb = jnp.linalg.qr(b.swapaxes(1, 2))
-    u, s, vt = jnp.linalg.svd(ra @ rb.swapaxes(1, 2), full_matrices=False)
-    root = jnp.sqrt(s[:, :rank])
-    return (qa @ u[:, :, :rank]) * root[:, None, :], root[:, :, None] * (vt[:, :rank] @ qb.swapaxes(1, 2))
-
-
-def _padded(x: jax.Array, rank: int, axis: int) -> jax.Array:
-    widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, widths)
-
-
-def _like(adapter: Adapter, a: jax.Array, b: jax.Array, scale: float) -> Adapter:
-    old_a, old_b = unbox(adapter.a), unbox(adapter.b)
-    stack = len(positions(adapter.axes, "stack"))
-    new_a = a.reshape(*old_a.shape[:-1], a.shape[-1]).astype(old_a.dtype)
-    new_b = b.reshape(*old_b.shape[:stack], b.shape[1], *old_b.shape[stack + 1 :]).astype(old_b.dtype)
-    return dataclasses.replace(adapter, a=rebox(adapter.a, new_a), b=rebox(adapter.b, new_b), scale=scale)
-
-
 Joint = Callable[[str, Sequence[Adapter], Sequence[float]], Adapter]
 
 
@@ -217,8 +184,8 @@ def _joint(method: str, rank: int | None, density: float | None, majority: str, 
         if method.endswith("svd"):
             target = rank or max(leaf.rank for leaf in found)
             a, b = truncated(a, b, target)
-            a, b = _padded(a, target, 2), _padded(b, target, 1)
-        return _like(found[0], a, b, 1.0)
+            a, b = padded(a, target, 2), padded(b, target, 1)
+        return like(found[0], a, b, 1.0)
 
     return join
 

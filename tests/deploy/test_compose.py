@@ -109,8 +109,8 @@ def test_rescale_and_subtract(kind):
 def test_one_adapter_is_scaled_whatever_the_method():
     one = {"w": adapter("dense", 0)}
     for method in METHODS:
-        out = combine([one], [0.3], method=method, density=0.5, key=jax.random.key(0))["w"]
-        np.testing.assert_allclose(update("dense", out), 0.3 * update("dense", one["w"]), atol=1e-5, err_msg=method)
+        out = combine([one], [-0.3], method=method, density=0.5, key=jax.random.key(0))["w"]
+        np.testing.assert_allclose(update("dense", out), -0.3 * update("dense", one["w"]), atol=1e-5, err_msg=method)
 
 
 @pytest.mark.parametrize("method", ["magnitude_prune"])

@@ -43,8 +43,7 @@ def tensors(layers: int = 2) -> dict[str, np.ndarray]:
     width, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
     found = {
         "embeddings.word_embeddings.weight": draw(CONFIG["vocab_size"], width),
-        "embeddings.position_embeddings.weight": 0.1
-        * draw(CONFIG["max_position_embeddings"], width),
+        "embeddings.position_embeddings.weight": 0.1 * draw(CONFIG["max_position_embeddings"], width),
         "embeddings.token_type_embeddings.weight": draw(CONFIG["type_vocab_size"], width),
         "pooler.dense.weight": draw(width, width),
     }
@@ -58,9 +57,7 @@ def tensors(layers: int = 2) -> dict[str, np.ndarray]:
         "attention.output.LayerNorm": (width,),
         "output.LayerNorm": (width,),
     }
-    named = {
-        f"encoder.layer.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()
-    }
+    named = {f"encoder.layer.{i}.{name}": shape for i in range(layers) for name, shape in shapes.items()}
     for name, shape in {"embeddings.LayerNorm": (width,), **named}.items():
         found[f"{name}.weight"] = 0.2 * draw(*shape) + np.float32("Norm" in name)
         found[f"{name}.bias"] = 0.1 * draw(shape[0])

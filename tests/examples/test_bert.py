@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
+import bert
 import jax
+import model_files
 import numpy as np
 import pytest
-from conftest import CONFIG, tensors, write_bert
-
-import bert
-import model_files
 import text_data
+from conftest import CONFIG, tensors, write_bert
 
 GOLDEN = json.loads((Path(__file__).parent / "minilm_golden.json").read_text())
 

@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import finetune_text
 import jax
 import numpy as np
 import pytest
-from conftest import EXAMPLES
-
-import finetune_text
 import text_report
 import text_training as training
+from conftest import EXAMPLES
 
 SCRIPT = EXAMPLES / "finetune_text.py"
 SMALL = ["--length", "12", "--rank", "2", "--batch", "8", "--accumulate", "2"]

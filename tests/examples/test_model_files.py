@@ -2,9 +2,8 @@
 
 import sys
 
-import pytest
-
 import model_files
+import pytest
 
 
 def test_local_directory(tiny_bert):

@@ -46,14 +46,14 @@ def start(out, mesh, devices, *extra):
         "--devices",
         str(devices),
     ]
-    log = open(out.parent / f"{out.name}-{time.monotonic_ns()}.log", "w+")  # noqa: SIM115
-    return subprocess.Popen([*command, *extra], env=env, stdout=log, stderr=subprocess.STDOUT), log
+    log = out.parent / f"{out.name}-{time.monotonic_ns()}.log"
+    with log.open("w") as stream:
+        return subprocess.Popen([*command, *extra], env=env, stdout=stream, stderr=subprocess.STDOUT), log
 
 
 def finish(process, log, timeout=900):
     code = process.wait(timeout)
-    log.seek(0)
-    text = log.read()
+    text = log.read_text()
     assert code == 0, text[-3000:]
     return text
 
@@ -63,13 +63,12 @@ def losses(out):
     return [(found["step"], found["loss"]) for found in map(json.loads, lines)]
 
 
-def pair(out, *extra_each):
+def pair(out):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = ["--coordinator", f"localhost:{port}", "--processes", "2"]
-    extra_each = extra_each or ([], [])
-    return [start(out, "data=2,fsdp=2,tensor=2", 4, *common, "--process", str(i), *extra_each[i]) for i in (0, 1)]
+    return [start(out, "data=2,fsdp=2,tensor=2", 4, *common, "--process", str(i)) for i in (0, 1)]
 
 
 def wait_for(out, step, processes, timeout=900):
@@ -77,8 +76,7 @@ def wait_for(out, step, processes, timeout=900):
     while not losses(out) or losses(out)[-1][0] < step:
         for process, log in processes:
             if process.poll() is not None:
-                log.seek(0)
-                pytest.fail(log.read()[-3000:])
+                pytest.fail(log.read_text()[-3000:])
         assert time.monotonic() < until, "no progress"
         time.sleep(0.05)
 

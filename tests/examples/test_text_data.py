@@ -2,10 +2,9 @@
 
 import json
 
+import docstring_data
 import numpy as np
 import pytest
-
-import docstring_data
 import table_data
 import text_data
 from docstring_data import Row

@@ -140,12 +140,12 @@ TPU = """HloModule jit_step, num_partitions=16
 
 %progress (q: bf16[4,8]) -> bf16[64,8] {
   %q = bf16[4,8] parameter(0)
-  ROOT %g.2 = bf16[64,8] all-gather(%q), channel_id=9, replica_groups=mesh['a'=4,'b'=4] {'a','b'}, attributes={chain_id="0"}
+  ROOT %g.2 = bf16[64,8] all-gather(%q), channel_id=9, replica_groups=mesh['a'=4,'b'=4] {'a','b'}, a={chain_id="0"}
 }
 
 %start (q.1: bf16[4,8]) -> bf16[64,8] {
   %q.1 = bf16[4,8] parameter(0)
-  ROOT %g.1 = bf16[64,8] all-gather(%q.1), channel_id=9, replica_groups=mesh['a'=4,'b'=4] {'a','b'}, attributes={chain_id="0"}
+  ROOT %g.1 = bf16[64,8] all-gather(%q.1), channel_id=9, replica_groups=mesh['a'=4,'b'=4] {'a','b'}, a={chain_id="0"}
 }
 
 %all-reduce-scatter.1 (r: bf16[16,8]) -> bf16[1,8] {
