@@ -43,7 +43,7 @@ def check_agreement(lora: Any, *, gather: Gather | None = None) -> None:
         shown = "; ".join(f"process {', '.join(map(str, who))}: {kind}" for kind, who in kinds.items())
         raise ValueError(
             f"{path} differs between processes: {shown}. Start every process with the same key, settings and "
-            "adapter files, or make the adapters under one jit (lojax.init_sharded)."
+            "adapter files, or make the adapters under one jit (lojax.scale.init_sharded)."
         )
 
 

@@ -180,7 +180,7 @@ def plan(
         rank: The rank of the adapters.
         targets: Which weights are adapted.
         mfu: The share of the chip's peak at which to state the time.
-        spread: As in `lojax.shardings`.
+        spread: As in `lojax.scale.shardings`.
         compiled: Whether to compile; None compiles where libtpu is installed.
 
     Returns:

@@ -23,7 +23,7 @@ def weight_specs(params: Any, specs: Any, rules: Sequence[tuple[str, Any]] | Non
 
     Args:
         params: Arrays or shapes; None where there is no weight.
-        specs: What the user says, as `lojax.shardings` takes it; it wins over the rest.
+        specs: What the user says, as `lojax.scale.shardings` takes it; it wins over the rest.
         rules: Logical axis names and the mesh axes they lie over; see `flax.linen.logical_to_mesh`.
     """
     said = _said(specs)

@@ -113,7 +113,7 @@ def lora_work(
         batch: The number of sequences in a step, over all chips.
         seq: Their length.
         micro: How many parts the batch is worked off in.
-        spread: As in `lojax.shardings`.
+        spread: As in `lojax.scale.shardings`.
         dtype: The dtype of the weights.
     """
     data = batch_shapes(decoder, batch, seq, micro)

@@ -81,7 +81,9 @@ def test_train_state_over_lora() -> None:
 def test_train_state_over_everything_leaves_the_base_alone() -> None:
     model, frozen, lora = setting()
     params = {"frozen": frozen, "lora": lora}
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=lojax.optimizer(optax.adam(5e-2)))
+    state = TrainState.create(
+        apply_fn=model.apply, params=params, tx=lojax.optimizer(optax.adamw(5e-2, weight_decay=0.5))
+    )
 
     @jax.jit
     def step(state: Any) -> Any:

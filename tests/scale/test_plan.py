@@ -70,7 +70,7 @@ def test_the_table_and_the_json(tmp_path, capsys):
 
 
 def test_without_libtpu_the_hint_and_the_estimate(monkeypatch, capsys):
-    monkeypatch.setattr("lojax.scale.plan.has_compiler", lambda: False)
+    monkeypatch.setattr(sys.modules["lojax.scale.plan"], "has_compiler", lambda: False)
     monkeypatch.setattr(ahead, "has_compiler", lambda: False)
     assert main(["plan", "--preset", "tiny", "--topology", "v5e:2x2", "--mesh", "fsdp=4", "--batch", "4"]) == 0
     assert 'pip install "jax[tpu]"' in capsys.readouterr().out

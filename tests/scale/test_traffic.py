@@ -16,7 +16,7 @@ from lojax.scale.decoder import TARGETS, Decoder
 from lojax.scale.decoder_config import preset
 from lojax.scale.flops import count_flops
 from lojax.scale.hlo import parse
-from lojax.scale.training import floor_work, lora_work
+from lojax.scale.training import floor_work, full_work, lora_work
 
 RANK, BATCH, SEQ = 4, 8, 32
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all three": (2, 2, 2)}
@@ -61,6 +61,15 @@ def test_no_collective_carries_a_gradient_of_a_weight(name):
     weight_sized = set(sizes_of(decoder))
     for c in added.collectives:
         assert not (c.reduces and {math.prod(s) for _, s in c.arrays} & weight_sized), c
+
+
+def test_full_fine_tuning_does_carry_them():
+    """The control: the same reading finds the gradients of the weights where there are any."""
+    decoder = decoder_on(MESHES["fsdp"])
+    full = full_work(decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, dtype=jnp.float32)
+    added = traffic(full.lower().compile().as_text()).beyond(step_traffic(decoder)[1])
+    carried = {math.prod(shape) for c in added.collectives if c.reduces for _, shape in c.arrays}
+    assert set(sizes_of(decoder)) <= carried
 
 
 @pytest.mark.parametrize("name", MESHES)
