@@ -178,7 +178,7 @@ def test_init_makes_adapters_in_place_and_moves_no_weight():
     for got, want in zip(
         jax.tree.leaves(lora), jax.tree.leaves(model.init(jax.random.key(1), params, x)[1]), strict=True
     ):
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)  # under jit, one rounding less in uniform()
 
 
 def test_spread_lays_factors_over_unused_axes():
