@@ -35,15 +35,15 @@ Y = jnp.arange(8) % 3
 def setting() -> tuple[Any, Any, Any]:
     net = Net()
     model = lojax.wrap(net, "params/**/kernel", rank=2, alpha=4, strict=True)
-    return model, *model.init(jax.random.key(0), net.init(jax.random.key(1), X), X)
+    return model, *model.init(jax.random.key(0), jax.jit(net.init)(jax.random.key(1), X), X)
 
 
 def test_collections_rngs_and_flags_pass_through() -> None:
     model, frozen, lora = setting()
     lora = trained(lora)
     settings: dict[str, Any] = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
-    outputs, changed = model.apply(frozen, lora, X, **settings)
-    expected, truth = Net().apply(model.merge(frozen, lora), X, **settings)
+    outputs, changed = jax.jit(lambda: model.apply(frozen, lora, X, **settings))()
+    expected, truth = jax.jit(lambda: Net().apply(model.merge(frozen, lora), X, **settings))()
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
     mean = changed["batch_stats"]["BatchNorm_0"]["mean"]
     np.testing.assert_allclose(mean, truth["batch_stats"]["BatchNorm_0"]["mean"], rtol=1e-4, atol=1e-6)
