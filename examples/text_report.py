@@ -149,5 +149,16 @@ def comparison(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def tuning(records: list[dict[str, Any]]) -> str:
+    """The table of `--tune`, one line a method, as Markdown: accuracy on held-out rows by learning rate."""
+    lines = ["| method | held-out accuracy by learning rate | chosen |", "|---|---|---|"]
+    for method in dict.fromkeys(record["method"] for record in records):
+        mine = [record for record in records if record["method"] == method]
+        tried = ", ".join(f"{one['learning_rate']:g}: {one['test_accuracy']:.2%}" for one in mine)
+        best = max(mine, key=lambda one: one["test_accuracy"])
+        lines.append(f"| {method} | {tried} | {best['learning_rate']:g} |")
+    return "\n".join(lines)
+
+
 def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
