@@ -39,7 +39,7 @@ HEAD = "**/classifier/**"
 # Full fine-tuning moves every weight and wants small steps; a head alone wants large ones. `--tune` tries
 # these on rows held out of the training rows; LEARNING_RATES is what it chose for the default task.
 GRID = {"head": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4)}
-LEARNING_RATES = {"head": 1e-2, "lora": 3e-3, "full": 1e-4}
+LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "full": 5e-5}
 
 
 class Task(NamedTuple):

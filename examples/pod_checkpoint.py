@@ -1,5 +1,6 @@
 """Checkpoints of what trains, by orbax: every process writes its own shards, any mesh reads them back."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +31,34 @@ class Checkpoints:
         if step is None:
             return 0, fresh
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), fresh, placed)
-        self._check(step, flat(wanted))
+        self._check(step, self._read(step, self._shapes), flat(wanted))
+        found = self._read(step, self.manager.restore, args=ocp.args.StandardRestore(flat(wanted)))
+        return step, jax.tree.unflatten(jax.tree.structure(fresh), found.values())
+
+    def _read(self, step: int, read: Callable[..., Any], **settings: Any) -> Any:
+        """``read(step)``; whatever goes wrong in it is the fault of the files."""
         try:
-            found = self.manager.restore(step, args=ocp.args.StandardRestore(flat(wanted)))
+            return read(step, **settings)
         except Exception as error:
             raise ValueError(
                 f"The checkpoint of step {step} in {self.manager.directory} cannot be read: files are missing "
                 f"or damaged ({error}). Every process must see the same folder. "
                 f"Delete {step}/ to go on from an earlier one."
             ) from error
-        return step, jax.tree.unflatten(jax.tree.structure(fresh), found.values())
 
-    def _check(self, step: int, wanted: dict[str, Any]) -> None:
-        try:
-            kept = dict(self.manager.item_metadata(step).items())
-        except (AttributeError, OSError, ValueError):
-            return  # the metadata is damaged: reading the rest will say so
-        for name, x in wanted.items():
-            shape = tuple(kept[name].shape) if name in kept else None
-            if shape != x.shape:
+    def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes that the checkpoint says it holds."""
+        kept = self.manager.item_metadata(step)
+        if kept is None:  # so orbax says that there is no such file
+            raise FileNotFoundError("its _METADATA is missing")
+        return {name: tuple(x.shape) for name, x in kept.items()}
+
+    def _check(self, step: int, kept: dict[str, tuple[int, ...]], wanted: dict[str, Any]) -> None:
+        for name in {**wanted, **kept}:
+            held, here = kept.get(name), wanted[name].shape if name in wanted else None
+            if held != here:
                 raise ValueError(
-                    f"The checkpoint of step {step} holds {name} as {shape}; this run has {x.shape}. "
+                    f"The checkpoint of step {step} holds {name} as {held}; this run has {here}. "
                     "Start it with the same --model, --rank and targets, or another --out."
                 )
 

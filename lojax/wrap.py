@@ -9,11 +9,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lojax.adapt.create import create
 from lojax.adapt.paths import flatten
 from lojax.adapt.rule import Rule, as_rules
 from lojax.adapt.targets import plan
-from lojax.adapt.tree import create
 from lojax.deploy.merge import merge
+from lojax.execute.cost import checked_execution
 from lojax.execute.infer import infer_axes
 from lojax.execute.transform import trace_uses, transform
 from lojax.nets.adapted_module import AdaptedModule, as_module
@@ -31,6 +32,7 @@ class Model:
     full: tuple[Rule, ...]
     exclude: tuple[Rule, ...]
     strict: bool
+    execution: str = "auto"
 
     def init(self, key: jax.Array, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Splits ``params`` into ``(frozen, lora)`` with fresh adapters at the targets.
@@ -66,7 +68,7 @@ class Model:
             dropout_key: A PRNG key for dropout on the adapters' inputs; without one there is none.
             **kwargs: Likewise passed on (Linen: ``rngs=``, ``mutable=``, ``method=``).
         """
-        adapted = transform(self.net.apply, strict=self.strict)
+        adapted = transform(self.net.apply, strict=self.strict, execution=self.execution)
         return adapted(frozen, lora, *args, dropout_key=dropout_key, **kwargs)
 
     def merge(self, frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = False) -> Any:
@@ -88,7 +90,7 @@ class Model:
             lora: The trained tree.
             rngs: Where the keys for dropout on the adapters' inputs come from; None for no such dropout.
         """
-        return as_module(self.net, frozen, lora, strict=self.strict, rngs=rngs)
+        return as_module(self.net, frozen, lora, strict=self.strict, execution=self.execution, rngs=rngs)
 
     @property
     def params(self) -> Any:
@@ -97,7 +99,8 @@ class Model:
 
     def report(self, frozen: Any, lora: Any, *args: Any, **kwargs: Any) -> Report:
         """How each adapted weight is executed for these inputs (shapes are enough)."""
-        return report(frozen, lora, trace_uses(self.net.apply, frozen, lora, args, kwargs))
+        uses = trace_uses(self.net.apply, frozen, lora, args, kwargs, execution=self.execution)
+        return report(frozen, lora, uses)
 
 
 def wrap(
@@ -115,6 +118,7 @@ def wrap(
     axes: Sequence[str] | None = None,
     dtype: Any = None,
     strict: bool = False,
+    execution: str = "auto",
 ) -> Model:
     """Adapts a net with LoRA, without touching it (Hu et al. 2021, arXiv:2106.09685).
 
@@ -135,6 +139,8 @@ def wrap(
         axes: The role of each axis of the targets, instead of inference from use.
         dtype: The dtype of the adapters; None means float32.
         strict: Raise where a weight would have to be formed, instead of forming it.
+        execution: How products with the weights are computed: ``"auto"``, ``"factored"``, ``"fused"`` or
+            ``"materialize"``; see `lojax.transform`.
 
     Returns:
         A `Model` with ``init``, ``apply``, ``merge``, ``bind`` and ``report``.
@@ -162,7 +168,7 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, full, excluded, strict)
+    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict))
 
 
 def init(
@@ -228,6 +234,6 @@ def _init(
     kwargs: Any,
 ) -> tuple[Any, Any]:
     chosen = plan(flatten(params), rules, full=full, exclude=exclude)
-    unseen = [path for path, rule in chosen.items() if rule.train == "lora" and rule.axes is None]
+    unseen = [path for path, rule in chosen.items() if rule.train in ("lora", "tokens") and rule.axes is None]
     seen = infer_axes(apply_fn, params, unseen, args, kwargs) if apply_fn and unseen else {}
     return create(key, params, chosen, seen)

@@ -66,5 +66,28 @@ def factor_shapes(axes: Axes, shape: Sequence[int], rank: int) -> tuple[tuple[in
     >>> factor_shapes(("stack", "in", "out", "out"), (12, 512, 8, 64), 4)
     ((12, 512, 4), (12, 4, 8, 64))
     """
-    stack, ins, outs = (tuple(shape[i] for i in positions(axes, role)) for role in ("stack", "in", "out"))
-    return (*stack, *ins, rank), (*stack, rank, *outs)
+    shapes = array_shapes(axes, shape, rank)
+    return shapes["a"], shapes["b"]
+
+
+def array_axes(axes: Axes) -> dict[str, tuple[int | None, ...]]:
+    """For each axis of every array that an adapter may hold, the axis of the weight that it is; None for none.
+
+    >>> array_axes(("in", "out", "out"))["b"]
+    (None, 1, 2)
+    """
+    stack, ins, outs = (positions(axes, role) for role in ("stack", "in", "out"))
+    return {
+        "a": (*stack, *ins, None),
+        "b": (*stack, None, *outs),
+        "magnitude": (*stack, *outs),
+        "rows": (None, *outs),
+    }
+
+
+def array_shapes(axes: Axes, shape: Sequence[int], rank: int, tokens: int = 0) -> dict[str, tuple[int, ...]]:
+    """The shape of every array that an adapter may hold, by field (see `lojax.Adapter`)."""
+    lengths = {"a": rank, "b": rank, "rows": tokens}
+    return {
+        name: tuple(lengths[name] if d is None else shape[d] for d in dims) for name, dims in array_axes(axes).items()
+    }

@@ -6,11 +6,15 @@ inherit the axis names of the weight they adapt, so `nn.get_partition_spec(lora)
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from flax.core import meta
 
-from lojax.adapt.axes import Axes, positions
+from lojax.adapt.axes import array_axes
+
+if TYPE_CHECKING:
+    from lojax.adapt.adapter import Adapter
 
 
 def is_box(node: Any) -> bool:
@@ -30,13 +34,14 @@ def rebox(box: Any, value: Any) -> Any:
     return box.replace_boxed(value) if is_box(box) else value
 
 
-def box_factors(box: Any, axes: Axes, a: Any, b: Any) -> tuple[Any, Any]:
-    """Boxes the factors of a boxed weight, with its axis names; the rank axis has no name."""
+def box_arrays(box: Any, adapter: Adapter) -> Adapter:
+    """``adapter`` with its arrays in boxes like that of its weight, with its axis names; the rank has no name."""
     if not isinstance(box, meta.Partitioned):
-        return a, b
-    names = (*box.names, *[None] * (len(axes) - len(box.names)))
-    stack, ins, outs = (tuple(names[i] for i in positions(axes, role)) for role in ("stack", "in", "out"))
-    return (
-        box.replace(value=a, names=(*stack, *ins, None)),
-        box.replace(value=b, names=(*stack, None, *outs)),
-    )
+        return adapter
+    names = (*box.names, *[None] * (len(adapter.axes) - len(box.names)))
+    along = array_axes(adapter.axes)
+    boxed = {
+        name: box.replace(value=x, names=tuple(None if d is None else names[d] for d in along[name]))
+        for name, x in adapter.arrays.items()
+    }
+    return dataclasses.replace(adapter, **boxed)

@@ -1,4 +1,4 @@
-"""How an adapter starts. ``b`` is zero, so every choice starts exactly at the pretrained model."""
+"""How an adapter starts, by name. Here: the starts of ``a`` alone; ``b`` is zero with them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from lojax.adapt.decompositions import DECOMPOSITIONS, Decomposition, decomposition
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int, rank: int) -> jax.Array:
@@ -46,15 +48,21 @@ def gaussian(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int,
 INITIALIZERS: dict[str, Callable[..., jax.Array]] = {"kaiming": kaiming, "gaussian": gaussian}
 
 
-def initializer(init: str | Callable[..., Any]) -> Callable[..., jax.Array]:
-    """The initializer called ``init``, or ``init`` itself where it is a function."""
+def initializer(init: str | Callable[..., Any]) -> Callable[..., jax.Array] | Decomposition:
+    """The start called ``init``, or ``init`` itself where it is a function for ``a``.
+
+    Raises:
+        ValueError: There is no start of this name.
+    """
     if callable(init):
         return init
-    if init not in INITIALIZERS:
-        near = difflib.get_close_matches(str(init), INITIALIZERS, n=1)
+    found = INITIALIZERS.get(str(init)) or decomposition(str(init))
+    if found is None:
+        known = sorted({*INITIALIZERS, *DECOMPOSITIONS, "pissa_niter_4"})
+        near = difflib.get_close_matches(str(init), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"init={init!r} is unknown; expected one of {sorted(INITIALIZERS)}.{hint}")
-    return INITIALIZERS[init]
+        raise ValueError(f"init={init!r} is unknown; expected one of {known}.{hint}")
+    return found
 
 
 def key_for(key: jax.Array, path: str) -> jax.Array:

@@ -68,7 +68,7 @@ def plan(
         chosen |= dict.fromkeys(fresh, rule)
     for rule in full:
         for path in _matched(rule, params):
-            if path not in excluded and path in chosen and chosen[path].train == "lora":
+            if path not in excluded and path in chosen and chosen[path].train in ("lora", "tokens"):
                 _overlap(rule, path, chosen[path])
             chosen.setdefault(path, rule)
     chosen = {path: rule for path, rule in chosen.items() if path not in excluded and rule.train != "none"}
@@ -89,7 +89,27 @@ def _matched(rule: Rule, params: Mapping[str, Any]) -> list[str]:
         found |= dict.fromkeys(hits)
     if not found:
         raise ValueError(f"{rule} has no targets. Give a glob, a regex or a predicate.")
-    return list(found)
+    if not (kept := [path for path in found if _in_layers(rule, path)]):
+        numbers = sorted({layer_of(path) for path in found})  # type: ignore[type-var]
+        raise ValueError(f"{rule}: none of its weights is in layers {rule.layers}; theirs are {numbers}.")
+    return kept
+
+
+def layer_of(path: str) -> int | None:
+    """The layer that a path names: the first number that one of its parts ends in.
+
+    >>> layer_of("params/encoder/layer_3/query/kernel"), layer_of("h/11/c_attn/w"), layer_of("layers/kernel")
+    (3, 11, None)
+    """
+    for part in path.split("/"):
+        if found := re.search(r"\d+$", part):
+            return int(found[0])
+    return None
+
+
+def _in_layers(rule: Rule, path: str) -> bool:
+    number = layer_of(path)
+    return rule.layers is None or number is None or number in rule.layers
 
 
 def _nothing(target: Target, paths: list[str]) -> str:

@@ -69,7 +69,9 @@ class Row:
         if self.values is not None:
             norm = f"{np.sqrt((self.values**2).sum()):.4g}"
             effective = f"{np.mean([effective_rank(v) for v in self.values]):.2f}"
-        rank, scale = ("full", "") if self.rank is None else (str(self.rank), f"{self.scale:.4g}")
+        rank, scale = (
+            ("full", "") if self.rank is None else (str(self.rank), "" if self.scale is None else f"{self.scale:.4g}")
+        )
         return self.name, self.shape, rank, scale, f"{self.parameters:,}", norm, effective
 
 
@@ -107,6 +109,8 @@ def _ours(directory: Path) -> tuple[list[Row], dict[str, str]]:
 
 
 def _row(path: str, adapter: Adapter) -> Row:
+    if adapter.a is None:
+        return Row(path, str(unbox(adapter.rows).shape), None, None, adapter.parameters, None)
     a, b = np.asarray(unbox(adapter.a)), np.asarray(unbox(adapter.b))
     stack = len(positions(adapter.axes, "stack"))
     ins, outs = a.shape[stack:-1], b.shape[stack + 1 :]
@@ -116,9 +120,9 @@ def _row(path: str, adapter: Adapter) -> Row:
         path,
         _shape(a.shape[:stack], ins, outs),
         r,
-        adapter.scale,
-        a.size + b.size,
-        singular_values(*flat, adapter.scale),
+        None if isinstance(adapter.scale, tuple) else adapter.scale,
+        adapter.parameters,
+        singular_values(flat[0], flat[1] * np.reshape(adapter.scale, (-1, 1, 1)), 1.0),
     )
 
 

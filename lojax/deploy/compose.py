@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lojax.adapt.adapter import Adapter, is_adapter
+from lojax.adapt.adapter import Adapter, is_adapter, scaled
 from lojax.adapt.initializers import key_for
 from lojax.adapt.paths import flatten, map_paths
 from lojax.deploy.matrices import like, matrices, padded, truncated
@@ -112,7 +111,7 @@ def resize(lora: Any, rank: int) -> Any:
         if rank < leaf.rank:
             with jax.default_matmul_precision("highest"):
                 a, b = truncated(a, b, rank)
-        return like(leaf, padded(a, rank, 2), padded(b, rank, 1), leaf.scale)
+        return like(leaf, padded(a, rank, 2), padded(b, rank, 1), leaf.one_scale)
 
     return map_paths(change, lora)
 
@@ -136,7 +135,13 @@ def rescale(lora: Any, factor: float) -> Any:
     0.5
     """
     _refuse_full(lora, "scaled")
-    return map_paths(lambda _, x: dataclasses.replace(x, scale=x.scale * factor) if is_adapter(x) else x, lora)
+
+    def change(path: str, leaf: Any) -> Any:
+        if is_adapter(leaf) and leaf.magnitude is not None:
+            _refuse_variant(path, leaf)
+        return scaled(leaf, factor) if is_adapter(leaf) else leaf
+
+    return map_paths(change, lora)
 
 
 def subtract(lora: Any, other: Any) -> Any:
@@ -192,7 +197,7 @@ def _joint(method: str, rank: int | None, density: float | None, majority: str, 
 
 def _side_by_side(found: Sequence[Adapter], weights: Sequence[float]) -> tuple[jax.Array, jax.Array]:
     pairs = [matrices(leaf) for leaf in found]
-    factors = [weight * leaf.scale for leaf, weight in zip(found, weights, strict=True)]
+    factors = [weight * leaf.one_scale for leaf, weight in zip(found, weights, strict=True)]
     a = jnp.concatenate([x * factor for (x, _), factor in zip(pairs, factors, strict=True)], 2)
     return a, jnp.concatenate([y for _, y in pairs], 1)
 
@@ -206,7 +211,9 @@ def _factorwise(
             f"{path}: ranks {ranks} differ; this method needs them alike. Use 'cat', 'svd', or resize first."
         )
     pairs = [matrices(leaf) for leaf in found]
-    factors = jnp.asarray([weight * leaf.scale for leaf, weight in zip(found, weights, strict=True)], pairs[0][0].dtype)
+    factors = jnp.asarray(
+        [weight * leaf.one_scale for leaf, weight in zip(found, weights, strict=True)], pairs[0][0].dtype
+    )
     root = jnp.sqrt(jnp.abs(factors))
     signed = jnp.where(factors >= 0, root, -root)
     stacked = [jnp.stack(side) for side in zip(*pairs, strict=True)]
@@ -216,7 +223,7 @@ def _factorwise(
 def _updatewise(
     found: Sequence[Adapter], weights: Sequence[float], merge: Merge, key: Any
 ) -> tuple[jax.Array, jax.Array]:
-    updates = jnp.stack([leaf.scale * (a @ b) for leaf in found for a, b in [matrices(leaf)]])
+    updates = jnp.stack([leaf.one_scale * (a @ b) for leaf in found for a, b in [matrices(leaf)]])
     merged = merge(updates, jnp.asarray(weights, updates.dtype), key)
     m = merged.shape[1]
     return jnp.broadcast_to(jnp.eye(m, dtype=merged.dtype), (merged.shape[0], m, m)), merged
@@ -263,10 +270,8 @@ def _weight(adapter: Adapter) -> tuple[int, ...]:
 
 
 def _refuse_variant(path: str, adapter: Adapter) -> None:
-    plain = ("a", "b", "scale", "axes", "dropout")
-    held = [f.name for f in dataclasses.fields(adapter) if f.name not in plain and getattr(adapter, f.name) is not None]
-    if held:
-        raise ValueError(f"{path}: the adapter holds {held[0]}; only plain low-rank updates can be composed.")
+    if adapter.extras:
+        raise ValueError(f"{path}: the adapter holds {adapter.extras[0]}; only plain low-rank updates can be composed.")
 
 
 def _only(path: str, found: Sequence[Any]) -> Any:

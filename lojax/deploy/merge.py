@@ -6,14 +6,13 @@ below the weight's own rounding: train factored on a low-precision base, and kee
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lojax.adapt.adapter import is_adapter
+from lojax.adapt.adapter import is_adapter, scaled
 from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.paths import flatten, map_paths
 from lojax.adapt.tree import check_pair, check_structure
@@ -65,7 +64,7 @@ def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
         ``frozen``, with None at each parameter trained in full.
 
     Raises:
-        ValueError: The trees do not fit together.
+        ValueError: The trees do not fit together, or an adapter is a DoRA one, whose merge cannot be undone.
 
     >>> from lojax import Adapter
     >>> adapter = Adapter(a=jnp.ones((2, 1)), b=jnp.ones((1, 2)), scale=0.5, axes=("in", "out"))
@@ -80,7 +79,14 @@ def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
 
 
 def _negated(path: str, trained: Any) -> Any:
-    return dataclasses.replace(trained, scale=-trained.scale) if is_adapter(trained) else None
+    if not is_adapter(trained):
+        return None
+    if trained.magnitude is not None:
+        raise ValueError(
+            f"{path}: a DoRA merge sets the length of every column to its magnitude, so the base's own lengths are "
+            "gone from params. Keep frozen, or load the base again."
+        )
+    return scaled(trained, -1.0)
 
 
 def _merged(frozen: Any, lora: Any) -> Any:

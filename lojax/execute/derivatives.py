@@ -35,6 +35,8 @@ def _all_dense(interp: Interpreter, outputs: list[Any]) -> list[Any]:
 def _custom_jvp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     if any(v.key is not None for v in operands if isinstance(v, LowRank)):
         raise NotFactored("dropout inside a function with its own derivative")
+    if any(v.gain is not None for v in operands if isinstance(v, LowRank)):
+        raise NotFactored("DoRA inside a function with its own forward derivative")
     floats = [i for i, v in enumerate(operands) if _is_float(v)]
 
     @jax.custom_jvp

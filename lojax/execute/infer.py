@@ -62,13 +62,13 @@ class Watch:
         *,
         dimension_numbers: Any,
         weight_on_left: bool,
-        base: Callable[[Any], Any],
+        base: Callable[[Any, Any], Any],
         **options: Any,
     ) -> Product:
         """Notes a `dot_general`."""
         (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
         summed, batch = (lhs_sum, lhs_batch) if weight_on_left else (rhs_sum, rhs_batch)
-        y = base(value.w)
+        y = base(value.w, x)
         self.see(value, summed, batch, y.size)
         return Product(y, 0, 0)
 

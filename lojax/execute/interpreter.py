@@ -17,10 +17,12 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from lojax.execute import products
+from lojax.execute.apart import Apart
 from lojax.execute.compat import opened
 from lojax.execute.lowrank import SIDE_BY_SIDE, LowRank, NotFactored
 from lojax.execute.named import RANK
 from lojax.execute.products import Product
+from lojax.execute.residuals import named
 from lojax.execute.uses import MaterializedError, Use
 
 
@@ -36,6 +38,8 @@ class Products(Protocol):
 EquationRule = Callable[["Interpreter", Any, list[Any]], Any]
 RULES: dict[str, EquationRule] = {}
 """The rule of each primitive, by its name. Filled by `rules` and `structure`."""
+PRODUCTS = ("dot_general", "gather", "conv_general_dilated", "ragged_dot_general")
+"""The primitives that compute a product with the weight."""
 
 
 def rule(*names: str) -> Callable[[EquationRule], EquationRule]:
@@ -55,13 +59,16 @@ class Interpreter:
     Attributes:
         products: Who computes the products.
         strict: Whether a materialized use is an error.
+        execution: How products are to be computed, see `cost`.
         uses: What was done with each use, in program order; None to keep no record.
     """
 
     products: Products = products  # type: ignore[assignment]
     strict: bool = False
+    execution: str = "auto"
     uses: list[Use] | None = None
     _draws: int = 0
+    _apart: Apart = dataclasses.field(default_factory=Apart)
     _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
@@ -69,27 +76,40 @@ class Interpreter:
         jaxpr, consts = opened(jaxpr)
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
         dying = _last_uses(jaxpr)
-        for eqn, dead in zip(jaxpr.eqns, dying, strict=True):
-            operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-            with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
-                results = self.evaluate(eqn, operands)
-            env.update(zip(eqn.outvars, results, strict=True))
-            for var in dead:
-                env.pop(var, None)
+        outer, self._apart = self._apart, Apart()
+        try:
+            for eqn, dead in zip(jaxpr.eqns, dying, strict=True):
+                operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+                stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+                with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+                    results = self.evaluate(eqn, operands)
+                env.update(zip(eqn.outvars, results, strict=True))
+                for var in dead:
+                    env.pop(var, None)
+                    self._apart.drop(var)
+        finally:
+            self._apart = outer
         return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
 
     def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """The results of one equation."""
         if not any(isinstance(v, LowRank) for v in operands):
+            if eqn.primitive.name == "sharding_constraint":
+                self._apart.placed(eqn, operands[0])
             return bind(eqn, operands)
         operands = [self._redrawn(v) for v in operands]
         try:
             if eqn.primitive.name not in RULES:
                 raise NotFactored(f"{eqn.primitive.name} is not linear in the weight")
+            if self.execution == "materialize" and eqn.primitive.name in PRODUCTS:
+                raise NotFactored("execution='materialize' asks for it")
             return _as_list(RULES[eqn.primitive.name](self, eqn, operands))
         except NotFactored as reason:
             return bind(eqn, [self.dense(v, eqn, str(reason)) for v in operands])
+
+    def apart(self, var: Any, x: Any) -> Any:
+        """``x``, the value of ``var``, as the factors of all weights that meet it have it (see `apart`)."""
+        return self._apart.of(var, x)
 
     def _redrawn(self, value: Any) -> Any:
         """``value`` with a dropout key of its own, so that no two uses of a weight drop the same."""
@@ -111,10 +131,11 @@ class Interpreter:
         return value.dense()
 
     def record(self, value: LowRank, eqn: Any, product: Product) -> Any:
-        """The value of a factored ``product``, noted as a use of ``value``."""
+        """The value of a ``product`` that was not materialized, noted as a use of ``value``."""
         if not value.probe:
-            use = Use(value.path, eqn.primitive.name, "factored", product.flops, product.extra_flops)
+            use = Use(value.path, eqn.primitive.name, product.how, product.flops, product.extra_flops)
             self._note(use, eqn, value)
+            return named(product.value)
         return product.value
 
     def _note(self, use: Use, eqn: Any, value: LowRank) -> None:

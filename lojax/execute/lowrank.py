@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lojax.adapt.adapter import Adapter
-from lojax.adapt.axes import positions
+from lojax.adapt.axes import Axes, positions
 from lojax.adapt.boxes import unbox
+from lojax.adapt.matrix import at_least_float32, column_squares
 from lojax.execute.named import RANK, Name, Named, cast, multiply
 
 SIDE_BY_SIDE = " | "
@@ -41,6 +42,9 @@ class LowRank:
         rate: The rate of that dropout.
         path: The path of the weight, for reports and errors.
         probe: Whether the value only watches how the weight is used.
+        gain: A factor on the sum of both, over some of the axes of the value (DoRA); None for one.
+        fusible: Whether forming ``w + a b`` for a product may pay: not where ``a`` is frozen, since the activation
+            would be kept for the backward pass, which the factored way need not.
     """
 
     w: Any
@@ -49,6 +53,8 @@ class LowRank:
     rate: float = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
+    gain: Named | None = None
+    fusible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,9 +62,19 @@ class LowRank:
         return self.w.shape
 
     def mapped(self, f: Callable[[Any], Any]) -> LowRank:
-        """``f`` on every array: ``w`` and the factors."""
-        factors = tuple(Named(f(x.array), x.dims) for x in self.factors)
-        return dataclasses.replace(self, w=f(self.w), factors=factors)
+        """``f`` on every array: ``w``, the factors, the gain."""
+        return _carry(self, f(self.w), lambda x: Named(f(x.array), x.dims))
+
+    @property
+    def parts(self) -> tuple[Named, ...]:
+        """What goes with ``w``: the factors, and the gain where there is one."""
+        return self.factors if self.gain is None else (*self.factors, self.gain)
+
+    def with_parts(self, parts: Sequence[Named], **changes: Any) -> LowRank:
+        """The same value with other `parts`, in the same order."""
+        count = len(self.factors)
+        gain = None if self.gain is None else parts[count]
+        return dataclasses.replace(self, factors=tuple(parts[:count]), gain=gain, **changes)
 
     def with_w(self, w: Any) -> LowRank:
         """The same update on another frozen part."""
@@ -74,6 +90,8 @@ class LowRank:
             a, b = (cast(x, wide) for x in complete(single).factors)
             update = multiply(a, b, range(self.w.ndim), precision=lax.Precision.HIGHEST, dtype=wide)
             total = total + update.array
+        if self.gain is not None:
+            total = total * cast(self.gain, wide).spread(range(self.w.ndim))
         return total.astype(self.w.dtype)
 
     def terms(self) -> list[LowRank]:
@@ -89,16 +107,59 @@ def from_adapter(path: str, w: Any, adapter: Adapter, *, rate: float = 0.0, key:
     fewest numbers, and no product has to keep a scaled copy for its backward pass.
     """
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
-    a, b = unbox(adapter.a), unbox(adapter.b)
-    if adapter.scale != 1:
-        b = b.astype(at_least_float32(b.dtype))
-        b = b * jnp.asarray(adapter.scale, b.dtype)
-    return LowRank(w, (Named(a, (*stack, *ins, RANK)), Named(b, (*stack, RANK, *outs))), key, rate, path)
+    factors: tuple[Named, ...] = ()
+    if adapter.a is not None:
+        a, b = unbox(adapter.a), unbox(adapter.b)
+        if adapter.frozen_a:
+            a = lax.stop_gradient(a)
+        if adapter.scale != 1:
+            b = b.astype(at_least_float32(b.dtype))
+            b = b * _scale(adapter, b)
+        factors = Named(a, (*stack, *ins, RANK)), Named(b, (*stack, RANK, *outs))
+    value = LowRank(w, factors, key, rate, path, fusible=not adapter.frozen_a)
+    if adapter.tokens is not None:  # one column for each row that trains, with a single one in it
+        rows = unbox(adapter.rows)
+        chosen = jax.nn.one_hot(jnp.array(adapter.tokens), w.shape[ins[0]], dtype=rows.dtype, axis=0)
+        value = dataclasses.replace(value, factors=(*factors, Named(chosen, (*ins, RANK)), Named(rows, (RANK, *outs))))
+    if adapter.magnitude is None:
+        return value
+    dims = (*stack, *outs)
+    norm = lax.stop_gradient(_column_norm(value, adapter.axes, dims))
+    magnitude = unbox(adapter.magnitude).astype(norm.dtype)
+    gain = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
+    return dataclasses.replace(value, gain=Named(gain, dims))
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """``dtype``, or float32 where that is wider; unlike `jnp.promote_types`, also under strict promotion."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+def _scale(adapter: Adapter, b: Any) -> Any:
+    """The scale as it multiplies ``b`` ``[*stack, r, *out]``."""
+    scale = jnp.asarray(adapter.scale, b.dtype)
+    if not isinstance(adapter.scale, tuple):
+        return scale
+    stack = len(positions(adapter.axes, "stack"))
+    return scale.reshape(*b.shape[:stack], *[1] * (b.ndim - stack))
+
+
+def _column_norm(value: LowRank, axes: Axes, dims: Sequence[Name]) -> Any:
+    """The length of each column of ``w + a b``, ``dims`` being its stack and out axes, without forming it.
+
+    ``|w|^2 + 2 <w, a b> + |a b|^2`` by column, with ``<w, a b> = <w^T a, b>`` and ``|a b|^2 = <(a^T a) b, b>``
+    (Liu et al. 2024, arXiv:2402.09353, eq. 5). The products run in the dtype of the weight, the sums in float32.
+    """
+    squares = column_squares(value.w, axes)
+    wide = squares.dtype
+    w, (a, b) = Named(value.w, tuple(range(value.w.ndim))), value.factors
+    stack = [d for d in dims if d in a.dims]
+    b = cast(b, wide).ordered([*stack, RANK, *(d for d in dims if d not in a.dims)])
+    against = cast(multiply(w, cast(a, value.w.dtype), b.dims), wide)
+    a = cast(a, wide)
+    gram = multiply(_other(a), a, [*stack, "other", RANK], dtype=wide)
+    turned = multiply(gram, _other(b), b.dims, dtype=wide)
+    update = jnp.sum((2 * against.array + turned.array) * b.array, axis=b.axis(RANK))
+    return jnp.sqrt(jnp.maximum(squares + update, 0))
+
+
+def _other(x: Named) -> Named:
+    return x.renamed({RANK: "other"})
 
 
 def complete(value: LowRank) -> LowRank:
@@ -115,7 +176,7 @@ def complete(value: LowRank) -> LowRank:
 
 
 def _carry(value: LowRank, w: Any, follow: Callable[[Named], Named]) -> LowRank:
-    return dataclasses.replace(value, w=w, factors=tuple(follow(x) for x in value.factors))
+    return value.with_parts([follow(x) for x in value.parts], w=w)
 
 
 def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
@@ -179,8 +240,8 @@ def concatenate(values: Sequence[Any], w: Any, axis: int) -> LowRank:
     axis, the updates are stacked too, the smaller ranks padded with zeros.
     """
     lows = [v for v in values if isinstance(v, LowRank)]
-    if any(len(v.factors) != 2 or v.rate for v in lows) or any(v.probe for v in lows):
-        raise NotFactored("a concatenation of sums of updates, or under dropout")
+    if any(len(v.factors) != 2 or v.rate or v.gain is not None for v in lows) or any(v.probe for v in lows):
+        raise NotFactored("a concatenation of sums of updates, under dropout, or with DoRA")
     along = [tuple(axis in x.dims for x in complete_units(v, axis).factors) for v in lows]
     if len(set(along)) != 1:
         raise NotFactored("a concatenation of an in axis with an out axis")
@@ -255,8 +316,8 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
 def _reshape_factor(value: LowRank, x: Named, groups: list[tuple[list[int], list[int]]], shape: Sequence[int]) -> Named:
     for left, _ in groups:  # axes of length one carry nothing
         x = x.dropped([d for d in left if d in x.dims and value.shape[d] == 1])
-    order: list[Name] = [RANK]
-    dims: list[Name] = [RANK]
+    order: list[Name] = [RANK] * (RANK in x.dims)
+    dims: list[Name] = [RANK] * (RANK in x.dims)
     for left, right in groups:
         large = [d for d in left if value.shape[d] != 1]
         absent = [d for d in large if d not in x.dims]
@@ -268,5 +329,5 @@ def _reshape_factor(value: LowRank, x: Named, groups: list[tuple[list[int], list
             x = x.extended(d, value.shape[d])
         order += large
         dims += right
-    lengths = [x.size(RANK), *(shape[d] for d in dims[1:])]  # type: ignore[index]
+    lengths = [x.size(RANK) if d == RANK else shape[d] for d in dims]  # type: ignore[index]
     return Named(lax.reshape(x.ordered(order).array, lengths), tuple(dims))

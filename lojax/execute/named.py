@@ -52,6 +52,11 @@ class Named:
             return self
         return Named(lax.squeeze(self.array, gone), tuple(d for d in self.dims if d not in names))
 
+    def spread(self, dims: Sequence[Name]) -> Any:
+        """The array with its axes in the order ``dims``, of length one where it has none of that name."""
+        known = [d for d in dims if d in self.dims]
+        return jnp.expand_dims(self.ordered(known).array, [i for i, d in enumerate(dims) if d not in self.dims])
+
     def extended(self, name: Name, length: int) -> Named:
         """With a new last axis of this name and length, along which the values repeat."""
         shape = (*self.array.shape, length)

@@ -1,8 +1,8 @@
 """What an adapted weight is for: products with an activation, computed without forming the update.
 
 Each function returns the product with ``w + a b`` as ``x@w + (x@a)@b`` (the scale is in ``b``, see
-`lowrank.from_adapter`). `NotFactored` is raised, with the reason, where no cheap factored form exists.
-Pure maths: no jaxprs here.
+`lowrank.from_adapter`); `dot` may take the `fused` way instead. `NotFactored` is raised, with the reason, where
+no cheap factored form exists. Pure maths: no jaxprs here.
 """
 
 from __future__ import annotations
@@ -10,26 +10,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lojax.adapt.matrix import at_least_float32
+from lojax.execute import fused
 from lojax.execute.compat import varying_axes
+from lojax.execute.cost import Work, choose
 from lojax.execute.lowrank import LowRank, NotFactored, complete
-from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops
+from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops, sizes
+from lojax.execute.residuals import one_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product computed factored: its value, and what the update added to its cost."""
+    """A product with an adapted weight: its value, and what the update added to its cost."""
 
     value: Any
     flops: int
     """Floating-point operations of the frozen product."""
     extra_flops: int
     """Floating-point operations that the update added."""
+    how: Literal["factored", "fused"] = "factored"
+    """How it was computed."""
 
 
 def compute_dtype(x: Any, accumulated: Any) -> Any:
@@ -41,31 +47,40 @@ def compute_dtype(x: Any, accumulated: Any) -> Any:
 
 def apply_factors(
     x: Named, value: LowRank, out: Sequence[Name], *, precision: Any = None, dtype: Any = None, like: Any = None
-) -> tuple[Named, int]:
-    """``(x . first) . second`` summed over the axes of ``x`` that are not in ``out``.
+) -> Named:
+    """``(x . first) . second`` summed over the axes of ``x`` that are not in ``out``, axes in the order ``out``.
 
-    The first factor is the one that sums away the most. Returns the update of the product, axes in the
-    order ``out``, and its floating-point operations.
+    The first factor is the one that sums away the most.
     """
-    value = complete(value)
-    summed = [d for d in x.dims if d not in out]
-
-    def alone(i: int) -> list[Name]:
-        return [d for d in summed if d in value.factors[i].dims and d not in value.factors[1 - i].dims]
-
-    weight = [math.prod(value.factors[i].size(d) for d in alone(i)) for i in (0, 1)]
-    if max(weight) == 1 and not (alone(0) or alone(1)):
-        raise NotFactored("no axis of one factor alone is summed")
-    first, second = value.factors if weight[0] >= weight[1] else value.factors[::-1]
-    gone = alone(0 if weight[0] >= weight[1] else 1)
+    first, second, gone = _ends(x, complete(value).factors, out)
     kind = compute_dtype(x.array, dtype)
     x, first = cast(_dropped_out(x, value), kind), cast(first, kind)
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
     inner = multiply(x, first, middle, precision=precision, dtype=dtype)
-    flops = multiply_flops(x, first)
     inner, second = cast(inner, kind), cast(second, kind)
-    outer = multiply(inner, second, out, precision=precision, dtype=dtype, like=like)
-    return outer, flops + multiply_flops(inner, second)
+    return multiply(inner, second, out, precision=precision, dtype=dtype, like=like)
+
+
+def _ends(x: Named, factors: tuple[Named, ...], out: Sequence[Name]) -> tuple[Named, Named, list[Name]]:
+    """The factor that meets ``x`` first, the other one, and the axes that the first product sums away."""
+    summed = [d for d in x.dims if d not in out]
+
+    def alone(i: int) -> list[Name]:
+        return [d for d in summed if d in factors[i].dims and d not in factors[1 - i].dims]
+
+    weight = [math.prod(factors[i].size(d) for d in alone(i)) for i in (0, 1)]
+    if max(weight) == 1 and not (alone(0) or alone(1)):
+        raise NotFactored("no axis of one factor alone is summed")
+    i = 0 if weight[0] >= weight[1] else 1
+    return factors[i], factors[1 - i], alone(i)
+
+
+def low_rank_flops(x: Named, value: LowRank, out: Sequence[Name]) -> int:
+    """The floating-point operations of `apply_factors`."""
+    first, second, gone = _ends(x, complete(value).factors, out)
+    length = sizes(x, first, second)
+    inner = {*x.dims, *first.dims}
+    return 2 * sum(math.prod(length[d] for d in dims) for dims in (inner, inner - {*gone} | {*second.dims}))
 
 
 def _dropped_out(x: Named, value: LowRank) -> Named:
@@ -85,9 +100,11 @@ def dot(
     *,
     dimension_numbers: Any,
     weight_on_left: bool,
-    base: Callable[[Any], Any],
+    base: Callable[[Any, Any], Any],
     precision: Any = None,
     dtype: Any = None,
+    execution: str = "factored",
+    apart: Any = None,
 ) -> Product:
     """`dot_general` of an activation with an adapted weight, on either side, over any axes.
 
@@ -96,9 +113,12 @@ def dot(
         value: The adapted weight.
         dimension_numbers: As in `jax.lax.dot_general`, for the operands in their order.
         weight_on_left: Whether the weight is the left operand.
-        base: The frozen product, as a function of the frozen weight.
+        base: The frozen product, as a function of the frozen weight and the activation.
         precision: As in `jax.lax.dot_general`, for the operands in their order.
         dtype: The ``preferred_element_type``.
+        execution: ``"factored"``, ``"fused"`` or ``"auto"`` (see `cost`). A sum of updates, and one under dropout,
+            is factored whatever is asked for.
+        apart: ``x`` as the factors are to meet it (see `apart`); None for ``x`` itself.
     """
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     x_sum, w_sum = (rhs_sum, lhs_sum) if weight_on_left else (lhs_sum, rhs_sum)
@@ -113,13 +133,54 @@ def dot(
     out = (*w_batch, *free_w, *free_x) if weight_on_left else (*w_batch, *free_x, *free_w)
     if weight_on_left and isinstance(precision, tuple):
         precision = precision[::-1]
-    named = Named(x, tuple(dims))
-    y = base(value.w)
-    updates = [apply_factors(named, term, out, precision=precision, dtype=dtype, like=y) for term in value.terms()]
-    for update, _ in updates:
-        y = y + update.array.astype(y.dtype)
+    named, gain = _gained_input(Named(x, tuple(dims)), value.gain, out)
     flops = multiply_flops(named, Named(value.w, tuple(range(value.w.ndim))))
-    return Product(y, flops, sum(extra for _, extra in updates))
+    extra = sum(low_rank_flops(named, term, out) for term in value.terms())
+
+    def update(x: Any, term: LowRank, like: Any) -> Any:
+        found = apply_factors(Named(x, named.dims), term, out, precision=precision, dtype=dtype, like=like)
+        return found.array.astype(like.dtype)
+
+    if len(value.factors) == 2 and value.key is None and value.fusible:
+        work = Work(flops, extra, 2 * value.w.size * value.factors[0].size(RANK))
+        if choose(execution, work, dtypes=(value.w.dtype, x.dtype, dtype or x.dtype), precision=precision) == "fused":
+            y = fused.product(named.array, value, base=base, update=update)
+            return Product(gained(y, gain, out), flops, work.forming, "fused")
+    y = base(value.w, named.array)
+    own = named if apart is None else _gained_input(Named(apart, tuple(dims)), value.gain, out)[0]
+    for term in value.terms():
+        y = y + _seen_as_one_step(update, term, y)(own.array)
+    return Product(gained(y, gain, out), flops, extra)
+
+
+def _seen_as_one_step(update: Callable[..., Any], term: LowRank, like: Any) -> Callable[[Any], Any]:
+    """``update(x, term, like)`` as a function of ``x``, one step to remat policies (see `residuals`)."""
+    if term.key is not None:  # whose key a function with its own derivative may not close over
+        return lambda x: update(x, term, like)
+    dims = [factor.dims for factor in term.factors]
+
+    def on_arrays(x: Any, *arrays: Any) -> Any:
+        factors = tuple(Named(array, d) for array, d in zip(arrays, dims, strict=True))
+        return update(x, dataclasses.replace(term, factors=factors), like)
+
+    return lambda x: one_step(on_arrays)(x, *(factor.array for factor in term.factors))
+
+
+def gained(y: Any, gain: Named | None, dims: Sequence[Name]) -> Any:
+    """``y``, with axes called ``dims``, times ``gain`` (DoRA): in float32 or wider, rounded once."""
+    if gain is None:
+        return y
+    wide = at_least_float32(y.dtype)
+    return (y.astype(wide) * gain.spread(dims).astype(wide)).astype(y.dtype)
+
+
+def _gained_input(x: Named, gain: Named | None, out: Sequence[Name]) -> tuple[Named, Named | None]:
+    """``x`` times the gain where the product sums the gain's axes (a tied head), and what is left for the result."""
+    if gain is None or set(gain.dims) <= set(out):
+        return x, gain
+    if not set(gain.dims) <= set(x.dims):
+        raise NotFactored("a product that sums some of the axes of a DoRA magnitude")
+    return Named(gained(x.array, gain, x.dims), x.dims), None
 
 
 def gather(
@@ -155,7 +216,7 @@ def gather(
         a, b = (cast(x, base.dtype) for x in complete(term).factors)
         y = y + multiply(a, b, range(base.ndim)).array
         flops += multiply_flops(a, b)
-    return Product(y, 0, flops)
+    return Product(gained(y, found.gain, range(base.ndim)), 0, flops)
 
 
 def look_up(
@@ -177,8 +238,11 @@ def look_up(
     places: dict[Name, Name] = {
         next(kept) if position in numbers.offset_dims else next(spread): position for position in range(base.ndim)
     }
-    factors = (_gather_factor(x, indices, numbers, slice_sizes, batch, options) for x in value.factors)
-    return dataclasses.replace(value, w=base, factors=tuple(x.renamed(places) for x in factors))
+
+    def follow(x: Named) -> Named:
+        return _gather_factor(x, indices, numbers, slice_sizes, batch, options).renamed(places)
+
+    return value.with_parts([follow(x) for x in value.parts], w=base)
 
 
 def _gather_factor(
@@ -195,7 +259,7 @@ def _gather_factor(
     cut = [d for d in x.dims if d != RANK and slice_sizes[d] != x.size(d)]  # type: ignore[call-overload]
     if not columns and not cut:
         return x
-    x = x.ordered([*sorted(d for d in x.dims if d != RANK), RANK])  # type: ignore[type-var]
+    x = x.ordered([*sorted(d for d in x.dims if d != RANK), *[RANK] * (RANK in x.dims)])  # type: ignore[type-var]
     collapsed = [d for d in x.dims if d in numbers.collapsed_slice_dims]
     kept = [d for d in x.dims if d not in collapsed]
     array = lax.gather(
@@ -241,6 +305,8 @@ def conv(
     out_axis, in_axis, *window = dimension_numbers.rhs_spec
     value = complete(value)
     inner, outer = sorted(value.factors, key=lambda f: out_axis in f.dims)
+    if value.gain is not None and value.gain.dims != (out_axis,):
+        raise NotFactored("a convolution whose DoRA magnitude is not along the output features")
     if out_axis in inner.dims or set(outer.dims) != {RANK, out_axis}:
         raise NotFactored("a convolution whose window or input features lie in the out axes")
     kind = compute_dtype(x, options.get("preferred_element_type"))
@@ -277,7 +343,9 @@ def conv(
     outputs = base.size // base.shape[dimension_numbers.out_spec[1]]
     taps = math.prod(value.shape[d] for d in (in_axis, *window))
     extra = 2 * outputs * rank * (taps * groups + value.shape[out_axis])
-    return Product(base + update.astype(base.dtype), 2 * base.size * taps, extra)
+    dims = [out_axis if d == dimension_numbers.out_spec[1] else ("x", d) for d in range(base.ndim)]
+    y = gained(base + update.astype(base.dtype), value.gain, dims)
+    return Product(y, 2 * base.size * taps, extra)
 
 
 def ragged_dot(
@@ -309,6 +377,8 @@ def ragged_dot(
     value = complete(value)
     first, second = sorted(value.factors, key=lambda f: not set(w_sum) <= set(f.dims))
     inner, outer = set(first.dims) - {RANK, group}, set(second.dims) - {RANK, group}
+    if value.gain is not None and set(value.gain.dims) != {*range(value.w.ndim)} - {*w_sum}:
+        raise NotFactored("experts whose DoRA magnitude is not along their output features")
     if inner != set(w_sum) or inner & outer or not all(group in f.dims for f in value.factors):
         raise NotFactored("experts whose group axis is no stack, or whose in axes are not those summed")
     kind = compute_dtype(x, dtype)
@@ -333,4 +403,11 @@ def ragged_dot(
     update = product(middle, second, [middle.ndim - 1], [RANK, *free], moved)
     rows, rank = x.size // math.prod(x.shape[d] for d in x_sum), first.size(RANK)
     m, n = math.prod(value.shape[d] for d in w_sum), math.prod(value.shape[d] for d in free)
-    return Product(base + update.astype(base.dtype), 2 * rows * m * n, 2 * rows * rank * (m + n))
+    y = base + update.astype(base.dtype)
+    if value.gain is not None:  # every row takes the gain of its own group
+        by_group = value.gain.ordered([group, *free])
+        repeated = jnp.repeat(by_group.array, group_sizes, axis=0, total_repeat_length=y.shape[moved])
+        dims: list[Name] = [("x", d) for d in range(y.ndim - len(free))]
+        dims += free
+        y = gained(y, Named(repeated, (("x", moved), *free)), dims)
+    return Product(y, 2 * rows * m * n, 2 * rows * rank * (m + n))

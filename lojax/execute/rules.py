@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -31,9 +30,11 @@ def _dot_general(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
         value,
         dimension_numbers=p["dimension_numbers"],
         weight_on_left=on_left,
-        base=lambda w: bind(eqn, [w, x] if on_left else [x, w])[0],
+        base=lambda w, x: bind(eqn, [w, x] if on_left else [x, w])[0],
         precision=p["precision"],
         dtype=p["preferred_element_type"],
+        execution=interp.execution,
+        apart=None if value.probe else interp.apart(eqn.invars[on_left], x),
     )
     return interp.record(value, eqn, product)
 
@@ -234,6 +235,8 @@ def _add(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     if isinstance(left, LowRank) == isinstance(right, LowRank):
         raise NotFactored("a sum of two adapted weights")
     value, other = (left, right) if isinstance(left, LowRank) else (right, left)
+    if value.gain is not None:
+        raise NotFactored("a sum with a weight under DoRA")
     if jnp.shape(other) != value.shape:
         raise NotFactored("a sum with an array of another shape")
     if eqn.primitive.name == "sub" and value is right:
@@ -265,7 +268,7 @@ def _placed(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
         spec = PartitionSpec(*(entry(d) for d in x.dims))
         return Named(place(x.array, NamedSharding(sharding.mesh, spec)), x.dims)
 
-    return dataclasses.replace(value, w=w, factors=tuple(follow(x) for x in value.factors))
+    return value.with_parts([follow(x) for x in value.parts], w=w)
 
 
 @rule("name", "device_put", "layout_constraint")

@@ -116,15 +116,14 @@ def _sliced(value: Any, length: int) -> _Step:
         return _Step(None, value, lambda shared, own: own)
     names: dict[Name, Name] = {d: d - 1 for d in range(1, value.w.ndim)}
     keys = None if value.key is None else jax.random.split(value.key, length)
-    own = [x.ordered([0, *(d for d in x.dims if d != 0)]).array if 0 in x.dims else None for x in value.factors]
-    shared = [None if 0 in x.dims else x.array for x in value.factors]
-    dims = [tuple(names.get(d, d) for d in x.dims if d != 0) for x in value.factors]
+    own = [x.ordered([0, *(d for d in x.dims if d != 0)]).array if 0 in x.dims else None for x in value.parts]
+    shared = [None if 0 in x.dims else x.array for x in value.parts]
+    dims = [tuple(names.get(d, d) for d in x.dims if d != 0) for x in value.parts]
 
     def join(shared: Any, own: Any) -> LowRank:
         w, key, slices = own
         arrays = [s if c is None else c for c, s in zip(shared, slices, strict=True)]
-        factors = tuple(Named(array, d) for array, d in zip(arrays, dims, strict=True))
-        return dataclasses.replace(value, w=w, key=key, factors=factors)
+        return value.with_parts([Named(x, d) for x, d in zip(arrays, dims, strict=True)], w=w, key=key)
 
     return _Step(shared, (value.w, keys, own), join)
 
@@ -134,8 +133,7 @@ def _stacked(value: Any) -> Any:
     if not _is_low(value):
         return value
     names: dict[Name, Name] = {d: d + 1 for d in range(value.w.ndim - 1)}
-    factors = tuple(Named(x.array, (0, *(names.get(d, d) for d in x.dims))) for x in value.factors)
-    return dataclasses.replace(value, factors=factors)
+    return value.with_parts([Named(x.array, (0, *(names.get(d, d) for d in x.dims))) for x in value.parts])
 
 
 def _loop_carries(
@@ -273,11 +271,8 @@ def _shard_map(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
         if not _is_low(value):
             return spec
         along = (*spec, *[None] * (value.w.ndim - len(spec)))
-        factors = tuple(
-            Named(PartitionSpec(*(None if d == RANK else along[d] for d in x.dims)), x.dims) for x in value.factors
-        )
-        key = None if value.key is None else PartitionSpec()
-        return dataclasses.replace(value, w=spec, factors=factors, key=key)
+        parts = [Named(PartitionSpec(*(None if d == RANK else along[d] for d in x.dims)), x.dims) for x in value.parts]
+        return value.with_parts(parts, w=spec, key=None if value.key is None else PartitionSpec())
 
     def body(*values: Any) -> tuple[Any, ...]:
         interp.fresh()

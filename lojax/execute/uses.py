@@ -13,7 +13,7 @@ class Use:
     Attributes:
         path: The path of the weight.
         primitive: The JAX primitive that consumed it.
-        how: ``"factored"`` or ``"materialized"``.
+        how: ``"factored"``, ``"fused"`` or ``"materialized"``.
         flops: Floating-point operations of the frozen product, all trips of enclosing scans together.
         extra_flops: Floating-point operations that the update added, likewise.
         reason: Why it was materialized, or "".
@@ -22,7 +22,7 @@ class Use:
 
     path: str
     primitive: str
-    how: Literal["factored", "materialized"]
+    how: Literal["factored", "fused", "materialized"]
     flops: int = 0
     extra_flops: int = 0
     reason: str = ""

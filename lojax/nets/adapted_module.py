@@ -13,7 +13,7 @@ import jax
 from flax import nnx, traverse_util
 
 from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.axes import positions
+from lojax.adapt.axes import array_axes
 from lojax.adapt.paths import flatten, map_paths
 from lojax.adapt.tree import check_pair
 from lojax.execute.transform import transform
@@ -29,18 +29,22 @@ class AdaptedModule(nnx.Module):
     Attributes:
         net: The net as a module of the user's own class: ``train()``, ``eval()`` and batch statistics work as ever.
             Its frozen parameters are `nnx.Param`, those trained in full `nnx.LoRAParam`.
-        lora: For every adapted weight a dict of `nnx.LoRAParam`, ``lora_a`` and ``lora_b``, under its path.
+        lora: For every adapted weight a dict of `nnx.LoRAParam`, ``lora_a`` and ``lora_b`` (``lora_magnitude`` with
+            DoRA), under its path. An ``a`` that stays as it is (LoRA-FA) is an `nnx.Param`.
         rngs: Where the keys for dropout on the adapters' inputs come from, or None for no such dropout.
         deterministic: True turns that dropout off; ``eval()`` sets it.
     """
 
-    def __init__(self, net: nnx.Module, adapters: dict[str, Adapter], *, strict: bool, rngs: nnx.Rngs | None):
+    def __init__(
+        self, net: nnx.Module, adapters: dict[str, Adapter], *, strict: bool, execution: str, rngs: nnx.Rngs | None
+    ):
         weights = _params(net)
         factors = {tuple(path.split("/")): _variables(adapter, weights[path]) for path, adapter in adapters.items()}
         self.net = net
         self.lora = nnx.data(traverse_util.unflatten_dict(factors))
         self.forms = nnx.static(tuple((path, jax.tree.structure(adapter)) for path, adapter in adapters.items()))
         self.strict = strict
+        self.execution = execution
         self.rngs = rngs
         self.deterministic = False
 
@@ -71,7 +75,7 @@ class AdaptedModule(nnx.Module):
             args, kwargs = copied((args, kwargs))
             return call(net, method, args, kwargs), variables(net)
 
-        adapted = transform(run, strict=self.strict)
+        adapted = transform(run, strict=self.strict, execution=self.execution)
         outputs, state = adapted(*self.pair(), *args, dropout_key=dropout_key, **kwargs)
         nnx.update(self.net, state)
         return outputs
@@ -94,7 +98,9 @@ class AdaptedModule(nnx.Module):
         return found
 
 
-def as_module(net: Any, frozen: Any, lora: Any, *, strict: bool, rngs: nnx.Rngs | None) -> AdaptedModule:
+def as_module(
+    net: Any, frozen: Any, lora: Any, *, strict: bool, execution: str, rngs: nnx.Rngs | None
+) -> AdaptedModule:
     """The `AdaptedModule` of an NNX net.
 
     Raises:
@@ -115,7 +121,7 @@ def as_module(net: Any, frozen: Any, lora: Any, *, strict: bool, rngs: nnx.Rngs 
     module = net.bind(map_paths(typed, frozen))
     adapters = {path: leaf for path, leaf in trained.items() if is_adapter(leaf)}
     full = {path for path, leaf in trained.items() if leaf is not None and not is_adapter(leaf)}
-    return AdaptedModule(_retyped(module, full), adapters, strict=strict, rngs=rngs)
+    return AdaptedModule(_retyped(module, full), adapters, strict=strict, execution=execution, rngs=rngs)
 
 
 def _retyped(module: nnx.Module, full: set[str]) -> nnx.Module:
@@ -153,11 +159,14 @@ def _variables(adapter: Adapter, weight: Any) -> dict[str, Any]:
     specs: dict[str, Any] = {}
     if names is not None:
         names = (*names, *[None] * (len(adapter.axes) - len(names)))
-        stack, ins, outs = (tuple(names[i] for i in positions(adapter.axes, role)) for role in ("stack", "in", "out"))
-        specs = {"lora_a": (*stack, *ins, None), "lora_b": (*stack, None, *outs)}
+        along = array_axes(adapter.axes).items()
+        specs = {f"lora_{name}": tuple(None if d is None else names[d] for d in dims) for name, dims in along}
 
     placed = {"mesh": metadata.get("mesh"), "eager_sharding": False}  # the arrays are where they should be already
+    kinds = {"lora_a": nnx.Param} if adapter.frozen_a else {}
     return {
-        name: nnx.LoRAParam(value, **({"out_sharding": specs[name], **placed} if name in specs else {}))
+        name: kinds.get(name, nnx.LoRAParam)(
+            value, **({"out_sharding": specs[name], **placed} if name in specs else {})
+        )
         for name, value in zip(_names(jax.tree.structure(adapter)), jax.tree.leaves(adapter), strict=True)
     }

@@ -91,7 +91,7 @@ def summary(frozen: Any, lora: Any) -> Summary:
     for path in left:
         weight, trained = unbox(left[path]), unbox(right[path])
         if is_adapter(trained):
-            size = math.prod(unbox(trained.a).shape) + math.prod(unbox(trained.b).shape)
+            size = trained.parameters
             shape = tuple(weight.shape)
             rows.append(Row(path, shape, trained.rank, size, size + math.prod(shape)))
         elif trained is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +27,14 @@ class Weight:
 
     @property
     def how(self) -> str:
-        """``"factored"``, ``"materialized"``, ``"both"`` or ``"unused"``."""
-        kinds = {use.how for use in self.uses}
-        return kinds.pop() if len(kinds) == 1 else ("both" if kinds else "unused")
+        """``"factored"``, ``"fused"``, ``"factored, fused"``, ``"materialized"``, ``"both"`` or ``"unused"``.
+
+        ``"both"``: some uses are materialized and others are not.
+        """
+        kinds = sorted({use.how for use in self.uses})
+        if len(kinds) > 1 and "materialized" in kinds:
+            return "both"
+        return ", ".join(kinds) or "unused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Report:
 
     @property
     def factored(self) -> int:
-        """The number of weights all of whose uses are factored."""
-        return sum(weight.how == "factored" for weight in self.weights)
+        """The number of weights all of whose uses are factored, or fused."""
+        return sum(weight.how in ("factored", "fused", "factored, fused") for weight in self.weights)
 
     @property
     def extra_flops(self) -> int:
@@ -59,7 +63,10 @@ class Report:
                     f"{weight.path} is never used by this program: its adapter gets no gradient. "
                     "Take it out of targets, or report on the inputs that use it."
                 )
-        lines.append(f"{self.factored} of {len(self.weights)} adapted weights fully factored")
+        fused = any("fused" in weight.how for weight in self.weights)
+        lines.append(
+            f"{self.factored} of {len(self.weights)} adapted weights fully factored{' or fused' if fused else ''}"
+        )
         return "\n".join(lines)
 
 
@@ -94,7 +101,7 @@ def report(frozen: Any, lora: Any, uses: Sequence[Use]) -> Report:
     for path, adapter in right.items():
         if not is_adapter(adapter):
             continue
-        size = sum(math.prod(unbox(x).shape) for x in (adapter.a, adapter.b))
+        size = adapter.parameters
         mine = tuple(use for use in uses if use.path == path)
         weights.append(Weight(path, tuple(unbox(left[path]).shape), adapter.axes, adapter.rank, size, mine))
     return Report(tuple(weights))

@@ -53,7 +53,7 @@ def _described(lora: Any) -> dict[str, str]:
         leaf = unbox(leaf)
         if leaf is None:
             continue
-        head = f"scale {leaf.scale:g}, axes {' '.join(leaf.axes)}, " if is_adapter(leaf) else ""
+        head = f"scale {leaf.scale}, axes {' '.join(leaf.axes)}, " if is_adapter(leaf) else ""
         found[path] = head + ", ".join(_array(unbox(x)) for x in jax.tree.leaves(leaf))
     return found
 

@@ -8,16 +8,18 @@ the product with the weight, but for values of the size of the rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.axes import positions
+from lojax.adapt.axes import array_axes
 from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.paths import is_leaf, map_paths, path_of
 from lojax.adapt.tree import check_pair
@@ -141,9 +143,7 @@ class Placement:
     def factor_entries(self, adapter: Adapter, name: str, path: str) -> list[Any]:
         """The spec of one array of an adapter: stack axes, then the factor's own, the rank between or behind."""
         spec = self.specs[path]
-        stack, ins, outs = ([spec[i] for i in positions(adapter.axes, role)] for role in ("stack", "in", "out"))
-        # What is neither factor (a DoRA magnitude) has one value for each output.
-        entries = {"a": [*stack, *ins, None], "b": [*stack, None, *outs]}.get(name, [*stack, *outs])
+        entries = [None if d is None else spec[d] for d in array_axes(adapter.axes)[name]]
         extra = len(unbox(getattr(adapter, name)).shape) - len(entries)  # several adapters are a leading axis
         return [None] * extra + entries
 
@@ -233,13 +233,16 @@ def init_sharded(
     traced, shapes = jax.make_jaxpr(start, return_shape=True)(key, params)
     found = shardings(*shapes, mesh=mesh, specs=specs, rules=rules, spread=spread)
     wanted, tree = jax.tree.flatten((found.frozen, found.lora))
-    given = _passed_on(traced, jax.tree.leaves((key, params)))
+    inputs = jax.tree.leaves((key, params))
+    given = _passed_on(traced, inputs)
     made = [i for i in range(len(wanted)) if i not in given]
-    make = jax.jit(
-        lambda key, params: [jax.tree.leaves(start(key, params))[i] for i in made],
-        out_shardings=[wanted[i] for i in made],
-    )
-    results = given | dict(zip(made, make(key, params), strict=True))
+
+    @functools.partial(jax.jit, out_shardings=[wanted[i] for i in made])
+    def make(*inputs: Any) -> list[Any]:
+        outputs = jaxpr_as_fun(traced)(*inputs)
+        return [outputs[i] for i in made]
+
+    results = given | dict(zip(made, make(*inputs), strict=True))
     return jax.tree.unflatten(tree, [results[i] for i in range(len(wanted))])
 
 

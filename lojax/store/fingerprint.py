@@ -96,6 +96,10 @@ def check_base(record: Record, frozen: Any, place: Any) -> None:
 _FIX = "Load the right base, or pass check_base=False to use this one all the same."
 
 
+def _alike(shape: tuple[int, ...], known: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(known) and all(k in (None, n) for n, k in zip(shape, known, strict=True))
+
+
 def check_fits(record: Record, frozen: Any, place: Any) -> None:
     """Raises unless every adapter has a weight of its shape in ``frozen``: what no override can waive."""
     leaves = flatten(frozen)
@@ -104,7 +108,7 @@ def check_fits(record: Record, frozen: Any, place: Any) -> None:
             check_paths(record, leaves, "frozen", place)
     for path, entry in record.adapters.items():
         weight = unbox(leaves[path])
-        if weight is None or np.shape(weight) != entry.weight:
+        if weight is None or not _alike(np.shape(weight), entry.weight):
             got = "None" if weight is None else f"shape {np.shape(weight)}"
             raise ValueError(
                 f"{path}: the adapter in {place} is for a weight of shape {entry.weight}, but frozen holds {got}. "

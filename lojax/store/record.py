@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from lojax.adapt.adapter import Adapter
-from lojax.adapt.axes import check, factor_shapes, positions
+from lojax.adapt.axes import array_shapes, check, positions
 
 FORMAT, VERSION = "lojax-adapter", 1
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 _DTYPE = re.compile(r"bool|u?int\d+|b?float\d+(_\w+)?|complex\d+")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Adapter)}
+_STATIC = [field.name for field in dataclasses.fields(Adapter) if field.metadata.get("static")]
+_ALWAYS = ("scale", "axes", "dropout")
 _T = TypeVar("_T")
 
 
@@ -77,13 +79,17 @@ class AdapterEntry:
 
     @property
     def rank(self) -> int:
-        """The rank ``r``."""
-        return self.arrays["a"].shape[-1]
+        """The rank ``r``; 0 where only token rows train."""
+        return self.arrays["a"].shape[-1] if "a" in self.arrays else 0
 
     @property
-    def weight(self) -> tuple[int, ...]:
-        """The shape of the adapted weight."""
-        axes, a, b = self.static["axes"], self.arrays["a"].shape, self.arrays["b"].shape
+    def weight(self) -> tuple[int | None, ...]:
+        """The shape of the adapted weight; None where no stored array has an axis of that length."""
+        axes = self.static["axes"]
+        if "a" not in self.arrays:
+            out = iter(self.arrays["rows"].shape[1:])
+            return tuple(next(out) if role == "out" else None for role in axes)
+        a, b = self.arrays["a"].shape, self.arrays["b"].shape
         stack = len(positions(axes, "stack"))
         sizes = {"stack": iter(a[:stack]), "in": iter(a[stack:-1]), "out": iter(b[stack + 1 :])}
         return tuple(next(sizes[role]) for role in axes)
@@ -91,7 +97,10 @@ class AdapterEntry:
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file. ``alpha`` is told for people: ``scale * rank``."""
         scale = self.static["scale"]
-        told = {"rank": self.rank, "alpha": scale * self.rank, **self.static, "weight": list(self.weight)}
+        alpha = scale * self.rank if isinstance(scale, float) else None
+        plain = {name: list(x) if isinstance(x, tuple) else x for name, x in self.static.items()}
+        said = {name: x for name, x in plain.items() if name in _ALWAYS or x != _DEFAULTS[name]}
+        told = {"rank": self.rank, "alpha": alpha, **said, "weight": list(self.weight)}
         return told | {name: array.to_json() for name, array in self.arrays.items()}
 
     @classmethod
@@ -100,16 +109,33 @@ class AdapterEntry:
         arrays = {name: Array.from_json(field) for name, field in value.items() if isinstance(field, dict)}
         told = ("rank", "alpha", "weight")
         static = {name: field for name, field in value.items() if name not in arrays and name not in told}
-        weight = tuple(_of(int, size, "a size") for size in value["weight"])
+        weight = tuple(_of((int, type(None)), size, "a size") for size in value["weight"])
         if unknown := {*static, *arrays} - _DEFAULTS.keys():
             raise ValueError(f"{min(unknown)!r} is no field of lojax.Adapter: perhaps a newer lojax wrote it")
+        static = {name: static.get(name, _DEFAULTS[name]) for name in _STATIC}
         static["axes"] = check(_of(list, static["axes"], "axes"), weight, path)
-        for name in ("scale", "dropout"):
-            static[name] = float(_of((int, float), static.get(name, _DEFAULTS.get(name)), name))
-        expected = factor_shapes(static["axes"], weight, value["rank"])
-        if (arrays["a"].shape, arrays["b"].shape) != expected:
-            raise ValueError(f"a and b have other shapes than rank, axes and weight say: {expected}")
+        static["dropout"] = float(_of((int, float), static["dropout"], "dropout"))
+        static["scale"] = _scale(static["scale"])
+        static["frozen_a"] = bool(static["frozen_a"])
+        for name in ("tokens", "ranks"):
+            if static[name] is not None:
+                static[name] = tuple(_of(int, i, name) for i in _of(list, static[name], name))
+        if ("a" in arrays) != ("b" in arrays) or not arrays:
+            raise KeyError("b" if "a" in arrays else "a")
+        if ("rows" in arrays) != (static["tokens"] is not None):
+            raise ValueError("rows and tokens go together")
+        known = tuple(size or 0 for size in weight)
+        expected = array_shapes(static["axes"], known, value["rank"], len(static["tokens"] or ()))
+        for name, array in arrays.items():
+            if array.shape != expected[name]:
+                raise ValueError(f"{name} has another shape than rank, axes and weight say: {expected[name]}")
         return cls(static, arrays)
+
+
+def _scale(value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, list):
+        return tuple(float(_of((int, float), x, "scale")) for x in value)
+    return float(_of((int, float), value, "scale"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.core import Tracer
 
 from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.boxes import box_factors, is_box, rebox, unbox
+from lojax.adapt.boxes import box_arrays, is_box, rebox, unbox
 from lojax.adapt.paths import is_leaf, map_paths, path_of
 from lojax.adapt.targets import nearest
 from lojax.store.record import AdapterEntry, Array, Record, stored_name
@@ -84,7 +84,8 @@ def entries_of(
         if is_adapter(leaf):
             data = {name: value for name in _DATA if (value := getattr(leaf, name)) is not None}
             static = {name: getattr(leaf, name) for name in _STATIC}
-            static |= {"axes": list(leaf.axes), "scale": float(leaf.scale)}
+            if isinstance(leaf.scale, (int, float)):
+                static["scale"] = float(leaf.scale)
             adapters[path] = AdapterEntry(static, {name: entry(path, name, value) for name, value in data.items()})
         elif leaf is None:
             other.append(path)
@@ -122,11 +123,10 @@ def build(record: Record, arrays: Mapping[str, Any], *, like: Any, frozen: Any) 
         data = {name: arrays[stored_name(path, name)] for name in entry.arrays}
         if like is not None:
             data = {name: rebox(getattr(template, name), value) for name, value in data.items()}
-        elif frozen is not None:
-            data["a"], data["b"] = box_factors(template, entry.static["axes"], data["a"], data["b"])
-        else:
+        elif frozen is None:
             data = {name: _boxed(entry.arrays[name], value) for name, value in data.items()}
-        return Adapter(**data, **entry.static)
+        adapter = Adapter(**{"a": None, "b": None} | data, **entry.static)
+        return box_arrays(template, adapter) if like is None and frozen is not None else adapter
 
     template = like if like is not None else frozen
     return _nested(record, leaf) if template is None else map_paths(leaf, template)

@@ -18,6 +18,9 @@ DEFAULTS = Rule(
 )
 
 
+KNOWN = ["gaussian", "kaiming", "milora", "olora", "orthogonal", "pissa", "pissa_niter_4"]
+
+
 def has_two_axes(path, leaf):
     return leaf.ndim == 2
 
@@ -58,7 +61,7 @@ def test_no_targets_are_no_rules():
     ],
 )
 def test_scale(alpha, rank, scaling, scale):
-    got = Rule("w", rank=rank, alpha=alpha, scaling=scaling).scale
+    got = Rule("w", rank=rank, alpha=alpha, scaling=scaling).scale(rank)
     assert got == scale
     assert type(got) is float
 
@@ -91,8 +94,8 @@ def test_a_numpy_integer_is_a_rank():
         ({"dropout": -0.1}, "dropout=-0.1; expected a rate in [0, 1)."),
         ({"dropout": math.nan}, "dropout=nan; expected a rate in [0, 1)."),
         ({"scaling": "rs"}, "scaling='rs'; expected one of ['rslora', 'standard']."),
-        ({"variant": "dorra"}, "variant='dorra'; expected 'lora'."),
-        ({"train": "half"}, "train='half'; expected 'lora', 'full' or 'none'."),
+        ({"variant": "dorra"}, "variant='dorra'; expected one of lora, dora, lora-fa. Did you mean 'dora'?"),
+        ({"train": "half"}, "train='half'; expected 'lora', 'full', 'tokens' or 'none'."),
         (
             {"dtype": jnp.dtype("int8")},
             "dtype=dtype('int8'); expected a real floating-point dtype, or None for float32.",
@@ -111,7 +114,7 @@ def test_a_setting_out_of_range_names_the_rule_and_what_was_expected(setting, te
 
 def test_an_unknown_init_suggests_the_nearest():
     assert message(ValueError, as_rules, Rule("w", init="kaimin"), DEFAULTS) == (
-        "init='kaimin' is unknown; expected one of ['gaussian', 'kaiming']. Did you mean 'kaiming'?"
+        f"init='kaimin' is unknown; expected one of {KNOWN}. Did you mean 'kaiming'?"
     )
 
 

@@ -268,6 +268,40 @@ def test_a_checkpoint_changes_mesh_and_refuses_what_does_not_fit(tmp_path):
     gc.collect()  # what orbax left is thrown away here, not in another test
 
 
+def spoil_metadata(folder):
+    (folder / "3" / "default" / "_METADATA").write_text("{")
+
+
+def drop_metadata(folder):
+    (folder / "3" / "default" / "_METADATA").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"), [(spoil_metadata, "Expecting property name"), (drop_metadata, "its _METADATA is missing")]
+)
+def test_a_checkpoint_that_does_not_say_what_it_holds(tmp_path, spoil, why):
+    checkpoints = Checkpoints(tmp_path, every=1)
+    state, placed = state_on(mesh_of(1, 8, 1), 4)
+    checkpoints.save(3, state)
+    checkpoints.close()
+    spoil(tmp_path)
+    checkpoints = Checkpoints(tmp_path, every=1)
+    with pytest.raises(ValueError, match=rf"of step 3 in .* cannot be read: files are missing or damaged \({why}"):
+        checkpoints.latest(state, placed)
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_holds_more(tmp_path):
+    checkpoints = Checkpoints(tmp_path, every=1)
+    state, placed = state_on(mesh_of(1, 8, 1), 4)
+    checkpoints.save(1, {**state, "x": jnp.ones(3)})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, every=1)
+    with pytest.raises(ValueError, match=r"holds .*x as \(3,\); this run has None"):
+        checkpoints.latest(state, placed)
+    checkpoints.close()
+
+
 def test_no_checkpoint_yet(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none", every=1)
     assert checkpoints.latest({"a": 1}, None) == (0, {"a": 1})

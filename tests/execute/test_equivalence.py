@@ -13,6 +13,7 @@ from tests.execute.programs import PROGRAMS, Program, X, normal
 
 LETTER = {"in": "i", "out": "o", "stack": "s"}
 rows = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+ways = pytest.mark.parametrize("execution", ["factored", "fused"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,9 +25,10 @@ def quick_compilation():
 
 
 @functools.cache
-def adapted(program: Program):
+def adapted(program: Program, execution: str = "auto"):
     """The wrapped program, its frozen and fresh trees, and adapters far from zero."""
-    model = lojax.wrap(program.f, "**", rank=2, alpha=3, strict=program.materialized == 0)
+    strict = program.materialized == 0
+    model = lojax.wrap(program.f, "**", rank=2, alpha=3, strict=strict, execution=execution)
     frozen, fresh = model.init(jax.random.key(0), program.params, *program.inputs)
     noise = np.random.default_rng(0)
     lora = jax.tree.map(
@@ -59,26 +61,29 @@ def test_axes_and_uses_are_seen(program: Program) -> None:
     assert all(use.reason for use in uses if use.how == "materialized")
 
 
+@ways
 @rows
-def test_starts_at_the_base_output_bit_for_bit(program: Program) -> None:
-    model, frozen, fresh, _ = adapted(program)
+def test_starts_at_the_base_output_bit_for_bit(program: Program, execution: str) -> None:
+    model, frozen, fresh, _ = adapted(program, execution)
     chex.assert_trees_all_equal(
         model.apply(frozen, fresh, *program.inputs), program.f(program.params, *program.inputs), strict=True
     )
 
 
+@ways
 @rows
-def test_equals_the_merged_weights(program: Program) -> None:
-    model, frozen, _, lora = adapted(program)
+def test_equals_the_merged_weights(program: Program, execution: str) -> None:
+    model, frozen, _, lora = adapted(program, execution)
     actual = jax.jit(model.apply)(frozen, lora, *program.inputs)
     expected = jax.jit(program.f)(model.merge(frozen, lora), *program.inputs)
     low = any(y.dtype == jnp.bfloat16 for y in jax.tree.leaves(expected))
     assert_close(actual, expected, 2e-2 if low else 5e-6)
 
 
+@ways
 @rows
-def test_gradients_equal_those_of_the_merged_weights(program: Program) -> None:
-    model, frozen, _, lora = adapted(program)
+def test_gradients_equal_those_of_the_merged_weights(program: Program, execution: str) -> None:
+    model, frozen, _, lora = adapted(program, execution)
     actual = jax.jit(jax.grad(lambda lora: scalar(model.apply(frozen, lora, *program.inputs))))(lora)
     expected = jax.jit(jax.grad(lambda lora: scalar(program.f(lojax.merge(frozen, lora), *program.inputs))))(lora)
     low = program is PROGRAMS["cast"]
@@ -131,22 +136,24 @@ TRANSFORMS = {
 }
 
 
+@ways
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize(
     "name", ["dense", "attention", "scan_layers", "embedding_tied", "conv", "remat", "experts_ragged"]
 )
-def test_composes_with_transformations(name: str, transform) -> None:
+def test_composes_with_transformations(name: str, transform, execution: str) -> None:
     if name == "experts_ragged" and transform in (_vmapped, _second_derivative):
         name = "experts_apart"  # JAX itself neither batches this ragged_dot nor differentiates it twice
     program = PROGRAMS[name]
-    model, frozen, _, lora = adapted(program)
+    model, frozen, _, lora = adapted(program, execution)
     actual = jax.jit(transform(lambda v: model.apply(frozen, v, *program.inputs)))(lora)
     expected = jax.jit(transform(lambda v: program.f(lojax.merge(frozen, v), *program.inputs)))(lora)
     assert_close(actual, expected, 2e-5)
 
 
-def test_vmap_over_adapters_serves_each_its_own() -> None:
-    model, frozen, _, lora = adapted(PROGRAMS["attention"])
+@ways
+def test_vmap_over_adapters_serves_each_its_own(execution: str) -> None:
+    model, frozen, _, lora = adapted(PROGRAMS["attention"], execution)
     many = jax.tree.map(lambda x: jnp.stack([x, -x, 2 * x]), lora)
     together = jax.vmap(model.apply, (None, 0, None))(frozen, many, X)
     for i in range(3):

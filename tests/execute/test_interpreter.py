@@ -1,5 +1,7 @@
 """The evaluator: strict mode, the visible fallback, names, settings of structure, tracing once."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -80,14 +82,20 @@ def test_preferred_element_type_and_precision_reach_every_product() -> None:
     assert {e.params["precision"] for e in products} == {(lax.Precision.HIGHEST,) * 2}
 
 
-def test_names_of_scopes_survive() -> None:
+@pytest.mark.parametrize("execution", ["factored", "fused"])
+def test_names_of_scopes_survive(execution: str) -> None:
     def f(p, x):
         with jax.named_scope("layer"), jax.named_scope("query"):
             return x @ p["w"]
 
-    model, frozen, lora = wrapped(f, {"w": (8, 6)}, X)
-    products = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name == "dot_general"]
-    assert {str(e.source_info.name_stack) for e in products} == {"layer/query"}
+    model = lojax.wrap(f, "w", rank=2, execution=execution)
+    frozen, lora = model.init(jax.random.key(0), {"w": normal(8, 6)}, X)
+    gradient = jax.grad(lambda lora, frozen, x: model.apply(frozen, lora, x).sum())
+    for program, args in ((model.apply, (frozen, lora, X)), (gradient, (lora, frozen, X))):
+        compiled = jax.jit(program).lower(*args).compile().as_text() or ""
+        names = re.findall(r' dot\(.*op_name="([^"]*)"', compiled)
+        assert len(names) >= 2
+        assert all(re.search(r"\blayer\b.*/query/", name) for name in names), names
 
 
 def test_matmul_precision_of_the_users_context_survives() -> None:

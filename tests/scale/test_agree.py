@@ -32,7 +32,7 @@ OTHERS = {
         lambda: trained(seed=1),
         r"k differs between processes: process 0, 2: .*crc \w+; process 1: .*crc",
     ),
-    "another rank": (lambda: trained(rank=3), r"k differs .* process 1: scale 1, axes in out, float32\[8, 3\]"),
+    "another rank": (lambda: trained(rank=3), r"k differs .* process 1: scale 1.0, axes in out, float32\[8, 3\]"),
     "another scale": (lambda: trained(alpha=7), r"process 1: scale 3.5"),
     "one missing": (lambda: {**trained(), "q": None}, r"q differs .*process 1: nothing"),
     "another dtype": (lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained()), r"process 1: .*bfloat16"),

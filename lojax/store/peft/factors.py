@@ -19,8 +19,6 @@ from lojax.adapt.boxes import unbox
 from lojax.store.peft.namemap import Slot
 
 RANK = "r"
-PLAIN = ("a", "b", "scale", "axes", "dropout")
-"""The fields of a plain low-rank adapter. Another one (a magnitude, say) has its keys and cells made here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,22 +126,21 @@ def read_cell(slot: Slot, adapter: Adapter) -> Cell:
     Raises:
         ValueError: The adapter's axes contradict the map's, or it is of a variant that PEFT files are not made of here.
     """
-    held = [f.name for f in dataclasses.fields(adapter) if f.name not in PLAIN and getattr(adapter, f.name) is not None]
-    if held:
-        raise ValueError(f"{slot.path}: the adapter holds {held[0]}, which lojax cannot write as PEFT yet.")
+    if adapter.extras:
+        raise ValueError(f"{slot.path}: the adapter holds {adapter.extras[0]}, which lojax cannot write as PEFT yet.")
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
     a, a_dims = _take(np.asarray(unbox(adapter.a)), [*stack, *ins, RANK], slot)
     b, b_dims = _take(np.asarray(unbox(adapter.b)), [*stack, RANK, *outs], slot)
     if slot.axes is None:
-        return Cell(a, b, adapter.scale)
+        return Cell(a, b, adapter.one_scale)
     expected = [_left(slot, "in"), _left(slot, "out")]
     experts = _left(slot, "expert")
     got = [[d for d in dims if d != RANK and d not in experts] for dims in (a_dims, b_dims)]
     if got == expected:
-        return Cell(a, b, adapter.scale)
+        return Cell(a, b, adapter.one_scale)
     if got == expected[::-1]:  # adapted from the other end, as a tied head is
         k = len(experts)
-        return Cell(np.moveaxis(b, k, -1), np.moveaxis(a, -1, k), adapter.scale)
+        return Cell(np.moveaxis(b, k, -1), np.moveaxis(a, -1, k), adapter.one_scale)
     raise ValueError(
         f"{slot.path}: the adapter has axes {adapter.axes}, the name rule {slot.text!r} says {slot.axes}. "
         "Correct the rule, or adapt the weight with axes= as the rule says."

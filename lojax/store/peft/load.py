@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lojax.adapt.adapter import Adapter
-from lojax.adapt.boxes import box_factors, rebox, unbox
+from lojax.adapt.boxes import box_arrays, rebox, unbox
 from lojax.adapt.paths import flatten, map_paths
 from lojax.adapt.targets import nearest
 from lojax.store import safetensors
@@ -211,8 +211,7 @@ def _grouped(items: Sequence[Any]) -> dict[str, list[Any]]:
 
 def _adapter(leaf: Any, cells: Sequence[tuple[Slot, Cell]], config: Config) -> Adapter:
     a, b, scale, axes = factors.assemble(cells, cells[0][1].a.dtype)
-    a, b = box_factors(leaf, axes, jnp.asarray(a), jnp.asarray(b))
-    return Adapter(a, b, scale, axes, float(config["lora_dropout"] or 0.0))
+    return box_arrays(leaf, Adapter(jnp.asarray(a), jnp.asarray(b), scale, axes, float(config["lora_dropout"] or 0.0)))
 
 
 def _full(leaf: Any, slots: Sequence[Slot], saved: Sequence[tuple[Slot, str]], file: safetensors.File) -> Any:

@@ -1,0 +1,114 @@
+"""Claim: under remat, an adapted block keeps what the frozen block keeps, and T·r numbers.
+
+One transformer block, bfloat16 with float32 adapters, LoRA on every weight or on q and v alone: bytes that
+`jax.vjp` keeps for the backward pass beyond parameters and input, for the usual policies of `jax.checkpoint`. The
+frozen block is differentiated with respect to its input, the adapted one with respect to input and adapters.
+
+``written out`` is LoRA written by hand into the block, where a policy sees three products for one.
+
+    python benchmarks/remat.py
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from measure import table, write
+
+import lojax
+
+T, D, F, HEADS, RANK = 2048, 1024, 4096, 8, 16
+WEIGHTS = {**dict.fromkeys("qkvo", (D, D)), "up": (D, F), "down": (F, D)}
+TARGETS = {"every weight": tuple(WEIGHTS), "q and v": ("q", "v")}
+POLICIES: dict[str, Any] = {
+    "no remat": None,
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "lojax.remat.save_products()": lojax.remat.save_products(),
+}
+
+
+def linear(x: Any, w: Any) -> Any:
+    """``x @ w``; a weight with LoRA written out is a tuple ``(w, a, b)``."""
+    if not isinstance(w, tuple):
+        return x @ w
+    w, a, b = w
+    return x @ w + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+
+
+def block(params: Any, x: Any) -> Any:
+    """Attention and MLP with norms before them, x ``[T, D]``."""
+
+    def norm(x: Any) -> Any:
+        wide = x.astype(jnp.float32)
+        return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+    def heads(x: Any) -> Any:
+        return x.reshape(x.shape[0], HEADS, -1)
+
+    h = norm(x)
+    q, k, v = (heads(linear(h, params[name])) for name in "qkv")
+    scores = jnp.einsum("thk,shk->hts", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+    mixed = jnp.einsum("hts,shk->thk", jax.nn.softmax(scores).astype(x.dtype), v)
+    x = x + linear(mixed.reshape(x.shape), params["o"])
+    return x + linear(jax.nn.gelu(linear(norm(x), params["up"])), params["down"])
+
+
+def kept(f: Callable[..., Any], given: Any, *args: Any) -> int:
+    """Bytes kept for the backward pass of ``f`` at ``args``, without what is ``given`` or an argument anyway."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args))
+    free = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((given, args)))
+    rest = collections.Counter((x.shape, x.dtype) for x in leaves) - free
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in rest.items())
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each choice of targets and policy; MiB."""
+    found = []
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in WEIGHTS.items()}
+    x = jax.ShapeDtypeStruct((T, D), jnp.bfloat16)
+    for title, targets in TARGETS.items():
+        for name, policy in POLICIES.items():
+            net = block if policy is None else jax.checkpoint(block, policy=policy)
+            row: dict[str, Any] = {"LoRA on": title, "policy": name}
+            row["frozen block"] = kept(lambda x, params, net=net: net(params, x), (), x, params) / 2**20
+            factors = {n: lojax.init(jax.random.key(0), jnp.zeros(WEIGHTS[n]), "", rank=RANK)[1] for n in targets}
+            pairs = jax.eval_shape(lambda factors=factors: {n: (f.a, f.b) for n, f in factors.items()})
+
+            def written(pairs: Any, x: Any, params: Any, net: Any = net) -> Any:
+                return net({n: (w, *pairs[n]) if n in pairs else w for n, w in params.items()}, x)
+
+            row["written out"] = kept(written, (), pairs, x, params) / 2**20
+            for execution in ("factored", "fused"):
+                model = lojax.wrap(net, list(targets), rank=RANK, execution=execution, strict=True)
+                frozen, lora = jax.eval_shape(model.init, jax.random.key(0), params, x)
+
+                def adapted(lora: Any, x: Any, frozen: Any, model: Any = model) -> Any:
+                    return model.apply(frozen, lora, x)
+
+                row[f"lojax, {execution}"] = kept(adapted, (), lora, x, frozen) / 2**20
+            found.append(row)
+    return found
+
+
+def main() -> None:
+    """Counts and writes."""
+    found = rows()
+    text = (
+        f"T={T} tokens, D={D}, F={F}, {HEADS} heads, rank {RANK}, bfloat16, adapters float32. MiB that one block keeps "
+        "for its backward pass, beyond its parameters and its input. Counted on shapes: nothing runs.\n\n"
+        + table(found)
+        + "\n\n`dots_saveable` keeps more for the adapted block than for the frozen one by what dA needs of the "
+        "attention's result, which a frozen `o` does not. `save_products()` keeps the products of adapted weights only."
+    )
+    write("remat", "What a block keeps under remat", text, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""One contract for the whole LoRA family: every variant and start, on every kind of weight, in every dtype."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lojax
+from lojax import Rule
+from lojax.deploy.merge import _merged
+
+# Adding a variant or a start is adding a row.
+FAMILY = {
+    "lora": {},
+    "rslora": {"scaling": "rslora"},
+    "gaussian": {"init": "gaussian"},
+    "orthogonal": {"init": "orthogonal"},
+    "pissa": {"init": "pissa"},
+    "fast pissa": {"init": "pissa_niter_4"},
+    "olora": {"init": "olora"},
+    "milora": {"init": "milora"},
+    "dora": {"variant": "dora"},
+    "dora from pissa": {"variant": "dora", "init": "pissa"},
+    "lora-fa": {"variant": "lora-fa"},
+}
+CHANGES_WEIGHT = {"pissa", "fast pissa", "olora", "milora", "dora from pissa"}
+
+
+def layers(params, x):
+    def layer(h, w):
+        return jnp.tanh(h @ w), None
+
+    return jax.lax.scan(layer, x, params["w"])[0]
+
+
+def conv(params, x):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=numbers)
+
+
+# The program, the shape of its weight, and the shape of its input (None: tokens).
+WEIGHTS = {
+    "dense": (lambda p, x: x @ p["w"], (6, 8), (3, 6)),
+    "heads": (lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]), (6, 2, 4), (3, 6)),
+    "embedding": (lambda p, x: p["w"][x], (11, 6), None),
+    "tied": (lambda p, x: p["w"][x] @ p["w"].T, (11, 6), None),
+    "conv": (conv, (3, 3, 4, 6), (2, 5, 5, 4)),
+    "stack": (layers, (3, 6, 6), (2, 6)),
+}
+TOLERANCE = {"float32": 3e-5, "bfloat16": 0.06}
+
+
+def given(weight, dtype):
+    f, shape, inputs = WEIGHTS[weight]
+    key = jax.random.key(7)
+    w = jax.random.normal(key, shape, dtype) / 2
+    x = jnp.array([[1, 0, 4], [9, 4, 3]]) if inputs is None else jax.random.normal(key, inputs, dtype)
+    return f, {"w": w}, x
+
+
+def moved(lora, size=0.1):
+    leaves, tree = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    noise = [size * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def assert_near(got, expected, dtype):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert np.max(np.abs(x - y)) <= TOLERANCE[dtype] * max(1.0, np.max(np.abs(y)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("member", FAMILY)
+def test_the_contract_of_a_variant(member, weight, dtype, tmp_path):
+    f, params, x = given(weight, dtype)
+    model = lojax.wrap(f, "w", rank=2, alpha=3, strict=True, **FAMILY[member])
+    frozen, lora = model.init(jax.random.key(0), params, x)
+
+    base, start = f(params, x), model.apply(frozen, lora, x)
+    assert start.dtype == base.dtype
+    if member in CHANGES_WEIGHT | {"orthogonal"}:
+        assert_near(start, base, dtype)
+    else:
+        np.testing.assert_array_equal(np.asarray(start, np.float32), np.asarray(base, np.float32))
+    assert bool(jnp.array_equal(frozen["w"], params["w"])) != (member in CHANGES_WEIGHT)
+
+    lora = moved(lora)
+    run = jax.jit(model.apply)
+    assert_near(run(frozen, lora, x), f(model.merge(frozen, lora), x), dtype)
+    assert float(jnp.max(jnp.abs(run(frozen, lora, x) - base))) > 0.01
+
+    if dtype == "float32":
+        factored = jax.grad(lambda t: jnp.sum(jnp.sin(model.apply(frozen, t, x))))(lora)
+        formed = jax.grad(lambda t: jnp.sum(jnp.sin(f(_merged(frozen, t), x))))(lora)
+        assert_near(factored, formed, dtype)
+
+    lojax.save(tmp_path / "adapter", lora, frozen=frozen)
+    found = lojax.restore(tmp_path / "adapter", frozen=frozen)
+    assert jax.tree.structure(found) == jax.tree.structure(lora)
+    jax.tree.map(np.testing.assert_array_equal, found, lora)
+    assert lojax.summary(frozen, found).trainable == lora["w"].parameters
+
+
+def test_dora_is_the_formula_of_the_paper():
+    f, params, x = given("dense", "float32")
+    model = lojax.wrap(f, "w", rank=2, alpha=3, variant="dora")
+    frozen, lora = model.init(jax.random.key(0), params, x)
+    np.testing.assert_allclose(lora["w"].magnitude, np.linalg.norm(params["w"], axis=0), rtol=1e-6)
+    lora = moved(lora)
+    w0, a, b, m = (np.asarray(v, np.float64) for v in (params["w"], lora["w"].a, lora["w"].b, lora["w"].magnitude))
+    direction = w0 + 1.5 * a @ b
+    expected = np.asarray(x, np.float64) @ (m * direction / np.linalg.norm(direction, axis=0))
+    np.testing.assert_allclose(model.apply(frozen, lora, x), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_doras_norm_is_detached():
+    f, params, x = given("dense", "float32")
+    model = lojax.wrap(f, "w", rank=2, variant="dora")
+    frozen, lora = model.init(jax.random.key(0), params, x)
+    lora = moved(lora)
+    adapter = lora["w"]
+    gain = adapter.magnitude / jnp.linalg.norm(params["w"] + adapter.a @ adapter.b, axis=0)
+
+    def constant(a):
+        return jnp.sum(x @ ((params["w"] + a @ adapter.b) * gain))
+
+    got = jax.grad(lambda t: jnp.sum(model.apply(frozen, t, x)))(lora)["w"].a
+    np.testing.assert_allclose(got, jax.grad(constant)(adapter.a), rtol=1e-5, atol=1e-6)
+
+
+def test_dora_forms_no_weight():
+    params = {"w": jax.ShapeDtypeStruct((512, 768), jnp.float32)}
+    model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=4, variant="dora", execution="factored")
+    x = jax.ShapeDtypeStruct((8, 512), jnp.float32)
+    frozen, lora = jax.eval_shape(model.init, jax.random.key(0), params, x)
+    step = jax.jit(jax.grad(lambda t, f, x: jnp.sum(model.apply(f, t, x) ** 2)))
+    temporary = step.lower(lora, frozen, x).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 512 * 768 * 4 / 2
+
+
+def test_pissa_is_the_truncated_svd():
+    _, params, _ = given("dense", "float32")
+    frozen, lora = lojax.init(jax.random.key(0), params, "w", rank=2, alpha=3, init="pissa")
+    u, s, vt = np.linalg.svd(np.asarray(params["w"]))
+    product = lora["w"].scale * lora["w"].a @ lora["w"].b
+    np.testing.assert_allclose(product, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.svd(np.asarray(frozen["w"]))[1][:4], s[2:6], atol=1e-5)
+    _, fast = lojax.init(jax.random.key(0), params, "w", rank=2, alpha=3, init="pissa_niter_8")
+    np.testing.assert_allclose(fast["w"].scale * fast["w"].a @ fast["w"].b, product, atol=1e-4)
+    _, minor = lojax.init(jax.random.key(0), params, "w", rank=2, init="milora")
+    np.testing.assert_allclose(minor["w"].a @ minor["w"].b, (u[:, 4:6] * s[4:6]) @ vt[4:6], atol=1e-5)
+
+
+def test_a_changed_base_can_be_left_behind():
+    f, params, x = given("dense", "float32")
+    model = lojax.wrap(f, "w", rank=2, init="pissa")
+    frozen, start = model.init(jax.random.key(0), params, x)
+    trained = moved(start)
+    plain = lojax.subtract(trained, start)
+    assert plain["w"].rank == 4
+    np.testing.assert_allclose(model.apply(params, plain, x), model.apply(frozen, trained, x), rtol=1e-5, atol=1e-5)
+
+
+def test_lora_fa_keeps_a_and_does_not_keep_the_input():
+    def residuals(variant):
+        model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=2, variant=variant)
+        frozen, lora = model.init(jax.random.key(0), {"w": jnp.ones((64, 32))}, jnp.ones((100, 64)))
+        _, back = jax.vjp(lambda t: model.apply(frozen, t, jnp.ones((100, 64))), lora)
+        return {x.shape for x in jax.tree.leaves(back)}, back, lora
+
+    kept, back, lora = residuals("lora-fa")
+    assert (100, 64) not in kept and (100, 2) in kept
+    assert (100, 64) in residuals("lora")[0]
+    gradient = back(jnp.ones((100, 32)))[0]
+    assert not gradient["w"].a.any()
+    tx = lojax.optimizer(optax.adamw(0.1, weight_decay=0.1))
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates, state = tx.update(gradient, tx.init(lora), lora)
+    after = optax.apply_updates(lora, updates)
+    np.testing.assert_array_equal(after["w"].a, lora["w"].a)
+    assert (64, 2) not in {x.shape for x in jax.tree.leaves(state)}
+
+
+def test_a_rank_for_each_layer_of_a_stack():
+    f, params, x = given("stack", "float32")
+    model = lojax.wrap(f, Rule("w", rank=[2, 0, 3], alpha=6), strict=True)
+    frozen, lora = model.init(jax.random.key(0), params, x)
+    adapter = lora["w"]
+    assert adapter.ranks == (2, 0, 3) and adapter.scale == (3.0, 1.0, 2.0)
+    assert adapter.parameters == 12 * 5
+    tx = lojax.optimizer(optax.sgd(0.05))
+    state = tx.init(lora)
+    for _ in range(3):
+        grads = jax.grad(lambda t: jnp.sum(jnp.square(model.apply(frozen, t, x) - 1.0)))(lora)
+        updates, state = tx.update(grads, state, lora)
+        lora = optax.apply_updates(lora, updates)
+    merged = np.asarray(model.merge(frozen, lora)["w"] - params["w"])
+    assert [np.linalg.matrix_rank(layer, tol=1e-5) for layer in merged] == [2, 0, 3]
+    for i, scale in ((0, 3.0), (2, 2.0)):
+        rank = adapter.ranks[i]
+        expected = scale * np.asarray(lora["w"].a)[i, :, :rank] @ np.asarray(lora["w"].b)[i, :rank]
+        np.testing.assert_allclose(merged[i], expected, atol=1e-5)
+
+
+def test_layers_are_chosen_by_number():
+    params = {f"layer_{i}": {"w": jnp.ones((4, 4))} for i in range(4)}
+    _, lora = lojax.init(jax.random.key(0), params, Rule("**/w", layers=[1, 3], rank=2))
+    assert [name for name in params if lora[name]["w"] is not None] == ["layer_1", "layer_3"]
+    f, stacked, x = given("stack", "float32")
+    _, lora = lojax.wrap(f, Rule("w", layers=[2], rank=2)).init(jax.random.key(0), stacked, x)
+    assert lora["w"].ranks == (0, 0, 2)
+    with pytest.raises(ValueError, match="none of its weights is in layers"):
+        lojax.init(jax.random.key(0), params, Rule("**/w", layers=[7], rank=2))
+    with pytest.raises(ValueError, match="has no layer number and its stack has no entries"):
+        lojax.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, Rule("w", layers=[1], rank=2))
+
+
+@pytest.mark.parametrize("weight", ["embedding", "tied"])
+def test_chosen_token_rows_train_and_no_others(weight):
+    f, params, x = given(weight, "float32")
+    model = lojax.wrap(f, (), train=Rule("w", train="tokens", tokens=[4, 9]), strict=True)
+    frozen, lora = model.init(jax.random.key(0), params, x)
+    np.testing.assert_array_equal(model.apply(frozen, lora, x), f(params, x))
+    whole = jax.grad(lambda w: jnp.sum(jnp.sin(f({"w": w}, x))))(params["w"])
+    rows = jax.grad(lambda t: jnp.sum(jnp.sin(model.apply(frozen, t, x))))(lora)["w"].rows
+    np.testing.assert_allclose(rows, whole[jnp.array([4, 9])], rtol=1e-5, atol=1e-6)
+    lora = moved(lora)
+    merged = np.asarray(model.merge(frozen, lora)["w"])
+    others = [i for i in range(11) if i not in (4, 9)]
+    np.testing.assert_array_equal(merged[others], np.asarray(params["w"])[others])
+    np.testing.assert_allclose(model.apply(frozen, lora, x), f({"w": merged}, x), rtol=1e-5, atol=1e-5)
+    state = lojax.optimizer(optax.adam(0.1)).init(lora)
+    assert max(x.size for x in jax.tree.leaves(state)) == 12
+    both = lojax.wrap(f, Rule("w", rank=2, tokens=[4]), strict=True)
+    frozen, lora = both.init(jax.random.key(0), params, x)
+    lora = moved(lora)
+    np.testing.assert_allclose(both.apply(frozen, lora, x), f(both.merge(frozen, lora), x), rtol=1e-4, atol=1e-4)
+
+
+def test_lora_plus_is_a_ratio_of_rates():
+    _, params, _ = given("dense", "float32")
+    _, lora = lojax.init(jax.random.key(0), params, "w", rank=2)
+    grads = jax.tree.map(jnp.ones_like, lora)
+    tx = lojax.optimizer(optax.sgd(0.5), b_ratio=16)
+    updates, _ = tx.update(grads, tx.init(lora), lora)
+    assert set(np.unique(updates["w"].a)) == {-0.5} and set(np.unique(updates["w"].b)) == {-8.0}
+    for ratio in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="expected a finite number above 0"):
+            lojax.optimizer(optax.sgd(0.5), b_ratio=ratio)
+
+
+def test_groups_have_their_own_transformations():
+    params = {"w": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    _, lora = lojax.init(jax.random.key(0), params, "w", rank=2, variant="dora", train="bias")
+    tx = lojax.optimizer(optax.sgd(1.0), magnitude=optax.sgd(2.0), full=optax.sgd(3.0), b_ratio=4)
+    tx = optax.MultiSteps(tx, 1).gradient_transformation()
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
+    found = {name: float(x.ravel()[0]) for name, x in updates["w"].arrays.items()}
+    assert found == {"a": -1.0, "b": -4.0, "magnitude": -2.0} and float(updates["bias"][0]) == -3.0
+
+
+BAD = [
+    ({"init": "pisa"}, "Did you mean 'pissa'?"),
+    ({"variant": "dorra"}, "Did you mean 'dora'?"),
+    ({"init": "pissa", "rank": 9}, "rank=9 is above min"),
+    ({"init": "orthogonal", "rank": 3}, "needs an even rank, got 3"),
+    ({"dropout": 1.0}, "expected a rate in [0, 1)"),
+    ({"tokens": [99]}, "names row 99, but the embedding has 6"),
+    ({"tokens": [1, 1]}, "tokens names 1 more than once"),
+    ({"tokens": [1], "variant": "dora"}, "does not go with tokens="),
+    ({"rank": [2, 2]}, "2 ranks for a stack of 1"),
+    ({"rank": [0, 0]}, "at least 1 for some entry"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_bad_settings_say_what_to_do(settings, message):
+    params = {"w": jnp.ones((6, 8))}
+    with pytest.raises(ValueError) as caught:
+        lojax.init(jax.random.key(0), params, dataclasses.replace(Rule("w"), **settings), rank=2)
+    assert message in str(caught.value)
+
+
+def test_dora_refuses_a_weight_with_a_zero_column():
+    params = {"w": jnp.ones((4, 3)).at[:, 1].set(0)}
+    with pytest.raises(ValueError, match="1 of the 3 columns of the weight are zero"):
+        lojax.init(jax.random.key(0), params, "w", rank=2, variant="dora")
+
+
+def test_a_merged_dora_cannot_be_taken_out_again():
+    params = {"w": jnp.ones((4, 3))}
+    frozen, lora = lojax.init(jax.random.key(0), params, "w", rank=2, variant="dora")
+    with pytest.raises(ValueError, match="base's own lengths are gone"):
+        lojax.unmerge(lojax.merge(frozen, lora), lora)
