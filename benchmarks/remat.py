@@ -60,10 +60,14 @@ def block(params: Any, x: Any) -> Any:
     return x + linear(jax.nn.gelu(linear(norm(x), params["up"])), params["down"])
 
 
-def kept(f: Callable[..., Any], given: Any, *args: Any) -> int:
-    """Bytes kept for the backward pass of ``f`` at ``args``, without what is ``given`` or an argument anyway."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args))
-    free = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((given, args)))
+def kept(f: Callable[..., Any], fixed: Any, *moving: Any) -> int:
+    """Bytes that the derivative of ``f(fixed, *moving)`` by ``moving`` keeps, without the arguments themselves."""
+
+    def forward(fixed: Any, *moving: Any) -> Any:
+        return jax.vjp(lambda *moving: f(fixed, *moving), *moving)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(forward, fixed, *moving))
+    free = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((fixed, moving)))
     rest = collections.Counter((x.shape, x.dtype) for x in leaves) - free
     return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in rest.items())
 
@@ -77,22 +81,18 @@ def rows() -> list[dict[str, Any]]:
         for name, policy in POLICIES.items():
             net = block if policy is None else jax.checkpoint(block, policy=policy)
             row: dict[str, Any] = {"LoRA on": title, "policy": name}
-            row["frozen block"] = kept(lambda x, params, net=net: net(params, x), (), x, params) / 2**20
+            row["frozen block"] = kept(net, params, x) / 2**20
             factors = {n: lojax.init(jax.random.key(0), jnp.zeros(WEIGHTS[n]), "", rank=RANK)[1] for n in targets}
             pairs = jax.eval_shape(lambda factors=factors: {n: (f.a, f.b) for n, f in factors.items()})
 
-            def written(pairs: Any, x: Any, params: Any, net: Any = net) -> Any:
+            def written(params: Any, pairs: Any, x: Any, net: Any = net) -> Any:
                 return net({n: (w, *pairs[n]) if n in pairs else w for n, w in params.items()}, x)
 
-            row["written out"] = kept(written, (), pairs, x, params) / 2**20
+            row["written out"] = kept(written, params, pairs, x) / 2**20
             for execution in ("factored", "fused"):
                 model = lojax.wrap(net, list(targets), rank=RANK, execution=execution, strict=True)
                 frozen, lora = jax.eval_shape(model.init, jax.random.key(0), params, x)
-
-                def adapted(lora: Any, x: Any, frozen: Any, model: Any = model) -> Any:
-                    return model.apply(frozen, lora, x)
-
-                row[f"lojax, {execution}"] = kept(adapted, (), lora, x, frozen) / 2**20
+                row[f"lojax, {execution}"] = kept(model.apply, frozen, lora, x) / 2**20
             found.append(row)
     return found
 

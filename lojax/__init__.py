@@ -8,6 +8,7 @@ from lojax.deploy.merge import merge, unmerge
 from lojax.execute.transform import transform
 from lojax.report.summary import summary
 from lojax.store.checkpoint import restore, save
+from lojax.train import remat
 from lojax.train.optimizer import optimizer
 from lojax.wrap import Model, init, wrap
 
@@ -22,6 +23,7 @@ __all__ = [
     "merge",
     "optimizer",
     "peft",
+    "remat",
     "rescale",
     "resize",
     "restore",

@@ -60,7 +60,11 @@ def _custom_jvp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
             return jax.jvp(user, tuple(held[i] for i in floats), dense_dots)
 
         traced = jax.make_jaxpr(user_jvp)(*(jax.typeof(_weight(v)) for v in (*values, *dots)))
-        outputs = _all_dense(interp, interp.run(traced, [*values, *dots]))
+        outer, interp.naming = interp.naming, False
+        try:
+            outputs = _all_dense(interp, interp.run(traced, [*values, *dots]))
+        finally:
+            interp.naming = outer
         half = len(outputs) // 2
         return outputs[:half], outputs[half:]
 

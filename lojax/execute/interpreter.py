@@ -61,12 +61,14 @@ class Interpreter:
         strict: Whether a materialized use is an error.
         execution: How products are to be computed, see `cost`.
         uses: What was done with each use, in program order; None to keep no record.
+        naming: Whether products get their name for remat policies; values that are tangents cannot have one.
     """
 
     products: Products = products  # type: ignore[assignment]
     strict: bool = False
     execution: str = "auto"
     uses: list[Use] | None = None
+    naming: bool = True
     _draws: int = 0
     _apart: Apart = dataclasses.field(default_factory=Apart)
     _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -135,7 +137,7 @@ class Interpreter:
         if not value.probe:
             use = Use(value.path, eqn.primitive.name, product.how, product.flops, product.extra_flops)
             self._note(use, eqn, value)
-            return named(product.value)
+            return named(product.value) if self.naming else product.value
         return product.value
 
     def _note(self, use: Use, eqn: Any, value: LowRank) -> None:
