@@ -4,7 +4,7 @@
     python examples/finetune_text.py --data mail.csv --text body --label folder
     python examples/finetune_text.py --predict "Draws a bar chart."
     python examples/finetune_text.py --compare --seeds 0,1,2           # head only, LoRA, full
-    python examples/finetune_text.py --tune                            # choose their learning rates
+    python examples/finetune_text.py --tune --seeds 0,1,2              # choose their learning rates
 
 It trains low-rank adapters on the query and value kernels of every layer, and the classifier in
 full. A run that was interrupted is taken up again by the same command. At its end it shows that the
@@ -51,16 +51,16 @@ class Task(NamedTuple):
     data: tuple[text_data.Split, text_data.Split]
 
 
-def make_task(args: argparse.Namespace) -> Task:
-    """Finds the model and the data that the command line asks for."""
+def make_task(args: argparse.Namespace, *, fold: int | None = None) -> Task:
+    """Finds the model and the data that the command line asks for; with a fold, its held-out rows for the test rows."""
     directory = model_files.find(args.model)
     rows = docstring_data.load() if args.data is None else table_data.load(args.data, text=args.text, label=args.label)
-    if args.tune:
-        rows = text_data.hold_out(rows[0])
+    if fold is not None:
+        rows = text_data.hold_out(rows[0], fold)
     classes = tuple(sorted({row.label for row in rows[0]}))
     tokenizer = directory / "tokenizer.json"
     data = tuple(text_data.encode_rows(part, classes, tokenizer, args.length) for part in rows)
-    kind = "held-out" if args.tune else "test"
+    kind = "test" if fold is None else "held-out"
     print(f"{len(rows[0])} training and {len(rows[1])} {kind} rows; classes: {', '.join(classes)}.")
     return Task(directory, rows, classes, data)
 
@@ -113,7 +113,7 @@ def finetune(args: argparse.Namespace) -> None:
     text_report.write_json(args.out / "history.json", run.history._asdict())
     text_report.draw_curves(args.out / "curves.png", run.history, chance=1 / len(task.classes))
     training.finish(args.out)
-    print(lojax.summary(frozen, lora))
+    print(lojax.summary(frozen, lora).text(frozen=False))
 
     tokens, mask, labels = task.data[1]
     adapted = program.predict(frozen, lora, tokens, mask)
@@ -193,15 +193,15 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Tries each method's learning rates on rows held out of the training rows, and prints the best."""
-    task = make_task(args)
+    """Tries each method's learning rates on rows held out of the training rows, others for each seed."""
     records = []
-    for name, rates in GRID.items():
-        for rate in rates:
-            settings = make_settings(name, args.seeds[0], task, args)
-            settings = dataclasses.replace(settings, learning_rate=rate)
-            records += measure(task, [settings], args.out / "tune" / name)
-            text_report.write_json(args.out / "tune.json", records)
+    for seed in args.seeds:
+        task = make_task(args, fold=seed)
+        for name, rates in GRID.items():
+            for rate in rates:
+                settings = dataclasses.replace(make_settings(name, seed, task, args), learning_rate=rate)
+                records += measure(task, [settings], args.out / "tune" / name)
+                text_report.write_json(args.out / "tune.json", records)
     print(text_report.tuning(records))
 
 
@@ -227,7 +227,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--predict", metavar="TEXT", help="classify a text with the finished run in --out")
     add("--compare", action="store_true", help="train head only, LoRA and full, print a table")
     add("--tune", action="store_true", help="choose the learning rates on held-out rows")
-    add("--seeds", type=_integers, default=(0,), help="such as 0,1,2 (more than one: --compare)")
+    add("--seeds", type=_integers, default=(0,), help="such as 0,1,2 (more than one: --compare, --tune)")
     add("--epochs", type=int, default=4)
     add("--batch", type=int, default=8, help="rows a step")
     add("--accumulate", type=int, default=2, help="steps an update")

@@ -9,6 +9,8 @@ from lojax.execute.transform import transform
 from lojax.report.summary import summary
 from lojax.store.checkpoint import restore, save
 from lojax.train import remat
+from lojax.train.eva import eva
+from lojax.train.lora_ga import lora_ga
 from lojax.train.optimizer import optimizer
 from lojax.wrap import Model, init, wrap
 
@@ -19,7 +21,9 @@ __all__ = [
     "Model",
     "Rule",
     "combine",
+    "eva",
     "init",
+    "lora_ga",
     "merge",
     "optimizer",
     "peft",

@@ -12,7 +12,7 @@ from flax import nnx
 from lojax.adapt.create import create
 from lojax.adapt.paths import flatten
 from lojax.adapt.rule import Rule, as_rules
-from lojax.adapt.targets import plan
+from lojax.adapt.targets import checked_bias, plan
 from lojax.deploy.merge import merge
 from lojax.execute.cost import checked_execution
 from lojax.execute.infer import infer_axes
@@ -33,6 +33,7 @@ class Model:
     exclude: tuple[Rule, ...]
     strict: bool
     execution: str = "auto"
+    bias: str = "none"
 
     def init(self, key: jax.Array, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Splits ``params`` into ``(frozen, lora)`` with fresh adapters at the targets.
@@ -56,7 +57,7 @@ class Model:
         """
         self.net.check(params)
         apply_fn = self.net.apply if args or kwargs else None
-        return _init(key, params, self.rules, self.full, self.exclude, apply_fn, args, kwargs)
+        return _init(key, params, self.rules, self.full, self.exclude, self.bias, apply_fn, args, kwargs)
 
     def apply(self, frozen: Any, lora: Any, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         """What the net returns, computed with the adapted weights.
@@ -114,6 +115,7 @@ def wrap(
     dropout: float = 0.0,
     variant: str = "lora",
     train: Any = (),
+    bias: str = "none",
     exclude: Any = (),
     axes: Sequence[str] | None = None,
     dtype: Any = None,
@@ -134,7 +136,9 @@ def wrap(
         init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.
         dropout: The rate of dropout on the adapters' inputs.
         variant: The member of the LoRA family.
-        train: Targets of parameters trained in full, such as a head or biases.
+        train: Targets of parameters trained in full, such as a head.
+        bias: Which biases train in full as well: ``"none"``, ``"all"``, or ``"lora_only"``, those beside an adapted
+            weight. A bias is a parameter whose path ends in ``bias`` (or ``b``, as in Haiku).
         exclude: Targets that stay frozen whatever else matches them.
         axes: The role of each axis of the targets, instead of inference from use.
         dtype: The dtype of the adapters; None means float32.
@@ -168,7 +172,7 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict))
+    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), checked_bias(bias))
 
 
 def init(
@@ -179,6 +183,7 @@ def init(
     apply_fn: Callable[..., Any] | None = None,
     example_args: Sequence[Any] = (),
     train: Any = (),
+    bias: str = "none",
     exclude: Any = (),
     **settings: Any,
 ) -> tuple[Any, Any]:
@@ -191,6 +196,7 @@ def init(
         apply_fn: ``apply_fn(params, *example_args)`` shows how the weights are used.
         example_args: Its inputs; shapes are enough.
         train: As in `wrap`.
+        bias: As in `wrap`.
         exclude: As in `wrap`.
         **settings: ``rank``, ``alpha``, ``scaling``, ``init``, ``dropout``, ``variant``, ``axes``, ``dtype``.
 
@@ -203,7 +209,7 @@ def init(
     ((4, 2), (2, 3), 2.0)
     """
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
-    return _init(key, params, rules, full, excluded, apply_fn, tuple(example_args), {})
+    return _init(key, params, rules, full, excluded, checked_bias(bias), apply_fn, tuple(example_args), {})
 
 
 def compile_rules(
@@ -229,11 +235,12 @@ def _init(
     rules: Sequence[Rule],
     full: Sequence[Rule],
     exclude: Sequence[Rule],
+    bias: str,
     apply_fn: Callable[..., Any] | None,
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    chosen = plan(flatten(params), rules, full=full, exclude=exclude)
+    chosen = plan(flatten(params), rules, full=full, exclude=exclude, bias=bias)
     unseen = [path for path, rule in chosen.items() if rule.train in ("lora", "tokens") and rule.axes is None]
     seen = infer_axes(apply_fn, params, unseen, args, kwargs) if apply_fn and unseen else {}
     return create(key, params, chosen, seen)

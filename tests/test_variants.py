@@ -6,11 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lojax
 from lojax import Rule
 from lojax.deploy.merge import _merged
+from lojax.scale.shardings import shardings
+
+
+def eva(model, frozen, lora, x):
+    return frozen, lojax.eva(model.apply, frozen, lora, [x])
+
+
+def lora_ga(model, frozen, lora, x):
+    return lojax.lora_ga(lambda f, t, x: jnp.sum(jnp.sin(model.apply(f, t, x))), frozen, lora, [x])
+
 
 # Adding a variant or a start is adding a row.
 FAMILY = {
@@ -25,8 +37,12 @@ FAMILY = {
     "dora": {"variant": "dora"},
     "dora from pissa": {"variant": "dora", "init": "pissa"},
     "lora-fa": {"variant": "lora-fa"},
+    "eva": {"start": eva},
+    "lora-fa from eva": {"start": eva, "variant": "lora-fa"},
+    "lora-ga": {"start": lora_ga},
+    "dora from lora-ga": {"start": lora_ga, "variant": "dora"},
 }
-CHANGES_WEIGHT = {"pissa", "fast pissa", "olora", "milora", "dora from pissa"}
+CHANGES_WEIGHT = {"pissa", "fast pissa", "olora", "milora", "dora from pissa", "lora-ga", "dora from lora-ga"}
 
 
 def layers(params, x):
@@ -79,8 +95,15 @@ def assert_near(got, expected, dtype):
 @pytest.mark.parametrize("member", FAMILY)
 def test_the_contract_of_a_variant(member, weight, dtype, tmp_path):
     f, params, x = given(weight, dtype)
-    model = lojax.wrap(f, "w", rank=2, alpha=3, strict=True, **FAMILY[member])
+    settings = {name: value for name, value in FAMILY[member].items() if name != "start"}
+    model = lojax.wrap(f, "w", rank=2, alpha=3, strict=True, **settings)
     frozen, lora = model.init(jax.random.key(0), params, x)
+    if start_from_data := FAMILY[member].get("start"):
+        if start_from_data is eva and weight in ("embedding", "tied"):  # whose inputs are tokens
+            with pytest.raises(ValueError, match="a look-up has none"):
+                eva(model, frozen, lora, x)
+            return
+        frozen, lora = start_from_data(model, frozen, lora, x)
 
     base, start = f(params, x), model.apply(frozen, lora, x)
     assert start.dtype == base.dtype
@@ -105,6 +128,43 @@ def test_the_contract_of_a_variant(member, weight, dtype, tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(lora)
     jax.tree.map(np.testing.assert_array_equal, found, lora)
     assert lojax.summary(frozen, found).trainable == lora["w"].parameters
+
+
+def started(member, weight="stack"):
+    """The model, frozen and trained trees of a member, and the input."""
+    f, params, x = given(weight, "float32")
+    settings = {name: value for name, value in FAMILY[member].items() if name != "start"}
+    model = lojax.wrap(f, "w", rank=2, alpha=3, strict=True, **settings)
+    frozen, lora = model.init(jax.random.key(0), params, x)
+    start = FAMILY[member].get("start", lambda _model, frozen, lora, _x: (frozen, lora))
+    return model, *start(model, frozen, lora, x), x
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_the_family_under_vmap_over_adapters(member):
+    model, frozen, lora, x = started(member)
+    several = [moved(lora, size) for size in (0.1, 0.2, 0.3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
+    together = jax.vmap(model.apply, (None, 0, None))(frozen, stacked, x)
+    for y, one in zip(together, several, strict=True):
+        assert_near(y, model.apply(frozen, one, x), "float32")
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_the_family_on_a_mesh(member):
+    """Adapters laid out by `shardings` give the gradient that they give on one device."""
+    model, frozen, lora, x = started(member)
+    lora = moved(lora)
+
+    def gradient(frozen, lora, x):
+        return jax.grad(lambda lora: jnp.sum(jnp.sin(model.apply(frozen, lora, x))))(lora)
+
+    expected = jax.jit(gradient)(frozen, lora, x)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
+    laid = {"w": jax.device_put(frozen["w"], NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")))}
+    found = shardings(laid, lora)
+    assert found.lora["w"].b.spec == PartitionSpec(None, None, "tensor")
+    assert_near(jax.jit(gradient)(laid, jax.device_put(lora, found.lora), x), expected, "float32")
 
 
 def test_dora_is_the_formula_of_the_paper():
@@ -264,6 +324,43 @@ def test_groups_have_their_own_transformations():
         updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora), tx.init(lora), lora)
     found = {name: float(x.ravel()[0]) for name, x in updates["w"].arrays.items()}
     assert found == {"a": -1.0, "b": -4.0, "magnitude": -2.0} and float(updates["bias"][0]) == -3.0
+
+
+GROUPED = {
+    "schedule": lambda: optax.adamw(optax.cosine_decay_schedule(1e-2, 10)),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_go_with_what_optax_has_and_their_state_through_orbax(name, accumulate, tmp_path):
+    params = {"w": jnp.ones((4, 6)), "bias": jnp.ones(6), "kept": jnp.ones(3)}
+    frozen, lora = lojax.init(jax.random.key(0), params, "w", rank=2, variant="dora", train="bias")
+    tx = lojax.optimizer(GROUPED[name](), b_ratio=4, magnitude=optax.sgd(1e-3), full=optax.adam(1e-4))
+    tx = optax.MultiSteps(tx, accumulate).gradient_transformation()
+    tree = {"frozen": frozen, "lora": lora}
+
+    @jax.jit
+    def step(tree, state):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(jax.tree.map(jnp.cos, tree), state, tree)
+            return optax.apply_updates(tree, updates), state
+
+    state = tx.init(tree)
+    for _ in range(2):
+        tree, state = step(tree, state)
+    jax.tree.map(np.testing.assert_array_equal, tree["frozen"], frozen)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.any(x != y)), tree["lora"], lora)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"tree": tree, "opt": state})
+        checkpointer.wait_until_finished()
+        found = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: {"tree": tree, "opt": state}))
+    ours, theirs = step(tree, state), step(found["tree"], found["opt"])
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 BAD = [

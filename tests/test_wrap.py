@@ -400,3 +400,23 @@ def test_a_shape_error_in_the_users_net_points_at_the_users_line():
     with pytest.raises(TypeError, match="dot_general") as caught:
         model.apply(frozen, lora, np.ones((2, 7), np.float32))
     assert any((f.name, f.filename) == ("mlp", __file__) for f in traceback.extract_tb(caught.value.__traceback__))
+
+
+def test_biases_train_beside_the_adapters_from_the_pretrained_ones():
+    """PEFT's ``bias=``: the chosen biases are in ``lora``, get a gradient, and are merged."""
+    params = {"one": {"kernel": jnp.ones((4, 3)), "bias": jnp.arange(3.0)}, "norm": {"bias": jnp.ones(3)}}
+    net = lambda p, x: x @ p["one"]["kernel"] + p["one"]["bias"] + p["norm"]["bias"]
+    model = lojax.wrap(net, "one/kernel", rank=2, bias="lora_only")
+    frozen, lora = model.init(jax.random.key(0), params, jnp.ones((2, 4)))
+    assert frozen["one"]["bias"] is None and lora["norm"]["bias"] is None
+    np.testing.assert_array_equal(lora["one"]["bias"], params["one"]["bias"])
+    grads = jax.grad(lambda lora: model.apply(frozen, lora, jnp.ones((2, 4))).sum())(lora)
+    np.testing.assert_array_equal(grads["one"]["bias"], [2, 2, 2])
+    assert jax.tree.structure(model.merge(frozen, lora)) == jax.tree.structure(params)
+    _, everywhere = lojax.init(jax.random.key(0), params, "one/kernel", rank=2, bias="all")
+    assert everywhere["norm"]["bias"] is not None
+
+
+def test_an_unknown_bias_is_refused_at_once():
+    with pytest.raises(ValueError, match="bias='lora'; expected one of 'none', 'all', 'lora_only'"):
+        lojax.wrap(lambda p, x: x, "w", bias="lora")

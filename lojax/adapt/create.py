@@ -14,9 +14,9 @@ from jax.core import Tracer
 from lojax.adapt.adapter import Adapter
 from lojax.adapt.axes import Axes, array_shapes, check, convention, positions, size
 from lojax.adapt.boxes import box_arrays, rebox, unbox
-from lojax.adapt.decompositions import Decomposition, factorize
+from lojax.adapt.decompositions import Decomposition, factorize, without_update
 from lojax.adapt.initializers import initializer, key_for, zeros
-from lojax.adapt.matrix import as_matrices, column_squares, from_matrices
+from lojax.adapt.matrix import as_matrices, column_squares
 from lojax.adapt.paths import map_paths
 from lojax.adapt.rule import Rule
 from lojax.adapt.targets import layer_of
@@ -90,7 +90,7 @@ def _updated(key: jax.Array, path: str, weight: Any, axes: Axes, rule: Rule, dty
     if not isinstance(start, Decomposition):
         a, b = start(key, shapes["a"], dtype, fan_in=m, rank=rank), zeros(shapes["b"], dtype)
         if uneven:
-            a = a * _within(ranks, rank, a, stack=len(positions(axes, "stack"))).astype(dtype)
+            a = a * within(ranks, rank, a, stack=len(positions(axes, "stack"))).astype(dtype)
     elif uneven:
         raise ValueError(f"{path}: init={rule.init!r} gives every entry of a stack the same rank, got {ranks}.")
     else:
@@ -99,9 +99,7 @@ def _updated(key: jax.Array, path: str, weight: Any, axes: Axes, rule: Rule, dty
         left, right = factorize(start, key, matrices, rank, scale, path)
         a, b = left.reshape(shapes["a"]).astype(dtype), right.reshape(shapes["b"]).astype(dtype)
         if start.changes_weight:  # less the factors as they are stored, rounding and all
-            stored = (x.astype(matrices.dtype).reshape(y.shape) for x, y in ((a, left), (b, right)))
-            product = jnp.matmul(*stored, precision=jax.lax.Precision.HIGHEST)
-            weight = from_matrices(matrices - scale * product, axes, shape, weight.dtype)
+            weight = without_update(weight, a, b, scale, axes)
     adapter = Adapter(a, b, scale, axes, rule.dropout or 0.0, ranks=uneven, frozen_a=rule.variant == "lora-fa")
     return adapter, weight
 
@@ -127,7 +125,7 @@ def _ranks(path: str, shape: tuple[int, ...], axes: Axes, rule: Rule) -> tuple[i
     return ranks  # type: ignore[return-value]
 
 
-def _within(ranks: tuple[int, ...], rank: int, a: Any, *, stack: int) -> Any:
+def within(ranks: tuple[int, ...], rank: int, a: Any, *, stack: int) -> Any:
     """One where ``a`` ``[*stack, *in, r]`` is within the rank of its entry, else zero."""
     inside = np.arange(rank) < np.array(ranks)[:, None]
     return jnp.asarray(inside.reshape(*a.shape[:stack], *[1] * (a.ndim - stack - 1), rank))

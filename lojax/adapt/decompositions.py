@@ -16,6 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lojax.adapt.axes import Axes
+from lojax.adapt.matrix import as_matrices, from_matrices
+
 OVERSAMPLES = 10
 """Columns beyond the rank that the randomized SVD works with (Halko et al. 2011, §4.2: 5 to 10 are enough)."""
 
@@ -125,3 +128,12 @@ def factorize(
     keys = jax.random.split(key, matrices.shape[0])
     with jax.default_matmul_precision("highest"):
         return jax.vmap(lambda k, w: found.factors(k, w, rank, scale))(keys, matrices)
+
+
+def without_update(w: Any, a: jax.Array, b: jax.Array, scale: float, axes: Axes) -> jax.Array:
+    """The weight ``w`` less ``scale * a @ b``, of the factors as they are stored, rounding and all."""
+    matrices = as_matrices(w, axes)
+    left = a.reshape(*matrices.shape[:2], -1).astype(matrices.dtype)
+    right = b.reshape(matrices.shape[0], -1, matrices.shape[2]).astype(matrices.dtype)
+    product = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+    return from_matrices(matrices - scale * product, axes, w.shape, w.dtype)

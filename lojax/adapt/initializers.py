@@ -47,6 +47,12 @@ def gaussian(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int,
 
 INITIALIZERS: dict[str, Callable[..., jax.Array]] = {"kaiming": kaiming, "gaussian": gaussian}
 
+FROM_DATA = {
+    "eva": "lora = lojax.eva(model.apply, frozen, lora, batches)",
+    "lora_ga": "frozen, lora = lojax.lora_ga(loss, frozen, lora, batches)",
+}
+"""Starts that need data, and what gives them (see `lojax.train`)."""
+
 
 def initializer(init: str | Callable[..., Any]) -> Callable[..., jax.Array] | Decomposition:
     """The start called ``init``, or ``init`` itself where it is a function for ``a``.
@@ -56,6 +62,9 @@ def initializer(init: str | Callable[..., Any]) -> Callable[..., jax.Array] | De
     """
     if callable(init):
         return init
+    if str(init).lower() in FROM_DATA:
+        call = FROM_DATA[str(init).lower()]
+        raise ValueError(f"init={init!r} needs batches: init with another start, then call {call}.")
     found = INITIALIZERS.get(str(init)) or decomposition(str(init))
     if found is None:
         known = sorted({*INITIALIZERS, *DECOMPOSITIONS, "pissa_niter_4"})

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from lojax.adapt.boxes import unbox
 from lojax.adapt.rule import Rule, Target, listed
 
+BIASES = ("none", "all", "lora_only")
+"""Which biases train beside the adapters, in PEFT's words."""
+
 
 def compile_glob(glob: str) -> re.Pattern[str]:
     """A glob over paths: ``*`` and ``?`` stay within a level, ``**/`` crosses any number of them.
@@ -42,7 +45,12 @@ def matches(target: Target, path: str, leaf: Any) -> bool:
 
 
 def plan(
-    params: Mapping[str, Any], rules: Sequence[Rule], *, full: Sequence[Rule] = (), exclude: Sequence[Rule] = ()
+    params: Mapping[str, Any],
+    rules: Sequence[Rule],
+    *,
+    full: Sequence[Rule] = (),
+    exclude: Sequence[Rule] = (),
+    bias: str = "none",
 ) -> dict[str, Rule]:
     """The rule of every parameter that has one: the first whose targets match, unless excluded.
 
@@ -51,11 +59,13 @@ def plan(
         rules: In order of precedence.
         full: Rules of parameters trained in full, with no precedence over ``rules`` or under them.
         exclude: Rules whose matches stay frozen whatever the others say.
+        bias: Which biases train in full as well: ``"none"``, ``"all"``, or ``"lora_only"``, those beside a weight
+            with an adapter.
 
     Raises:
-        ValueError: A target matches nothing; a rule is wholly hidden by earlier ones; a path is
-            adapted by ``rules`` and trained in full by ``full``; a parameter that cannot train so is
-            matched; nothing trains.
+        ValueError: A target matches nothing; there is no bias where some are asked for; a rule is wholly hidden by
+            earlier ones; a path is adapted by ``rules`` and trained in full by ``full``; a parameter that
+            cannot train so is matched; nothing trains.
     """
     params = {path: unbox(leaf) for path, leaf in params.items() if leaf is not None}
     excluded = {path for rule in exclude for path in _matched(rule, params)}
@@ -71,12 +81,45 @@ def plan(
             if path not in excluded and path in chosen and chosen[path].train in ("lora", "tokens"):
                 _overlap(rule, path, chosen[path])
             chosen.setdefault(path, rule)
+    for path in biases(params, chosen, bias):
+        chosen.setdefault(path, Rule(path, train="full"))
     chosen = {path: rule for path, rule in chosen.items() if path not in excluded and rule.train != "none"}
     if not chosen:
         raise ValueError("Nothing trains: no parameter is left by targets=, train= and exclude=.")
     for path, rule in chosen.items():
         _check_weight(path, params[path], rule)
     return chosen
+
+
+def checked_bias(which: str) -> str:
+    """``which``, or an error if it is none of `BIASES`."""
+    if which not in BIASES:
+        raise ValueError(f"bias={which!r}; expected one of {', '.join(map(repr, BIASES))}.")
+    return which
+
+
+def biases(params: Mapping[str, Any], chosen: Mapping[str, Rule], which: str) -> list[str]:
+    """The paths of the biases that ``which`` names, by their last part: ``bias``, or ``b`` as in Haiku.
+
+    Args:
+        params: The parameters by path.
+        chosen: The rules of the other parameters.
+        which: As in `plan`.
+
+    Raises:
+        ValueError: There is no such bias.
+    """
+    found = [path for path in params if path.rpartition("/")[2] in ("bias", "b")] if which != "none" else []
+    if which == "lora_only":
+        beside = {path.rpartition("/")[0] for path, rule in chosen.items() if rule.train == "lora"}
+        found = [path for path in found if path.rpartition("/")[0] in beside]
+    if not found and which != "none":
+        where = "" if which == "all" else " beside a weight with an adapter"
+        raise ValueError(
+            f"bias={which!r}: none of the {len(params)} parameters{where} is called 'bias' or 'b'. "
+            'Leave bias="none", or name the parameters in train=.'
+        )
+    return found
 
 
 def _matched(rule: Rule, params: Mapping[str, Any]) -> list[str]:

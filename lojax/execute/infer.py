@@ -70,7 +70,7 @@ class Watch:
         summed, batch = (lhs_sum, lhs_batch) if weight_on_left else (rhs_sum, rhs_batch)
         y = base(value.w, x)
         self.see(value, summed, batch, y.size)
-        return Product(y, 0, 0)
+        return Product(y, 0, 0, 0)
 
     def gather(
         self,
@@ -96,7 +96,7 @@ class Watch:
                 options=options,
             )
         self.see(value, touched[-1:], touched[:-1], base.size)
-        return Product(base, 0, 0)
+        return Product(base, 0, 0, 0)
 
     def conv(
         self, x: Any, value: LowRank, *, base: Any, dimension_numbers: lax.ConvDimensionNumbers, **options: Any
@@ -104,7 +104,7 @@ class Watch:
         """Notes a convolution: input features and window are in, output features are out."""
         summed = dimension_numbers.rhs_spec[1:]
         self.see(value, summed, (), base.size)
-        return Product(base, 0, 0)
+        return Product(base, 0, 0, 0)
 
     def ragged_dot(
         self, x: Any, value: LowRank, group_sizes: Any, *, dimension_numbers: Any, base: Any, **options: Any
@@ -112,7 +112,7 @@ class Watch:
         """Notes a product with experts: the group axis is a stack."""
         (_, summed), (_, batch) = dimension_numbers.dot_dimension_numbers
         self.see(value, summed, (*batch, *dimension_numbers.rhs_group_dimensions), base.size)
-        return Product(base, 0, 0)
+        return Product(base, 0, 0, 0)
 
 
 def infer_axes(

@@ -35,6 +35,8 @@ class Products(Protocol):
     ragged_dot: Callable[..., Product]
 
 
+COUNTED = ("flops", "extra_flops", "extra_bytes")
+"""What of a `Use` adds up over trips, and is shared by weights side by side."""
 EquationRule = Callable[["Interpreter", Any, list[Any]], Any]
 RULES: dict[str, EquationRule] = {}
 """The rule of each primitive, by its name. Filled by `rules` and `structure`."""
@@ -135,7 +137,9 @@ class Interpreter:
     def record(self, value: LowRank, eqn: Any, product: Product) -> Any:
         """The value of a ``product`` that was not materialized, noted as a use of ``value``."""
         if not value.probe:
-            use = Use(value.path, eqn.primitive.name, product.how, product.flops, product.extra_flops)
+            use = Use(
+                value.path, eqn.primitive.name, product.how, product.flops, product.extra_flops, product.extra_bytes
+            )
             self._note(use, eqn, value)
             return named(product.value) if self.naming else product.value
         return product.value
@@ -146,9 +150,10 @@ class Interpreter:
             return
         if use.how == "materialized":
             rank = sum(x.size(RANK) for x in value.factors[::2])
-            use = dataclasses.replace(use, extra_flops=2 * value.w.size * rank)
+            size = value.w.size
+            use = dataclasses.replace(use, extra_flops=2 * size * rank, extra_bytes=size * value.w.dtype.itemsize)
         paths, where = value.path.split(SIDE_BY_SIDE), _where(eqn)
-        share = {"flops": use.flops // len(paths), "extra_flops": use.extra_flops // len(paths)}
+        share = {name: getattr(use, name) // len(paths) for name in COUNTED}
         self.uses += [dataclasses.replace(use, path=path, where=where, **share) for path in paths]
 
     @contextmanager
@@ -160,9 +165,7 @@ class Interpreter:
         finally:
             inner, self.uses = self.uses, outer
             if trips and outer is not None and inner is not None:
-                outer += [
-                    dataclasses.replace(u, flops=u.flops * trips, extra_flops=u.extra_flops * trips) for u in inner
-                ]
+                outer += [dataclasses.replace(u, **{name: getattr(u, name) * trips for name in COUNTED}) for u in inner]
 
     def fresh(self) -> None:
         """Forgets the uses of an earlier tracing of the same body (see `repeated`)."""

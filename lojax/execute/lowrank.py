@@ -19,6 +19,7 @@ from lojax.adapt.adapter import Adapter
 from lojax.adapt.axes import Axes, positions
 from lojax.adapt.boxes import unbox
 from lojax.adapt.matrix import at_least_float32, column_squares
+from lojax.execute.echo import Watching
 from lojax.execute.named import RANK, Name, Named, cast, multiply
 
 SIDE_BY_SIDE = " | "
@@ -45,6 +46,7 @@ class LowRank:
         gain: A factor on the sum of both, over some of the axes of the value (DoRA); None for one.
         fusible: Whether forming ``w + a b`` for a product may pay: not where ``a`` is frozen, since the activation
             would be kept for the backward pass, which the factored way need not.
+        watching: Whether the gradient of the first factor is to be the second moment of its input (see `echo`).
     """
 
     w: Any
@@ -55,6 +57,7 @@ class LowRank:
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
     gain: Named | None = None
     fusible: bool = dataclasses.field(default=True, metadata={"static": True})
+    watching: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,7 +119,8 @@ def from_adapter(path: str, w: Any, adapter: Adapter, *, rate: float = 0.0, key:
             b = b.astype(at_least_float32(b.dtype))
             b = b * _scale(adapter, b)
         factors = Named(a, (*stack, *ins, RANK)), Named(b, (*stack, RANK, *outs))
-    value = LowRank(w, factors, key, rate, path, fusible=not adapter.frozen_a)
+    watching = isinstance(adapter, Watching)
+    value = LowRank(w, factors, key, rate, path, fusible=not (adapter.frozen_a or watching), watching=watching)
     if adapter.tokens is not None:  # one column for each row that trains, with a single one in it
         rows = unbox(adapter.rows)
         chosen = jax.nn.one_hot(jnp.array(adapter.tokens), w.shape[ins[0]], dtype=rows.dtype, axis=0)

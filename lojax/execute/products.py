@@ -20,6 +20,7 @@ from lojax.adapt.matrix import at_least_float32
 from lojax.execute import fused
 from lojax.execute.compat import varying_axes
 from lojax.execute.cost import Work, choose
+from lojax.execute.echo import echo
 from lojax.execute.lowrank import LowRank, NotFactored, complete
 from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops, sizes
 from lojax.execute.residuals import one_step
@@ -34,6 +35,8 @@ class Product:
     """Floating-point operations of the frozen product."""
     extra_flops: int
     """Floating-point operations that the update added."""
+    extra_bytes: int
+    """Bytes of the arrays that the update made on the way."""
     how: Literal["factored", "fused"] = "factored"
     """How it was computed."""
 
@@ -57,6 +60,8 @@ def apply_factors(
     x, first = cast(_dropped_out(x, value), kind), cast(first, kind)
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
     inner = multiply(x, first, middle, precision=precision, dtype=dtype)
+    if value.watching:
+        inner = Named(echo(inner.array), inner.dims)
     inner, second = cast(inner, kind), cast(second, kind)
     return multiply(inner, second, out, precision=precision, dtype=dtype, like=like)
 
@@ -81,6 +86,18 @@ def low_rank_flops(x: Named, value: LowRank, out: Sequence[Name]) -> int:
     length = sizes(x, first, second)
     inner = {*x.dims, *first.dims}
     return 2 * sum(math.prod(length[d] for d in dims) for dims in (inner, inner - {*gone} | {*second.dims}))
+
+
+def low_rank_bytes(x: Named, value: LowRank, out: Sequence[Name], y: Any) -> int:
+    """The bytes of what `apply_factors` makes for the result ``y``: the product with one factor, and the update."""
+    first, _, gone = _ends(x, complete(value).factors, out)
+    length = sizes(x, first)
+    inner = math.prod(length[d] for d in {*x.dims, *first.dims} if d not in gone)
+    return inner * jnp.dtype(compute_dtype(x.array, y.dtype)).itemsize + _bytes(y)
+
+
+def _bytes(x: Any) -> int:
+    return x.size * x.dtype.itemsize
 
 
 def _dropped_out(x: Named, value: LowRank) -> Named:
@@ -145,17 +162,18 @@ def dot(
         work = Work(flops, extra, 2 * value.w.size * value.factors[0].size(RANK))
         if choose(execution, work, dtypes=(value.w.dtype, x.dtype, dtype or x.dtype), precision=precision) == "fused":
             y = fused.product(named.array, value, base=base, update=update)
-            return Product(gained(y, gain, out), flops, work.forming, "fused")
+            return Product(gained(y, gain, out), flops, work.forming, _bytes(value.w), "fused")
     y = base(value.w, named.array)
+    made = sum(low_rank_bytes(named, term, out, y) for term in value.terms())
     own = named if apart is None else _gained_input(Named(apart, tuple(dims)), value.gain, out)[0]
     for term in value.terms():
         y = y + _seen_as_one_step(update, term, y)(own.array)
-    return Product(gained(y, gain, out), flops, extra)
+    return Product(gained(y, gain, out), flops, extra, made)
 
 
 def _seen_as_one_step(update: Callable[..., Any], term: LowRank, like: Any) -> Callable[[Any], Any]:
     """``update(x, term, like)`` as a function of ``x``, one step to remat policies (see `residuals`)."""
-    if term.key is not None:  # whose key a function with its own derivative may not close over
+    if term.key is not None or term.watching:  # a function with its own derivative may not close over a key
         return lambda x: update(x, term, like)
     dims = [factor.dims for factor in term.factors]
 
@@ -211,12 +229,13 @@ def gather(
     )
     if all(touched <= set(x.dims) for x in value.factors):  # only stack axes are addressed
         return found
-    y, flops = base, 0
+    y, flops, made = base, 0, 0
     for term in found.terms():
         a, b = (cast(x, base.dtype) for x in complete(term).factors)
         y = y + multiply(a, b, range(base.ndim)).array
         flops += multiply_flops(a, b)
-    return Product(gained(y, found.gain, range(base.ndim)), 0, flops)
+        made += _bytes(a.array) + _bytes(y)
+    return Product(gained(y, found.gain, range(base.ndim)), 0, flops, made)
 
 
 def look_up(
@@ -328,7 +347,7 @@ def conv(
         feature_group_count=groups,
         **shared,
     )
-    middle = middle.astype(kind)
+    middle = (echo(middle) if value.watching else middle).astype(kind)
     point = cast(outer, kind).ordered([out_axis if d == out_axis else RANK for d in sorted((in_axis, out_axis))])
     ones = jnp.expand_dims(point.array, tuple(window))
     update = lax.conv_general_dilated(
@@ -345,7 +364,7 @@ def conv(
     extra = 2 * outputs * rank * (taps * groups + value.shape[out_axis])
     dims = [out_axis if d == dimension_numbers.out_spec[1] else ("x", d) for d in range(base.ndim)]
     y = gained(base + update.astype(base.dtype), value.gain, dims)
-    return Product(y, 2 * base.size * taps, extra)
+    return Product(y, 2 * base.size * taps, extra, _bytes(middle) + _bytes(base))
 
 
 def ragged_dot(
@@ -398,7 +417,7 @@ def ragged_dot(
 
     dropped = _dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
     middle = product(dropped, first, x_sum, [*w_sum, RANK], ragged)
-    middle = middle.astype(kind)
+    middle = (echo(middle) if value.watching else middle).astype(kind)
     moved = ragged - sum(d < ragged for d in x_sum)
     update = product(middle, second, [middle.ndim - 1], [RANK, *free], moved)
     rows, rank = x.size // math.prod(x.shape[d] for d in x_sum), first.size(RANK)
@@ -410,4 +429,4 @@ def ragged_dot(
         dims: list[Name] = [("x", d) for d in range(y.ndim - len(free))]
         dims += free
         y = gained(y, Named(repeated, (("x", moved), *free)), dims)
-    return Product(y, 2 * rows * m * n, 2 * rows * rank * (m + n))
+    return Product(y, 2 * rows * m * n, 2 * rows * rank * (m + n), _bytes(middle) + _bytes(base))

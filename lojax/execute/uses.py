@@ -16,6 +16,8 @@ class Use:
         how: ``"factored"``, ``"fused"`` or ``"materialized"``.
         flops: Floating-point operations of the frozen product, all trips of enclosing scans together.
         extra_flops: Floating-point operations that the update added, likewise.
+        extra_bytes: Bytes of the arrays that the update made on the way, likewise: the activation at rank size and the
+            update of the result where it is factored, the weight where it is fused or materialized.
         reason: Why it was materialized, or "".
         where: The user's source line, as ``file:line (function)``, or "".
     """
@@ -25,6 +27,7 @@ class Use:
     how: Literal["factored", "fused", "materialized"]
     flops: int = 0
     extra_flops: int = 0
+    extra_bytes: int = 0
     reason: str = ""
     where: str = ""
 

@@ -44,12 +44,16 @@ class Summary:
         """The share that trains, in percent."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
+    def __str__(self) -> str:
+        return self.text()
+
     @property
     def line(self) -> str:
         """The closing line, as Hugging Face PEFT prints it."""
         return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
 
-    def __str__(self) -> str:
+    def text(self, *, frozen: bool = True) -> str:
+        """The table and the closing line; with ``frozen=False`` only the rows of what trains."""
         rows = [
             (
                 row.path,
@@ -59,6 +63,7 @@ class Summary:
                 f"{row.total:,}",
             )
             for row in self.rows
+            if frozen or row.trainable
         ]
         return table(("parameter", "shape", "rank", "trainable", "all"), rows) + "\n" + self.line
 

@@ -53,8 +53,14 @@ class Report:
         """The floating-point operations that the updates add to one forward pass."""
         return sum(use.extra_flops for weight in self.weights for use in weight.uses)
 
+    @property
+    def extra_bytes(self) -> int:
+        """The bytes of the arrays that the updates make on the way in one forward pass."""
+        return sum(use.extra_bytes for weight in self.weights for use in weight.uses)
+
     def __str__(self) -> str:
-        header = ("weight", "shape", "axes", "rank", "parameters", "uses", "executed", "extra FLOPs", "of frozen")
+        counts = ("extra FLOPs", "of frozen", "extra bytes")
+        header = ("weight", "shape", "axes", "rank", "parameters", "uses", "executed", *counts)
         lines = [table(header, [_row(weight) for weight in self.weights])]
         for weight in self.weights:
             lines += [_note(weight, use) for use in weight.uses if use.how == "materialized"]
@@ -83,6 +89,7 @@ def _row(weight: Weight) -> tuple[str, ...]:
         weight.how,
         f"{extra:,}",
         f"{100 * extra / base:.1f}%" if base else "",
+        f"{sum(u.extra_bytes for u in weight.uses):,}",
     )
 
 

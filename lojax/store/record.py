@@ -95,19 +95,25 @@ class AdapterEntry:
         return tuple(next(sizes[role]) for role in axes)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file. ``alpha`` is told for people: ``scale * rank``."""
+        """As it stands in the file. Alpha is told for people, as that which gives the scale by the plain rule."""
         scale = self.static["scale"]
         alpha = scale * self.rank if isinstance(scale, float) else None
         plain = {name: list(x) if isinstance(x, tuple) else x for name, x in self.static.items()}
         said = {name: x for name, x in plain.items() if name in _ALWAYS or x != _DEFAULTS[name]}
-        told = {"rank": self.rank, "alpha": alpha, **said, "weight": list(self.weight)}
+        told = {
+            "rank": self.rank,
+            "alpha": alpha,
+            "scaling": "scale = alpha / rank",
+            **said,
+            "weight": list(self.weight),
+        }
         return told | {name: array.to_json() for name, array in self.arrays.items()}
 
     @classmethod
     def from_json(cls, value: Any, path: str) -> AdapterEntry:
         """The reverse of `to_json`."""
         arrays = {name: Array.from_json(field) for name, field in value.items() if isinstance(field, dict)}
-        told = ("rank", "alpha", "weight")
+        told = ("rank", "alpha", "scaling", "weight")
         static = {name: field for name, field in value.items() if name not in arrays and name not in told}
         weight = tuple(_of((int, type(None)), size, "a size") for size in value["weight"])
         if unknown := {*static, *arrays} - _DEFAULTS.keys():

@@ -155,6 +155,38 @@ def test_rules_of_full_training_may_overlap_one_another():
     assert set(plan(PARAMS, [], full=[full("**/bias"), full("params/head/bias")])) == BIASES
 
 
+# --- biases ---
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ("none", set()),
+        ("all", BIASES),
+        ("lora_only", {"params/layer_0/query/bias", "params/layer_1/query/bias"}),
+    ],
+)
+def test_biases_by_the_words_of_peft(bias, expected):
+    chosen = plan(PARAMS, [lora("**/query/kernel")], bias=bias)
+    assert {path for path, rule in chosen.items() if rule.train == "full"} == expected
+    assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY
+
+
+def test_an_excluded_bias_stays_frozen():
+    chosen = plan(PARAMS, [lora("**/query/kernel")], bias="all", exclude=[Rule("params/head/bias", train="none")])
+    assert set(chosen) == QUERY | BIASES - {"params/head/bias"}
+
+
+def test_haiku_calls_a_bias_b():
+    params = {"linear/w": struct(3, 3), "linear/b": struct(3), "other/b": struct(3)}
+    assert set(plan(params, [lora("linear/w")], bias="lora_only")) == {"linear/w", "linear/b"}
+
+
+def test_no_such_bias_is_an_error():
+    with pytest.raises(ValueError, match="none of the 11 parameters beside a weight with an adapter is called 'bias'"):
+        plan(PARAMS, [lora("**/value/kernel")], bias="lora_only")
+
+
 # --- what is refused ---
 
 

@@ -176,3 +176,19 @@ def test_loss_is_differentiated_with_respect_to_what_is_trained_alone(one_layer_
     trained = sum(leaf.size for leaf in jax.tree.leaves(run.state.trained))
     moments = sum(leaf.size for leaf in jax.tree.leaves(run.state.optimizer) if leaf.ndim)
     assert moments == 3 * trained  # two of Adam, one of the accumulated gradients
+
+
+def test_tuning_never_looks_at_the_test_rows(tmp_path, one_layer_bert, table, capsys, monkeypatch):
+    monkeypatch.setattr(finetune_text, "GRID", {"head": (1e-2, 3e-2)})
+    args = [*own(one_layer_bert, table), "--out", str(tmp_path), "--tune", "--seeds", "0,1", "--steps", "2"]
+    finetune_text.main([*args, "--batch", "4"])
+    records = json.loads((tmp_path / "tune.json").read_text())
+    assert [(r["seed"], r["learning_rate"]) for r in records] == [(0, 1e-2), (0, 3e-2), (1, 1e-2), (1, 3e-2)]
+    best = max((1e-2, 3e-2), key=lambda rate: sum(r["test_accuracy"] for r in records if r["learning_rate"] == rate))
+    assert capsys.readouterr().out.strip().endswith(f"| {best:g} |")
+    train, test = finetune_text.make_task(finetune_text.parse(args)).rows
+    folds = [finetune_text.make_task(finetune_text.parse(args), fold=fold).rows for fold in (0, 1)]
+    for kept, held in folds:
+        assert held and {row.text for row in (*kept, *held)} == {row.text for row in train}
+        assert not {row.text for row in (*kept, *held)} & {row.text for row in test}
+    assert folds[0][1] != folds[1][1]

@@ -46,9 +46,11 @@ def test_the_data():
     assert (use.primitive, use.how, use.reason) == ("dot_general", "factored", "")
     assert use.flops == 2 * T * 8 * 6
     assert use.extra_flops == 2 * T * 2 * (8 + 6)
+    assert use.extra_bytes == 4 * (T * 2 + T * 6)
     (use,) = weights["formed"].uses
     assert (use.primitive, use.how, use.reason) == ("sin", "materialized", "sin is not linear in the weight")
     assert use.extra_flops == 2 * 2 * 6 * 4
+    assert use.extra_bytes == 4 * 6 * 4
     assert [use.primitive for use in weights["both"].uses] == ["dot_general", "abs"]
 
 
@@ -57,18 +59,19 @@ def test_the_totals():
     assert report.factored == 1
     assert report.extra_flops == sum(use.extra_flops for weight in report.weights for use in weight.uses)
     assert report.extra_flops == 2 * T * 2 * (8 + 6) + 2 * 2 * 6 * 4 + 2 * T * 2 * (6 + 6) + 2 * 2 * 6 * 6
+    assert report.extra_bytes == 4 * (2 * (T * 2 + T * 6) + 6 * 4 + 6 * 6)
 
 
 def test_the_text():
     lines = str(make(X)).splitlines()
     words = [" ".join(line.split()) for line in lines]
-    assert words[0] == "weight shape axes rank parameters uses executed extra FLOPs of frozen"
+    assert words[0] == "weight shape axes rank parameters uses executed extra FLOPs of frozen extra bytes"
     assert set(lines[1]) == {"-"}
     assert len(lines[1]) == max(map(len, lines[:6]))
-    assert words[2] == "both (6, 6) in out 2 24 2 dot_general, abs both 384 106.7%"
-    assert words[3] == "factored (8, 6) in out 2 28 1 dot_general factored 280 58.3%"
-    assert words[4] == "formed (6, 4) in out 2 20 1 sin materialized 96"
-    assert words[5] == "unused (3, 3) in out 2 12 0 unused 0"
+    assert words[2] == "both (6, 6) in out 2 24 2 dot_general, abs both 384 106.7% 304"
+    assert words[3] == "factored (8, 6) in out 2 28 1 dot_general factored 280 58.3% 160"
+    assert words[4] == "formed (6, 4) in out 2 20 1 sin materialized 96 96"
+    assert words[5] == "unused (3, 3) in out 2 12 0 unused 0 0"
     assert lines[-1] == "1 of 4 adapted weights fully factored"
 
 
@@ -113,3 +116,23 @@ def test_the_trips_of_a_scan_are_counted():
     (weight,) = model.report(frozen, lora, x).weights
     assert weight.axes == ("stack", "in", "out")
     assert sum(use.extra_flops for use in weight.uses) == 9 * 2 * T * 2 * (6 + 6)
+
+
+def test_the_bytes_are_those_of_the_arrays_that_are_made():
+    """Every kind of product, against the shapes in the traced program."""
+
+    def net(p, x):
+        kernel = {"dimension_numbers": ("NWC", "WIO", "NWC"), "window_strides": (1,), "padding": "SAME"}
+        y = jax.lax.conv_general_dilated(p["table"][x], p["conv"], **kernel)
+        return jax.lax.ragged_dot(y.reshape(-1, 5), p["experts"], jnp.array([10, 2]))
+
+    params = {"table": jnp.ones((9, 6)), "conv": jnp.ones((3, 6, 5)), "experts": jnp.ones((2, 5, 7))}
+    x = jax.ShapeDtypeStruct((3, 4), jnp.int32)
+    model = lojax.wrap(net, "*", rank=2, strict=True)
+    frozen, lora = model.init(jax.random.key(0), params, x)
+    found = {weight.path: weight.uses[0].extra_bytes for weight in model.report(frozen, lora, x).weights}
+    tokens = 3 * 4
+    assert found == {name: 4 * tokens * (2 + out) for name, out in {"table": 6, "conv": 5, "experts": 7}.items()}
+    fused = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=2, execution="fused")
+    frozen, lora = fused.init(jax.random.key(0), {"w": jnp.ones((8, 6))}, X)
+    assert fused.report(frozen, lora, X).extra_bytes == 4 * 8 * 6

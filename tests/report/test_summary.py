@@ -40,6 +40,12 @@ def test_one_row_a_parameter_and_the_closing_line():
     )
 
 
+def test_the_rows_of_what_trains_alone():
+    lines = lojax.summary(*make()).text(frozen=False).splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["dense/kernel", "head", "layers"]
+    assert lines[-1] == "trainable params: 592 || all params: 3,057 || trainable%: 19.3654"
+
+
 def test_the_data():
     summary = lojax.summary(*make())
     assert summary.rows == (

@@ -169,7 +169,8 @@ def test_the_json_is_for_people(tmp_path):
     lojax.save(tmp_path, lora, frozen=frozen, metadata={"step": 7, "note": "é"})
     text = (tmp_path / layout.POINTER).read_text()
     (line,) = [line for line in text.splitlines() if '"params/layer_0/query/kernel": {"rank"' in line]
-    assert '"rank": 4, "alpha": 8.0, "scale": 2.0, "axes": ["in", "out"], "dropout": 0.1, "weight": [16, 8]' in line
+    assert '"rank": 4, "alpha": 8.0, "scaling": "scale = alpha / rank", "scale": 2.0, ' in line
+    assert '"axes": ["in", "out"], "dropout": 0.1, "weight": [16, 8]' in line
     assert '"note": "é"' in text
     record = json.loads(text)
     assert record["format"] == "lojax-adapter" and record["version"] == 1
