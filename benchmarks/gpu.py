@@ -27,13 +27,18 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs r
 import jax
 import jax.numpy as jnp
 from layer_cost import FLOOR, SCALE, Layer, arguments, filled, gradient
-from layer_ways import frozen_way, full_way, literal_way, lojax_way
+from layer_ways import OURS, WAYS, frozen_way, full_way, literal_way
 from measure import alternated, compiled_cost, ratio, table, write
 from net_cost import products, programs
 from nets import Net, drawn
 
-LAYER_WAYS = {FLOOR: frozen_way, "lojax": lojax_way, "literal W0+BA": literal_way, "full fine-tuning": full_way}
-STACK_WAYS = (FLOOR, "lojax", "by hand", "full fine-tuning")
+LAYER_WAYS = {
+    FLOOR: frozen_way,
+    **{name: WAYS[name] for name in OURS[:3]},
+    "literal W0+BA": literal_way,
+    "full fine-tuning": full_way,
+}
+STACK_WAYS = (FLOOR, *OURS[:3], "by hand", "full fine-tuning")
 LLAMA_8B = Net("llama", width=4096, heads=32, kv_heads=8, inner=14336, vocabulary=32768, remat=True, dtype=jnp.bfloat16)
 
 
@@ -91,7 +96,7 @@ def layer_rows(sizes: Sizes, peak: float | None) -> tuple[list[dict[str, Any]], 
             floor = statistics.median(seconds[FLOOR]) / sizes.repeat
             row: dict[str, Any] = {"layer": str(layer), "dtype": str(jnp.dtype(dtype)), "floor ms": 1e3 * floor}
             row |= {name: ratio(seconds, name, FLOOR) for name in ready if name != FLOOR}
-            row["lojax, times full's speed"] = 1 / ratio(seconds, "lojax", "full fine-tuning")
+            row["lojax auto, times full's speed"] = 1 / ratio(seconds, "lojax auto", "full fine-tuning")
             row["floor TFLOP/s"] = 4 * layer.tokens * layer.m * layer.n / floor / 1e12
             if peak:
                 row["floor of peak"] = row["floor TFLOP/s"] / peak
@@ -119,7 +124,7 @@ def stack_rows(sizes: Sizes, peak: float | None) -> tuple[list[dict[str, Any]], 
         for name in ready:
             second = statistics.median(seconds[name])
             useful = frozen_flops * 1.5 if name == "full fine-tuning" else frozen_flops
-            useful += low_rank_flops if name in ("lojax", "by hand") else 0
+            useful += low_rank_flops if name in (*OURS, "by hand") else 0
             row: dict[str, Any] = {"stack": _named(net, lines, tokens, rank), "way": name, "ms": 1e3 * second}
             row |= {"/ floor": ratio(seconds, name, FLOOR), "tokens/s": lines * tokens / second}
             row |= {"times full's speed": 1 / ratio(seconds, name, "full fine-tuning")}

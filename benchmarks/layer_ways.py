@@ -8,6 +8,7 @@ what is measured: they are measured without their share of that work.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,11 +35,14 @@ class Way(NamedTuple):
     apply: Apply
 
 
-def lojax_way(m: int, n: int, rank: int, scale: float, **settings: Any) -> Way:
-    """lojax, every use factored or an error."""
+def lojax_way(m: int, n: int, rank: int, scale: float, *, execution: str) -> Way:
+    """lojax, by one of its executions; a use that is neither factored nor fused is an error unless asked for."""
     import lojax
 
-    model = lojax.wrap(lambda p, x: x @ p["kernel"], "kernel", rank=rank, alpha=scale * rank, strict=True, **settings)
+    strict, alpha = execution != "materialize", scale * rank
+    model = lojax.wrap(
+        lambda p, x: x @ p["kernel"], "kernel", rank=rank, alpha=alpha, strict=strict, execution=execution
+    )
 
     def build(w: Any, a: Any, b: Any, scale: float) -> tuple[Any, Any]:
         adapter = lojax.Adapter(a=a, b=b, scale=scale, axes=("in", "out"))
@@ -142,9 +146,11 @@ def full_way(m: int, n: int, rank: int, scale: float) -> Way:
     return Way(lambda w, a, b, scale: (w, ()), lambda trained, frozen, x: x @ trained)
 
 
+EXECUTIONS = ("auto", "factored", "fused", "materialize")
+OURS = tuple(f"lojax {execution}" for execution in EXECUTIONS)
 WAYS: dict[str, Callable[..., Way]] = {
     "frozen (floor)": frozen_way,
-    "lojax": lojax_way,
+    **{name: functools.partial(lojax_way, execution=e) for name, e in zip(OURS, EXECUTIONS, strict=True)},
     "nnx.LoRALinear": nnx_way,
     "quax": quax_way,
     "qwix": qwix_way,

@@ -12,9 +12,10 @@ goes on; ``--fresh`` starts over.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,45 +59,46 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(what: Mapping[str, Any], seed: int, steps: int, data: Any, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Trains once; accuracy on the test rows and what was trained."""
-    options = dict(what)
+def runs(
+    what: Mapping[str, Any], seeds: Sequence[int], steps: int, data: Any, classes: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Trains once for each seed, compiled once; accuracy on the test rows and what was trained."""
+    options = {"targets": KERNELS["q, v"], "rank": 8} | dict(what)
     start, rho, ratio = options.pop("start", None), options.pop("rho", 1.0), options.pop("b_ratio", 1.0)
-    targets = options.pop("targets", KERNELS["q, v"])
-    rank = options.pop("rank", 8)
-    settings = training.Settings("lora", RATE, seed=seed, rank=rank, max_steps=steps, length=LENGTH, classes=classes)
-    net, variables = bert.load(model_files.find(), len(classes), key=jax.random.key(seed), dropout=0.0)
-    model = lojax.wrap(net, targets, rank=rank, alpha=ALPHA, train="**/classifier/**", **options)
-    batches = [training.batch_at(data[0], settings, index) for index in range(8)] if start else []
+    settings = training.Settings("lora", RATE, rank=options["rank"], max_steps=steps, length=LENGTH, classes=classes)
+    net, _ = bert.load(model_files.find(), len(classes), key=jax.random.key(0), dropout=0.0)
+    model = lojax.wrap(net, alpha=ALPHA, train="**/classifier/**", **options)
 
     def loss(frozen: Any, lora: Any, batch: Any) -> Any:
         logits = model.apply(frozen, lora, batch.tokens, batch.mask)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
-    def init(key: Any, params: Any, *example: Any) -> Any:
+    def init(key: Any, params: Any, *example: Any, seed: int) -> Any:
         frozen, lora = model.init(key, params, *example)
+        batches = [training.batch_at(data[0], dataclasses.replace(settings, seed=seed), i) for i in range(8)]
         if start == "eva":
             lora = lojax.eva(loss, frozen, lora, batches, rho=rho)
         if start == "lora_ga":
             frozen, lora = lojax.lora_ga(loss, frozen, lora, batches)
         return frozen, lora
 
-    apply = model.apply
-    if options.get("dropout"):
+    def apply(frozen: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
+        key = kwargs.get("rngs", {}).get("dropout") if options.get("dropout") else None
+        return model.apply(frozen, lora, *args, dropout_key=key, **kwargs)
 
-        def apply(frozen: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
-            key = kwargs.get("rngs", {}).get("dropout")
-            return model.apply(frozen, lora, *args, dropout_key=key, **kwargs)
-
-    method = training.Method(init, apply, functools.partial(lojax.optimizer, b_ratio=ratio))
-    done = training.train(training.build(method, settings, len(data[0].labels)), variables, data, settings)
-    adapters = [x for x in jax.tree.leaves(done.state.trained, is_leaf=_is_adapter) if _is_adapter(x)]
-    return {
-        "seed": seed,
-        "test_accuracy": done.history.epochs[-1]["test_accuracy"],
-        "training_loss": float(np.mean(done.history.losses[-50:])),
-        "adapter_parameters": sum(adapter.parameters for adapter in adapters),
-    }
+    method = training.Method(model.init, apply, functools.partial(lojax.optimizer, b_ratio=ratio))
+    program = training.build(method, settings, len(data[0].labels))
+    for seed in seeds:
+        _, variables = bert.load(model_files.find(), len(classes), key=jax.random.key(seed), dropout=0.0)
+        mine = program._replace(init=functools.partial(init, seed=seed))
+        done = training.train(mine, variables, data, dataclasses.replace(settings, seed=seed))
+        adapters = [x for x in jax.tree.leaves(done.state.trained, is_leaf=_is_adapter) if _is_adapter(x)]
+        yield {
+            "seed": seed,
+            "test_accuracy": done.history.epochs[-1]["test_accuracy"],
+            "training_loss": float(np.mean(done.history.losses[-50:])),
+            "adapter_parameters": sum(adapter.parameters for adapter in adapters),
+        }
 
 
 def _is_adapter(node: Any) -> bool:
@@ -181,10 +183,9 @@ def main() -> None:
     kept = json.loads(file.read_text())["data"] if file.exists() and not options.fresh else {}
     results: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("steps") == options.steps else {}
     for name, what in rows().items():
-        for seed in options.seeds:
-            found = results.setdefault(name, [])
-            if all(one["seed"] != seed for one in found):
-                found.append(run(what, seed, options.steps, data, classes))
+        found = results.setdefault(name, [])
+        missing = [seed for seed in options.seeds if all(one["seed"] != seed for one in found)]
+        found += runs(what, missing, options.steps, data, classes) if missing else []
         report(results, options.steps, options.seeds)
 
 

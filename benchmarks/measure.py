@@ -143,7 +143,16 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def write(name: str, title: str, text: str, data: Any, *, device: str | None = None, folder: Path = RESULTS) -> None:
+def write(
+    name: str,
+    title: str,
+    text: str,
+    data: Any,
+    *,
+    device: str | None = None,
+    clocks: bool = True,
+    folder: Path = RESULTS,
+) -> None:
     """Writes ``name.json`` and ``name.md`` and prints the latter.
 
     Args:
@@ -152,13 +161,14 @@ def write(name: str, title: str, text: str, data: Any, *, device: str | None = N
         text: Markdown: tables and what they say.
         data: What was measured, as JSON.
         device: What it was compiled for, where that is not the default device.
+        clocks: Whether clocks were read, so that the page must say if the machine was busy.
         folder: Where to write.
     """
     where = environment(device)
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"environment": where, "data": data}, indent=1) + "\n")
-    busy = where["load"] > 2 * (os.cpu_count() or 1)
+    busy = clocks and where["load"] > 2 * (os.cpu_count() or 1)
     note = f"**The machine was busy with other work (load {where['load']:.0f}): milliseconds mean nothing here, "
     note += "ratios little, counts are exact.**\n\n"
     page = f"# {title}\n\n{where['device']}; Python {where['python']}, {versions}.\n\n{note * busy}{text}\n"

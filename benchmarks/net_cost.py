@@ -1,11 +1,12 @@
 """Claim: a LoRA step of a whole net costs the frozen net with dx, plus the low-rank products, and little memory.
 
-GPT-2-like and Llama-like nets of four layers, unrolled and scanned, LoRA on every weight of the layers: lojax,
-LoRA written by hand into the net, literal W0 + BA, full fine-tuning, and the floor (the frozen net, forward
-and dx). FLOPs, bytes and temporaries are XLA's; the bodies of a scan count once, so there FLOPs compare only
-with each other. Libraries that adapt modules and not functions are compared in minilm_step.py.
+GPT-2-like and Llama-like nets of four layers, unrolled and scanned, LoRA on every weight of the layers: lojax by each
+of its executions, LoRA written by hand into the net, literal W0 + BA, full fine-tuning, and the floor (the frozen
+net, forward and dx). FLOPs, bytes and temporaries are XLA's; the bodies of a scan count once, so there FLOPs compare
+only with each other. Libraries that adapt modules and not functions are compared in minilm_step.py.
 
     python benchmarks/net_cost.py [--rounds 9] [--no-time]
+    python benchmarks/net_cost.py --tpu v5e            # compiled ahead of time for a TPU (needs libtpu, no TPU)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import alternated, bars, cost, ratio, table, write
+from layer_ways import EXECUTIONS
+from measure import alternated, bars, cost, ratio, table, topology, write
 from nets import SCALE, Net, drawn, written
 
 import lojax
@@ -35,6 +37,7 @@ NETS = {
     for net in (GPT2, LLAMA)
     for scanned, remat in ((False, False), (True, False), (True, True))
 }
+FOR_TPU = ("gpt2, unrolled", "llama, scanned, remat")  # that compiler is slow
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -55,12 +58,20 @@ def inputs(net: Net, rows: int = 2, tokens: int = 256) -> tuple[Any, Any]:
 def programs(net: Net, x: Any, labels: Any, rank: int = RANK) -> dict[str, Program]:
     """value_and_grad of every way, with the shapes of its arguments; what trains comes first."""
     params = net.shapes()
-    model = lojax.wrap(net.loss, targets(net), rank=rank, alpha=SCALE * rank, strict=True)
-    frozen, lora = jax.eval_shape(model.init, jax.random.key(0), params, x, labels)
+    models = {
+        f"lojax {way}": lojax.wrap(
+            net.loss, targets(net), rank=rank, alpha=SCALE * rank, strict=way != "materialize", execution=way
+        )
+        for way in EXECUTIONS
+    }
+    frozen, lora = jax.eval_shape(models["lojax auto"].init, jax.random.key(0), params, x, labels)
     by_hand = functools.partial(written, formed=False), functools.partial(written, formed=True)
     losses: dict[str, tuple[Callable[..., Any], Any, Any]] = {
         FLOOR: (lambda x, params, labels: net.loss(params, x, labels), x, (params, labels)),
-        "lojax": (lambda t, frozen, x, labels: model.apply(frozen, t, x, labels), lora, (frozen, x, labels)),
+        **{
+            name: (lambda t, f, x, labels, apply=model.apply: apply(f, t, x, labels), lora, (frozen, x, labels))
+            for name, model in models.items()
+        },
         "by hand": (lambda t, f, x, labels: net.loss(by_hand[0](f, t), x, labels), lora, (frozen, x, labels)),
         "literal W0+BA": (lambda t, f, x, labels: net.loss(by_hand[1](f, t), x, labels), lora, (frozen, x, labels)),
         "merge, then apply": (
@@ -80,11 +91,13 @@ def products(net: Net, x: Any, rank: int = RANK) -> tuple[int, int]:
     return 4 * tokens * frozen, 6 * tokens * rank * net.layers * sum(m + n for m, n in weights)
 
 
-def measured(title: str, net: Net, rounds: int) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
+def measured(
+    title: str, net: Net, rounds: int, sharding: Any = None
+) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
     """One row for each way, the claims that can be judged, and the raw numbers."""
     x, labels = inputs(net)
     found = programs(net, x, labels)
-    counts = {name: cost(f, *args) for name, (f, args) in found.items()}
+    counts = {name: cost(f, *args, sharding=sharding) for name, (f, args) in found.items()}
     seconds: dict[str, list[float]] = {}
     if rounds:
         ready = {name: functools.partial(jax.jit(f), *drawn(args)) for name, (f, args) in found.items()}
@@ -101,7 +114,8 @@ def measured(title: str, net: Net, rounds: int) -> tuple[list[dict[str, Any]], l
     if not net.scanned:
         _, low_rank = products(net, x)
         bound = counts[FLOOR].flops + low_rank
-        lines.append(f"- {title}: FLOPs over the floor and the low-rank products {counts['lojax'].flops / bound:.4f}.")
+        said = (f"{name} {counts[name].flops / bound:.4f}" for name in counts if name.startswith("lojax"))
+        lines.append(f"- {title}: FLOPs over the floor and the low-rank products: {', '.join(said)}.")
     return rows, lines, {"counts": {name: dataclasses.asdict(c) for name, c in counts.items()}, "seconds": seconds}
 
 
@@ -110,20 +124,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead; bfloat16")
     options = parser.parse_args()
-    rounds = 0 if options.no_time else options.rounds
+    device, sharding = topology(f"{options.tpu}:2x2") if options.tpu else (None, None)
+    rounds = 0 if options.no_time or options.tpu else options.rounds
+    nets, dtype = NETS, jnp.dtype(jnp.float32)
+    if options.tpu:
+        dtype = jnp.dtype(jnp.bfloat16)
+        nets = {title: dataclasses.replace(NETS[title], dtype=dtype) for title in FOR_TPU}
     rows, lines, data = [], [], {}
-    for title, net in NETS.items():
-        more, judged, data[title] = measured(title, net, rounds)
+    for title, net in nets.items():
+        print(f"counting {title}", flush=True)
+        more, judged, data[title] = measured(title, net, rounds, sharding)
         rows += more
         lines += judged
-    sizes = f"D={GPT2.width}, 4 layers, 2 rows of 256 tokens, rank {RANK} on every weight of the layers, float32."
+    sizes = f"D={GPT2.width}, 4 layers, 2 rows of 256 tokens, rank {RANK} on every weight of the layers, {dtype}."
     claims = "## The claim (at most 1.02)\n\n" + "\n".join(lines)
-    name = f"net_cost_{jax.default_backend()}"
-    write(name, "What a LoRA step of a whole net costs", "\n\n".join([sizes, claims, table(rows)]), data)
+    name, title = f"net_cost_{options.tpu or jax.default_backend()}", "What a LoRA step of a whole net costs"
+    write(name, title, "\n\n".join([sizes, claims, table(rows)]), data, device=device, clocks=bool(rounds))
     column = "time / floor" if rounds else "/ floor"
-    panels = {title: {row["way"]: row[column] for row in rows if row["net"] == title} for title in NETS}
-    bars(name, {title: panel for title, panel in panels.items() if "remat" not in title}, label=column)
+    panels = {title: {row["way"]: row[column] for row in rows if row["net"] == title} for title in nets}
+    panels = {title: panel for title, panel in panels.items() if options.tpu or "remat" not in title}
+    bars(name, panels, label=f"{'time' if rounds else 'FLOPs'} over the frozen net with dx (the red line)")
 
 
 if __name__ == "__main__":

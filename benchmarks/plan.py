@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from measure import RESULTS, environment
+
 JSON = RESULTS / "plan.json"
 
 CASES = {
@@ -34,10 +36,13 @@ SETTINGS = {"70B, q and v at rank 8": {"rank": 8, "targets": ["**/q_proj/kernel"
 SCALING = ("8B on 16", "8B on 64", "8B on 256")
 FLOORS = ("70B", "8B, smallest slice", "8B on 16")
 """Cases of which the frozen forward and backward are compiled too, for what LoRA adds to them."""
+LIMIT = 600
+"""Seconds of CPU time after which a case is given up; the JSON then says so."""
 
 
 def run_case(name: str, floor: bool) -> dict:
     """One case in this process."""
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 5))
     from lojax.scale.ahead import measure, topology_mesh
     from lojax.scale.chips import parse_mesh, parse_topology
     from lojax.scale.decoder import Decoder
@@ -59,23 +64,30 @@ def measure_all(results: dict) -> dict:
     wanted = [(name, floor) for name in CASES for floor in (False, True) if not floor or name in FLOORS]
     for i, (name, floor) in enumerate(wanted):
         key = f"{name}, frozen" if floor else name
-        print(f"[{i + 1}/{len(wanted)}] {key}", "(kept)" if key in results else "…", flush=True)
-        if key in results:
+        kept = key in results and key not in results.get("earlier", [])
+        print(f"[{i + 1}/{len(wanted)}] {key}", "(kept)" if kept else "…", flush=True)
+        if kept:
             continue
         began = time.monotonic()
         command = [sys.executable, __file__, "--case", name, *(["--floor"] if floor else [])]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-        if done.returncode:
+        if done.returncode == -signal.SIGXCPU:
+            results.setdefault("given up", {})[key] = f"not compiled within {LIMIT} s of CPU time"
+        elif done.returncode:
             print(done.stderr[-2000:])
             continue
-        results[key] = json.loads(done.stdout.splitlines()[-1])
+        else:
+            results[key] = json.loads(done.stdout.splitlines()[-1])
+            results.get("given up", {}).pop(key, None)
+            results["earlier"] = [name for name in results.get("earlier", []) if name != key]
+        results["versions"] = environment("")["versions"]
         print(f"    {time.monotonic() - began:.0f} s", flush=True)
         JSON.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
 def written(results: dict) -> str:
-    """The table."""
+    """The table, the versions, and the cases that were given up."""
     from lojax.table import table
 
     rows = []
@@ -86,20 +98,37 @@ def written(results: dict) -> str:
         lora, full, chips = r["lora"], r["full"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["mesh"]["tensor"]
         floor = results.get(f"{name}, frozen", results.get(f"{name.partition(',')[0]}, frozen"))
         more = f"{100 * (lora['memory'] / floor['memory'] - 1):+.1f}" if floor else ""
+        own = f"{100 * (2 * lora['adapters'] + lora['optimizer']) / floor['memory']:.1f}" if floor else ""
         sent = f"{100 * (lora['moved'] / floor['moved'] - 1):+.1f}" if floor and floor["moved"] else ""
         mesh = " ".join(f"{k}={v}" for k, v in r["mesh"].items() if v > 1)
         sizes = [f"{lora[k] / 1e9:.3f}" for k in ("weights", "adapters", "optimizer", "kept", "temporary", "memory")]
         rows.append(
             (
-                *(name, r["topology"], str(chips), mesh, f"{r['batch']} × {r['seq']}", *sizes, more),
+                *(name, r["topology"], str(chips), mesh, f"{r['batch']} × {r['seq']}", *sizes, more, own),
                 *(f"{full['memory'] / 1e9:.2f}", f"{lora['flops'] / 1e12:.1f}", f"{lora['moved'] / 1e9:.2f}", sent),
                 *(f"{r['moved_per_token']:,.0f}", f"{lora['step_seconds']:.2f}", f"{r['seconds']:.0f}"),
             )
         )
     header = ("case", "slice", "chips", "mesh", "batch", "weights", "adapters", "optimizer", "kept", "temporary")
-    header += ("LoRA GB", "over frozen %", "full FT GB", "TFLOP", "received GB", "over frozen %", "bytes/chip/token")
-    header += ("step s at 40%", "plan s")
-    return table(header, rows)
+    header += ("LoRA GB", "over frozen %", "own %", "full FT GB", "TFLOP", "received GB", "over frozen %")
+    header += ("bytes/chip/token", "step s at 40%", "plan s")
+    lines = [
+        table(header, rows),
+        "",
+        "All of one chip. own: adapters, their gradients and moments, which the frozen step has not.",
+        f"Compiled ahead of time, no TPU: {versions(results)}.",
+    ]
+    if results.get("earlier"):
+        lines.append(
+            f"Compiled by an earlier version of the step, and not again since: {'; '.join(results['earlier'])}."
+        )
+    return "\n".join(lines + [f"{name}: {why}." for name, why in results.get("given up", {}).items()])
+
+
+def versions(results: dict) -> str:
+    """The versions that the cases were compiled with, in words."""
+    names = ("jax", "jaxlib", "libtpu", "lojax")
+    return ", ".join(f"{name} {results['versions'][name]}" for name in names if name in results.get("versions", {}))
 
 
 def draw(results: dict) -> None:
@@ -129,10 +158,12 @@ def draw(results: dict) -> None:
     chips = [int(name.rpartition(" ")[2]) for name in points]
     right.plot(chips, [results[name]["moved_per_token"] / 1e6 for name in points], "o-")
     right.set_xscale("log", base=2)
+    right.set_xticks(chips, [str(n) for n in chips])
     right.set_ylim(bottom=0)
     right.set_xlabel("chips (v5e, batch grows with them)")
     right.set_ylabel("MB received a chip and token")
     right.set_title("Llama-3-8B: traffic as chips are added")
+    right.set_visible(bool(points))
     figure.savefig(RESULTS / "plan.png", dpi=120)
 
 

@@ -107,7 +107,7 @@ def main() -> None:
         + "\n\n`dots_saveable` keeps more for the adapted block than for the frozen one by what dA needs of the "
         "attention's result, which a frozen `o` does not. `save_products()` keeps the products of adapted weights only."
     )
-    write("remat", "What a block keeps under remat", text, found)
+    write("remat", "What a block keeps under remat", text, found, clocks=False)
 
 
 if __name__ == "__main__":

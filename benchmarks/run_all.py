@@ -14,16 +14,24 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"]]
+SHAPES = [["remat.py"], ["coverage.py"]]
+"""What is counted on shapes: nothing is compiled or run."""
+COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"], *SHAPES]
 CLOCKS = [
     ["layer_cost.py"],
     ["net_cost.py"],
+    *SHAPES,
     ["trace_compile.py"],
     ["merge_and_switch.py"],
     ["minilm_step.py"],
     ["checkpoint.py"],
 ]
-TPU = [["layer_cost.py", "--tpu", "v5e"], ["layer_cost.py", "--tpu", "v6e"]]
+TPU = [
+    ["layer_cost.py", "--tpu", "v5e"],
+    ["layer_cost.py", "--tpu", "v6e"],
+    ["net_cost.py", "--tpu", "v5e"],
+    ["plan.py"],
+]
 GPU = [["gpu.py"]]
 
 
@@ -39,8 +47,6 @@ def main() -> None:
         chosen += GPU
     failed = []
     for command in chosen:
-        if not (HERE / command[0]).exists():
-            continue
         print(f"=== {' '.join(command)}", flush=True)
         start = time.perf_counter()
         code = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode

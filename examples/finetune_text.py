@@ -33,13 +33,22 @@ import text_training as training
 
 import lojax
 
-TARGETS = ("**/query/kernel", "**/value/kernel")
+TARGETS = {
+    "head": (),
+    "lora": ("**/query/kernel", "**/value/kernel"),
+    "lora-all": ("**/layer_*/**/kernel",),  # every linear map of every layer
+}
 HEAD = "**/classifier/**"
 
 # Full fine-tuning moves every weight and wants small steps; a head alone wants large ones. `--tune` tries
 # these on rows held out of the training rows; LEARNING_RATES is what it chose for the default task.
-GRID = {"head": (3e-3, 1e-2, 3e-2), "lora": (1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4)}
-LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "full": 5e-5}
+GRID = {
+    "head": (3e-3, 1e-2, 3e-2),
+    "lora": (1e-3, 2e-3, 4e-3),
+    "lora-all": (5e-4, 1e-3, 2e-3),
+    "full": (5e-5, 1e-4, 2e-4),
+}
+LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "lora-all": 1e-3, "full": 5e-5}
 
 
 class Task(NamedTuple):
@@ -93,8 +102,7 @@ def load(directory: Path, settings: training.Settings) -> tuple[bert.BertClassif
 
 def make_model(net: bert.BertClassifier, settings: training.Settings) -> Any:
     """The adapted net: no targets leave the head as the only thing that is trained."""
-    targets = TARGETS if settings.method == "lora" else ()
-    return lojax.wrap(net, targets=targets, rank=settings.rank, alpha=settings.alpha, train=HEAD)
+    return lojax.wrap(net, targets=TARGETS[settings.method], rank=settings.rank, alpha=settings.alpha, train=HEAD)
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -180,7 +188,7 @@ def check_new_process(folder: Path, text: str, logits: np.ndarray, classes: tupl
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Head only, LoRA and full fine-tuning: the same data, batches and epochs for each."""
+    """Head only, LoRA on few and on all weights, full fine-tuning: the same data, batches and epochs for each."""
     task = make_task(args)
     records = []
     for name in LEARNING_RATES:

@@ -18,7 +18,7 @@ from lojax.store import safetensors
 from lojax.store.checkpoint import read_record, restore
 from lojax.store.layout import POINTER
 from lojax.store.peft.config import read_config
-from lojax.store.peft.keys import Factor, read_key
+from lojax.store.peft.keys import Extra, Factor, read_key
 from lojax.store.peft.load import weights_file
 from lojax.table import table
 
@@ -159,6 +159,9 @@ def _peft(directory: Path) -> tuple[list[Row], dict[str, str]]:
         if isinstance(name, str):
             shape = file.entries[key].shape
             rows.append(Row(name, str(shape), None, None, math.prod(shape), None))
+        elif isinstance(name, Extra):
+            shape = file.entries[key].shape
+            rows.append(Row(f"{name.module} {name.kind}", str(shape), None, None, math.prod(shape), None))
         elif name is None:
             raise ValueError(f"{file.path}: {key} is no key of PEFT.")
     facts = {"kind": f"PEFT adapter (peft {config['peft_version'] or 'of unknown version'})"}

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Literal
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,29 +27,43 @@ class Apart:
     """The activations of one run of a program, by variable.
 
     Attributes:
-        before: Of a variable that a sharding constraint made, the value before.
+        before: Of a variable that a sharding constraint made, the value before and the sharding.
         met: What the factors met so far.
     """
 
-    before: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    before: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     met: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def placed(self, eqn: Any, operand: Any) -> None:
         """Notes a sharding constraint on ``operand``."""
-        self.before[eqn.outvars[0]] = self.before.get(eqn.invars[0], operand)
+        self.before[eqn.outvars[0]] = self.before.get(eqn.invars[0], (operand, eqn.params["sharding"]))
 
     def of(self, var: Any, x: Any) -> Any:
         """``x``, the value of ``var``, for the factors: the same one for all of them."""
         if isinstance(var, Literal):
             return x
         if var not in self.met:
-            self.met[var] = apart(self.before.get(var, x))
+            self.met[var] = apart(free(*self.before[var]) if var in self.before else x)
         return self.met[var]
 
     def drop(self, var: Any) -> None:
         """Forgets a variable that nothing reads any more."""
         self.before.pop(var, None)
         self.met.pop(var, None)
+
+
+def free(x: Any, sharding: Any) -> Any:
+    """``x``, of which a constraint to lie as ``sharding`` says is taken, where it need not lie so itself.
+
+    The partitioner lays what a constraint takes as the constraint wants it (Shardy's apply-sharding-constraints),
+    and the factors would meet it gathered after all. It does not where another constraint takes the same value: one
+    that leaves every axis open says nothing else.
+    """
+    traced = isinstance(x, Tracer) and isinstance(sharding, NamedSharding)
+    if not traced or any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
+        return x
+    anywhere = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, anywhere))
 
 
 def apart(x: Any) -> Any:

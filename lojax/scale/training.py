@@ -67,15 +67,29 @@ def train_step(loss: Callable[..., Any], tx: optax.GradientTransformation, *, mi
 
 
 def _gradient(loss: Callable[..., Any], frozen: Any, lora: Any, batch: Any, micro: int) -> tuple[Any, Any]:
-    part_gradient = jax.value_and_grad(loss, argnums=1)
+    def part_gradient(part: Any) -> tuple[Any, Any]:
+        return value_then_grad(lambda lora: loss(frozen, lora, part), lora)
+
     if micro == 1:
-        return part_gradient(frozen, lora, batch)
+        return part_gradient(batch)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, part_gradient(frozen, lora, part)), None
+        return jax.tree.map(jnp.add, total, part_gradient(part)), None
 
     zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora)
     return jax.lax.scan(add, zero, batch)[0]
+
+
+def value_then_grad(loss: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
+    """`jax.value_and_grad`, whose backward pass starts when the value is known.
+
+    Where the loss is computed again for its gradient, nothing of the backward pass needs the value, and a compiler may
+    compute it last of all: the last hidden states and the gathered head then stay in memory through the backward pass
+    of every layer (190 MB a chip for 70B on v5e:16x16).
+    """
+    value, pull = jax.vjp(loss, x)
+    value, one = jax.lax.optimization_barrier((value, jnp.ones_like(value)))
+    return value, pull(one)[0]
 
 
 def with_shardings(shapes: Any, placed: Any) -> Any:
@@ -141,7 +155,7 @@ def full_work(
     data = batch_shapes(decoder, batch, seq)
 
     def step(params: Any, state: Any, data: Any) -> Any:
-        value, grads = jax.value_and_grad(decoder.loss)(params, data)
+        value, grads = value_then_grad(lambda params: decoder.loss(params, data), params)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = tx.update(jax.tree.map(lambda g: g.astype(jnp.float32), grads), state, params)
             params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
@@ -165,6 +179,6 @@ def floor_work(decoder: Decoder, *, batch: int, seq: int, dtype: Any = jnp.bfloa
             layers = {**params["layers"], "input_layernorm": {"scale": scale}}
             return decoder.loss({**params, "layers": layers}, data)
 
-        return jax.value_and_grad(loss)(params["layers"]["input_layernorm"]["scale"])
+        return value_then_grad(loss, params["layers"]["input_layernorm"]["scale"])
 
     return Work(step, (params, data), None, (), {"weights": params, "batch": data})

@@ -30,6 +30,11 @@ CASES = {
     "embedding": EMBEDDING,
     "conv2d": CONV2D,
     "experts": EXPERTS,
+    "dora": FLAT,
+    "dora_conv1d": CONV1D,
+    "dora_embedding": EMBEDDING,
+    "dora_conv2d": CONV2D,
+    "tokens": EMBEDDING,
 }
 
 

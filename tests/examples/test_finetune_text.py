@@ -128,15 +128,16 @@ def test_compare_prints_and_writes_a_table(tmp_path, one_layer_bert, table, caps
     finetune_text.main([*args, "--seeds", "0,0,1"])
     records = json.loads((tmp_path / "compare.json").read_text())
     assert [(record["method"], record["seed"]) for record in records] == [
-        (method, seed) for method in ("head", "lora", "full") for seed in (0, 0, 1)
+        (method, seed) for method in ("head", "lora", "lora-all", "full") for seed in (0, 0, 1)
     ]
-    head, lora, full = records[::3]
+    head, lora, every, full = records[::3]
     assert head["trained"] == 8 * 3 + 3
     assert lora["trained"] == head["trained"] + 2 * 2 * (8 + 8)
+    assert every["trained"] > lora["trained"]
     assert full["trained"] == full["parameters"]
     assert head["parameters"] == full["parameters"]
     assert head["optimizer_bytes"] < lora["optimizer_bytes"] < full["optimizer_bytes"]
-    assert capsys.readouterr().out.count("(3 seeds)") == 3
+    assert capsys.readouterr().out.count("(3 seeds)") == 4
     losses = [[record["training_loss"] for record in records[i::3]] for i in range(3)]
     assert losses[0] == losses[1] != losses[2]
 

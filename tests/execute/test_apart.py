@@ -13,6 +13,7 @@ import lojax
 from lojax.execute.apart import apart
 
 M, N, R = 12, 16, 3
+ANYWHERE = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * 3)
 
 
 def siblings(params, x):
@@ -79,6 +80,7 @@ def test_the_update_branches_off_before_a_constraint():
     model, frozen, lora = started(f, x)
     program = jax.make_jaxpr(model.apply)(frozen, lora, x).jaxpr
     made = {v: eqn.primitive.name for eqn in program.eqns for v in eqn.outvars}
+    taken = {v: eqn.invars[0] for eqn in program.eqns for v in eqn.outvars}
     meets = {
         "update" if eqn.invars[1].aval.shape == (M, R) else "frozen": made[eqn.invars[0]]
         for eqn in program.eqns
@@ -88,13 +90,35 @@ def test_the_update_branches_off_before_a_constraint():
     assert meets == {"frozen": "sharding_constraint", "update": "custom_jvp_call"}
     called = [eqn.invars for eqn in program.eqns if eqn.primitive.name == "custom_jvp_call"]
     (before,) = [invars[0] for invars in called if len(invars) == 1]
-    assert made[before] == "tanh"
+    assert made[before] == "sharding_constraint" and made[taken[before]] == "tanh"
+    assert [str(eqn.params["sharding"].spec) for eqn in program.eqns if before in eqn.outvars] == [str(ANYWHERE)]
     loss = lambda apply, t, x: (apply(t, x) ** 2).mean()
     ours = jax.value_and_grad(lambda t, x: loss(lambda t, x: model.apply(frozen, t, x), t, x), argnums=(0, 1))
     merged = jax.value_and_grad(lambda x: loss(f, model.merge(frozen, lora), x))
     (got, (_, dx)), (want, want_dx) = jax.jit(ours)(lora, x), merged(x)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(dx, want_dx, rtol=1e-4, atol=1e-6)
+
+
+def test_no_chip_does_the_work_of_another():
+    """Positions lie over ``tensor`` and are gathered for the frozen product alone: dA is summed over shards."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    over = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    batch, positions, width, rank = 4, 64, 128, 32
+
+    def f(params, x):
+        y = jax.lax.with_sharding_constraint(jnp.tanh(x), over("data"))
+        w = jax.lax.with_sharding_constraint(params["w"], over(None, "tensor"))
+        return (jax.lax.with_sharding_constraint(y @ w, over("data", None, "tensor")) ** 2).sum()
+
+    params = {"w": jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=over(None, "tensor"))}
+    x = jax.ShapeDtypeStruct((batch, positions, width), jnp.float32, sharding=over("data", "tensor"))
+    model = lojax.wrap(f, "w", rank=rank, strict=True, execution="factored")
+    lora = jax.eval_shape(model.init, jax.random.key(0), params, x)[1]
+    gradient = jax.jit(jax.value_and_grad(lambda lora, frozen, x: model.apply(frozen, lora, x)))
+    found = gradient.lower(lora, params, x).compile().cost_analysis()["flops"] * mesh.size
+    products = 2 * batch * positions * width * (width + 5 * rank)  # x W, then x A, (x A) B, dy B^T, dA and dB
+    assert products <= found <= 1.1 * products
 
 
 def test_what_is_no_traced_float_is_passed_on():

@@ -145,7 +145,9 @@ def test_nothing_is_computed_again_that_was_kept(execution):
 
 
 @ways
-@pytest.mark.parametrize("policy", [lojax.remat.save_products(), POLICIES.dots_saveable, None], ids=str)
+@pytest.mark.parametrize(
+    "policy", [lojax.remat.save_products(), POLICIES.dots_saveable, None], ids=["ours", "dots", "none"]
+)
 def test_policies_change_no_number(execution, policy):
     params = jax.tree.map(lambda w: w.astype(jnp.float32), PARAMS)
     x = X.astype(jnp.float32)

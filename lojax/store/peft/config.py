@@ -14,9 +14,7 @@ from typing import Any
 CONFIG = "adapter_config.json"
 
 REFUSED = {
-    "use_dora": "DoRA scales each output by a magnitude",
     "lora_bias": "it adds a bias to B",
-    "trainable_token_indices": "it replaces rows of the embedding",
     "ensure_weight_tying": "it ties the adapters of tied layers",
     "layer_replication": "it repeats layers of the base",
     "alora_invocation_tokens": "the update depends on where invocation tokens stand",
@@ -34,6 +32,7 @@ HONOURED = (
     "r",
     "lora_alpha",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
     "lora_dropout",
@@ -45,6 +44,7 @@ HONOURED = (
     "layers_pattern",
     "target_parameters",
     "modules_to_save",
+    "trainable_token_indices",
     "init_lora_weights",
 )
 HARMLESS = (
@@ -104,6 +104,16 @@ class Config:
     def targets_parameter(self, name: str) -> bool:
         """Whether the config asks for an adapter on a parameter through ``target_parameters``."""
         return _matches(self["target_parameters"] or (), name)
+
+    def tokens(self, module: str) -> tuple[int, ...] | None:
+        """The rows of an embedding that train, by its torch module; None where none do.
+
+        A bare list is about the embedding that the file holds rows of: PEFT asks the model which one that is.
+        """
+        chosen = self["trainable_token_indices"]
+        if isinstance(chosen, list):
+            return tuple(chosen) or None
+        return next((tuple(rows) for name, rows in (chosen or {}).items() if rows and module.endswith(name)), None)
 
     @property
     def exchanges_experts(self) -> bool:
@@ -176,6 +186,11 @@ def check_config(fields: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name}={fields[name]!r} is no valid value.")
     if "r" not in fields:
         raise ValueError(f"{where} lacks the rank, r.")
+    if fields.get("use_dora") and fields.get("target_parameters"):
+        raise ValueError(
+            f"{where}: use_dora=True with target_parameters={fields['target_parameters']!r}; PEFT has no DoRA on "
+            "parameters. Adapt them with plain LoRA, in an adapter of their own."
+        )
     _check_patterns(fields, where)
     unknown = sorted(n for n, v in fields.items() if v and n not in (*HONOURED, *HARMLESS, *REFUSED))
     if unknown:
@@ -204,6 +219,13 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+def _is_tokens(value: Any) -> bool:
+    def is_rows(rows: Any) -> bool:
+        return isinstance(rows, list) and all(type(i) is int and i >= 0 for i in rows) and len({*rows}) == len(rows)
+
+    return value is None or is_rows(value) or (isinstance(value, dict) and all(map(is_rows, value.values())))
+
+
 _VALID = {
     "r": _is_rank,
     "lora_alpha": _is_number,
@@ -220,4 +242,6 @@ _VALID = {
     ),
     "layers_pattern": lambda v: isinstance(v, str) or _is_names(v),
     "use_rslora": lambda v: v is None or isinstance(v, bool),
+    "use_dora": lambda v: v is None or isinstance(v, bool),
+    "trainable_token_indices": _is_tokens,
 }

@@ -1,7 +1,7 @@
 """Between the factors of an adapter and the tensors of PEFT: orientation, heads, stacks, parts, experts.
 
 Letters: ``m`` in, ``n`` out, ``r`` rank, ``E`` experts. A *cell* is the update of one torch parameter in
-JAX order: ``a`` ``[*expert, *in, r]`` and ``b`` ``[*expert, r, *out]``.
+JAX order: ``a`` ``[*expert, *in, r]``, ``b`` ``[*expert, r, *out]``, and DoRA's magnitude ``[*out]``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any
 import numpy as np
 
 from lojax.adapt.adapter import Adapter
-from lojax.adapt.axes import Axes, positions
+from lojax.adapt.axes import positions
 from lojax.adapt.boxes import unbox
-from lojax.store.peft.namemap import Slot
+from lojax.store.peft import magnitudes
+from lojax.store.peft.namemap import Slot, roles
 
 RANK = "r"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The update ``scale * a @ b`` of one torch parameter."""
+    """The update ``scale * a @ b`` of one torch parameter, and its magnitude where it is a DoRA one."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -45,20 +47,6 @@ def weight_shape(adapter: Adapter) -> tuple[int, ...]:
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
     sizes = dict(zip((*stack, *ins), a, strict=False)) | dict(zip(outs, b[len(stack) + 1 :], strict=False))
     return tuple(sizes[i] for i in range(len(adapter.axes)))
-
-
-def roles(slot: Slot) -> Axes:
-    """The axes of an adapter for the leaf of ``slot``.
-
-    Raises:
-        ValueError: The map does not say, and the leaf is no matrix.
-    """
-    if slot.axes is None:
-        raise ValueError(
-            f"{slot.path} has shape {slot.shape}, and the name rule {slot.text!r} does not say which axes are in "
-            "and out. Spell them, as in kernel[in, out, out]."
-        )
-    return tuple("stack" if role == "expert" else role for role in slot.axes)  # type: ignore[return-value]
 
 
 def sizes(slot: Slot, role: str) -> tuple[int, ...]:
@@ -100,11 +88,21 @@ def cell_to_torch(slot: Slot, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     return a.transpose(0, 2, 1).reshape(experts * r, -1), b.transpose(2, 1, 0).reshape(-1, r * experts)
 
 
-def cell_from_torch(slot: Slot, a: np.ndarray, b: np.ndarray, scale: float, *, exchanged: bool = False) -> Cell:
-    """The cell of PEFT's A and B (see `torch_shapes`); their shapes are already checked."""
+def cell_from_torch(
+    slot: Slot,
+    a: np.ndarray,
+    b: np.ndarray,
+    scale: float,
+    *,
+    magnitude: np.ndarray | None = None,
+    exchanged: bool = False,
+) -> Cell:
+    """The cell of PEFT's A and B (see `torch_shapes`) and magnitude; their shapes are already checked."""
+    if magnitude is not None:
+        magnitude = magnitude.reshape(sizes(slot, "out"))
     if slot.kind == "conv":
         window = a.ndim - 2
-        return Cell(a.transpose(*range(2, window + 2), 1, 0), b.reshape(b.shape[:2]).T, scale)
+        return Cell(a.transpose(*range(2, window + 2), 1, 0), b.reshape(b.shape[:2]).T, scale, magnitude)
     experts = sizes(slot, "expert")
     count = math.prod(experts)
     r = a.shape[0] // count
@@ -114,37 +112,72 @@ def cell_from_torch(slot: Slot, a: np.ndarray, b: np.ndarray, scale: float, *, e
     )  # [E, m, r], [E, r, n]
     if exchanged:
         a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
-    return Cell(a.reshape(*experts, *sizes(slot, "in"), r), b.reshape(*experts, r, *sizes(slot, "out")), scale)
+    a, b = a.reshape(*experts, *sizes(slot, "in"), r), b.reshape(*experts, r, *sizes(slot, "out"))
+    return Cell(a, b, scale, magnitude)
 
 
-def read_cell(slot: Slot, adapter: Adapter) -> Cell:
-    """The cell of one slot out of the adapter of its leaf.
+def read_cell(slot: Slot, adapter: Adapter) -> Cell | None:
+    """The cell of one slot out of the adapter of its leaf; None where its entry of the stack has rank 0.
 
     Where the adapter has one update across modules that torch keeps apart (a fused kernel adapted as one),
-    each module gets its part of it: they share ``a`` (or ``b``).
+    each module gets its part of it: they share ``a`` (or ``b``). Ranks that differ among the experts of one torch
+    parameter become the largest of them. A magnitude that trains on an entry of rank 0 gets factors of zeros beside
+    it, of rank 1: there is no magnitude without them.
 
     Raises:
-        ValueError: The adapter's axes contradict the map's, or it is of a variant that PEFT files are not made of here.
+        ValueError: The adapter's axes contradict the map's, or its magnitude is not one that PEFT has.
     """
-    if adapter.extras:
-        raise ValueError(f"{slot.path}: the adapter holds {adapter.extras[0]}, which lojax cannot write as PEFT yet.")
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
+    if stack:
+        roles(slot)  # raises if the map says nothing of stacks
+    rank, scale, factor = _entry_settings(slot, adapter, stack)
+    if not rank and adapter.magnitude is None:
+        return None
     a, a_dims = _take(np.asarray(unbox(adapter.a)), [*stack, *ins, RANK], slot)
     b, b_dims = _take(np.asarray(unbox(adapter.b)), [*stack, RANK, *outs], slot)
+    experts = b_dims.index(RANK)
+    kept = slice(max(rank, 1))
+    a, b = a[..., kept], b[(slice(None),) * experts + (kept,)]
+    if isinstance(factor, np.ndarray):
+        b = b * factor.reshape(*factor.shape, *[1] * (b.ndim - experts)).astype(b.dtype)
+    magnitude = None
+    if adapter.magnitude is not None:
+        magnitude, _ = _take(np.asarray(unbox(adapter.magnitude)), [*stack, *outs], slot)
+        _check_magnitude(slot, adapter)
+    cell = Cell(a, b, scale, magnitude)
     if slot.axes is None:
-        return Cell(a, b, adapter.one_scale)
+        return cell
     expected = [_left(slot, "in"), _left(slot, "out")]
-    experts = _left(slot, "expert")
-    got = [[d for d in dims if d != RANK and d not in experts] for dims in (a_dims, b_dims)]
+    got = [[d for d in dims if d != RANK and d not in _left(slot, "expert")] for dims in (a_dims, b_dims)]
     if got == expected:
-        return Cell(a, b, adapter.one_scale)
-    if got == expected[::-1]:  # adapted from the other end, as a tied head is
-        k = len(experts)
-        return Cell(np.moveaxis(b, k, -1), np.moveaxis(a, -1, k), adapter.one_scale)
+        return cell
+    if got == expected[::-1] and magnitude is None:  # adapted from the other end, as a tied head is
+        return Cell(np.moveaxis(b, experts, -1), np.moveaxis(a, -1, experts), scale)
     raise ValueError(
         f"{slot.path}: the adapter has axes {adapter.axes}, the name rule {slot.text!r} says {slot.axes}. "
         "Correct the rule, or adapt the weight with axes= as the rule says."
     )
+
+
+def _entry_settings(slot: Slot, adapter: Adapter, stack: tuple[int, ...]) -> tuple[int, float, np.ndarray | float]:
+    """The rank and scale of a slot, and what each of its experts has on top of the scale."""
+    lengths = unbox(adapter.a).shape[: len(stack)]
+    at = tuple(slot.entry.get(i, slice(None)) for i in stack)
+    ranks = np.broadcast_to(np.reshape(adapter.ranks or adapter.rank, lengths if adapter.ranks else ()), lengths)[at]
+    if not isinstance(adapter.scale, tuple):
+        return int(np.max(ranks)), adapter.scale, 1.0
+    scales = np.reshape(adapter.scale, lengths)[at]
+    scale = next((float(s) for s, r in zip(np.ravel(scales), np.ravel(ranks), strict=True) if r and s), 1.0)
+    return int(np.max(ranks)), scale, scales / scale if np.ndim(scales) else 1.0
+
+
+def _check_magnitude(slot: Slot, adapter: Adapter) -> None:
+    magnitudes.check_parts(slot)
+    if slot.kind in ("experts", "experts_t"):
+        raise ValueError(
+            f"{slot.path}: the adapter is a DoRA one, and PEFT has no DoRA on parameters such as {slot.name}. "
+            "Use plain LoRA for it."
+        )
 
 
 def _left(slot: Slot, role: str) -> list[int]:
@@ -157,34 +190,59 @@ def _take(array: np.ndarray, dims: list[Any], slot: Slot) -> tuple[np.ndarray, l
     return array, [d for d in dims if d == RANK or not isinstance(slot.entry.get(d), int)]
 
 
-def assemble(cells: Sequence[tuple[Slot, Cell]], dtype: Any) -> tuple[np.ndarray, np.ndarray, float, Axes]:
-    """``a``, ``b``, scale and axes of the adapter of one leaf, from the cells of its torch parameters.
+def assemble(cells: Sequence[tuple[Slot, Cell]], dtype: Any, leaf: Any = None) -> Adapter:
+    """The adapter of one leaf, of numpy arrays, from the cells of its torch parameters.
 
-    Entries of a stack that have no cell, and ranks below the largest, are filled with zeros: no update.
-    Parts side by side along one axis become blocks, so the rank is the sum of theirs. Where scales differ
+    Each entry of a stack keeps its rank and scale: 0 where it has no cell; what is above its rank is zeros.
+    Parts side by side along one axis become blocks, so the rank is the sum of theirs; where their scales differ
     the difference goes into ``b``.
+
+    Args:
+        cells: What the file holds.
+        dtype: Of the arrays.
+        leaf: The weight; see `magnitudes.joined`.
     """
     slot = cells[0][0]
     axes = roles(slot)
-    groups: dict[tuple[Any, ...], list[tuple[Slot, Cell]]] = {}
-    for one, cell in cells:
-        key = tuple((i, e) for i, e in sorted(one.entry.items()) if isinstance(e, int))
-        groups.setdefault(key, []).append((one, cell))
-    rank = max(sum(cell.rank for _, cell in group) for group in groups.values())
     stack, ins, outs = (positions(axes, role) for role in ("stack", "in", "out"))
+    groups: dict[tuple[Any, ...], list[tuple[Slot, Cell]]] = {}  # by entry of the stack
+    for one, cell in cells:
+        groups.setdefault(tuple(one.entry.get(i) for i in stack), []).append((one, cell))
     shape = slot.shape
+    ranks, scales = np.zeros([shape[i] for i in stack], int), np.ones([shape[i] for i in stack])
+    for group in groups.values():
+        at = _index(group[0][0], stack)
+        ranks[at] = sum(cell.rank for _, cell in group)
+        scales[at] = next((cell.scale for _, cell in group if cell.scale), 0.0)
+    rank = int(np.max(ranks))
     a = np.zeros((*(shape[i] for i in (*stack, *ins)), rank), dtype)
     b = np.zeros((*(shape[i] for i in stack), rank, *(shape[i] for i in outs)), dtype)
-    scale = next((cell.scale for _, cell in cells if cell.scale), 0.0)
     for group in groups.values():
-        start = 0
+        start, scale = 0, next((cell.scale for _, cell in group if cell.scale), 0.0)
         for one, cell in group:
-            at: dict[Any, Any] = {**one.entry, RANK: slice(start, start + cell.rank)}
-            a[tuple(at.get(d, slice(None)) for d in (*stack, *ins, RANK))] = cell.a
+            within = slice(start, start + cell.rank)
+            a[(*_index(one, (*stack, *ins)), within)] = cell.a
             factor = 1.0 if cell.scale == scale else cell.scale / scale
-            b[tuple(at.get(d, slice(None)) for d in (*stack, RANK, *outs))] = cell.b * np.asarray(factor, cell.b.dtype)
+            b[(*_index(one, stack), within, *_index(one, outs))] = cell.b * np.asarray(factor, cell.b.dtype)
             start += cell.rank
-    return a, b, scale, axes
+    measured = [(one, cell.magnitude) for one, cell in cells if cell.magnitude is not None]
+    magnitude = magnitudes.joined(measured, axes, leaf, dtype) if measured else None
+    return Adapter(a, b, _common(scales, ranks), axes, magnitude=magnitude, ranks=_uneven(ranks))
+
+
+def _index(slot: Slot, axes: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(slot.entry.get(i, slice(None)) for i in axes)
+
+
+def _uneven(ranks: np.ndarray) -> tuple[int, ...] | None:
+    each = tuple(ranks.ravel().tolist())
+    return each if len(set(each)) > 1 else None
+
+
+def _common(scales: np.ndarray, ranks: np.ndarray) -> float | tuple[float, ...]:
+    """One scale where all entries with a rank share it, else one for each entry."""
+    used = set(scales[ranks > 0].tolist())
+    return used.pop() if len(used) == 1 else tuple(scales.ravel().tolist())
 
 
 # --- parameters saved in full ---

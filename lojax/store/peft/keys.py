@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from lojax.store.peft.config import Config
 from lojax.store.peft.factors import torch_shapes
@@ -17,10 +19,11 @@ WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(
     r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
+_SINGLE = re.compile(
+    r"(?P<module>.+)\.(?:(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|token_adapter\.trainable_tokens_delta)"
+)
 _REFUSED = {
-    ".lora_magnitude_vector": "DoRA magnitudes",
     ".lora_B.bias": "a bias on B (lora_bias)",
-    ".trainable_tokens_delta": "trainable tokens",
     ".lora_diag": "KaSA singular values",
 }
 
@@ -36,8 +39,17 @@ class Factor:
     nested: int
 
 
-def read_key(key: str, where: str) -> Factor | str | None:
-    """What a key is: a `Factor`, or the name of a parameter saved in full, or None where it is neither.
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A key beside the factors: ``kind`` is ``"magnitude"`` (DoRA) or ``"rows"`` (trainable tokens)."""
+
+    key: str
+    module: str
+    kind: str
+
+
+def read_key(key: str, where: str) -> Factor | Extra | str | None:
+    """What a key is: a `Factor`, an `Extra`, or the name of a parameter saved in full; None where it is none of them.
 
     Raises:
         ValueError: It belongs to a feature that lojax does not compute.
@@ -48,11 +60,35 @@ def read_key(key: str, where: str) -> Factor | str | None:
     for suffix, feature in _REFUSED.items():
         if name.endswith((suffix, suffix + ".weight")):
             raise ValueError(f"{where}: {key} holds {feature}, which lojax does not support.")
+    single = _SINGLE.fullmatch(name)
+    if single:
+        return Extra(key, single["module"], "magnitude" if single["magnitude"] else "rows")
     found = _FACTOR.fullmatch(name)
     if not found:
+        name = name.replace(".token_adapter.base_layer.", ".")
         return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
     side = found["linear"] or found["embedding"]
     return Factor(key, found["module"], side, bool(found["embedding"]), found["nested"].count(".base_layer"))
+
+
+def tied_copies(
+    read: Mapping[str, Factor | Extra | str | None],
+    tensor: Callable[[str], np.ndarray],
+    has_place: Callable[[str], bool],
+) -> set[str]:
+    """The keys of a module that the base lacks because it is tied to another: PEFT may save its token rows twice.
+
+    Args:
+        read: What each key is.
+        tensor: Reads a key.
+        has_place: Whether the base has a torch module.
+    """
+    rows = [kind for kind in read.values() if isinstance(kind, Extra) and kind.kind == "rows"]
+    known = [tensor(kind.key) for kind in rows if has_place(kind.module)]
+    lost = [kind for kind in rows if not has_place(kind.module)]
+    tied = {kind.module for kind in lost if any(np.array_equal(tensor(kind.key), value) for value in known)}
+    weights = {f"{module}.weight" for module in tied}
+    return {key for key, kind in read.items() if (kind.module in tied if isinstance(kind, Extra) else kind in weights)}
 
 
 def factor_keys(slot: Slot, nested: int = 0) -> tuple[str, str]:
@@ -61,6 +97,16 @@ def factor_keys(slot: Slot, nested: int = 0) -> tuple[str, str]:
     if slot.kind == "embedding":
         return f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
+
+
+def magnitude_key(slot: Slot) -> str:
+    """The key of DoRA's magnitude of a slot."""
+    return f"{PREFIX}{slot.module}.lora_magnitude_vector"
+
+
+def rows_key(slot: Slot) -> str:
+    """The key of the trained rows of an embedding."""
+    return f"{PREFIX}{slot.module}.token_adapter.trainable_tokens_delta"
 
 
 def is_parameter_target(slot: Slot) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lojax.adapt.axes import Axes
 from lojax.adapt.boxes import unbox
 from lojax.adapt.paths import flatten
 from lojax.store.peft.names import BIASES, Axis, NameRule, parse_rule
@@ -52,6 +53,20 @@ class Slot:
         """Whether the parameter can take an adapter."""
         free = sum(not isinstance(self.entry.get(i), int) for i in range(len(self.shape)))
         return free >= 2 and not self.is_bias and self.kind != "param"
+
+
+def roles(slot: Slot) -> Axes:
+    """The axes of an adapter for the leaf of ``slot``.
+
+    Raises:
+        ValueError: The map does not say, and the leaf is no matrix.
+    """
+    if slot.axes is None:
+        raise ValueError(
+            f"{slot.path} has shape {slot.shape}, and the name rule {slot.text!r} does not say which axes are in "
+            "and out. Spell them, as in kernel[in, out, out]."
+        )
+    return tuple("stack" if role == "expert" else role for role in slot.axes)  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from lojax.adapt.targets import nearest
 from lojax.store import safetensors
 from lojax.store.peft.config import Config, read_config
-from lojax.store.peft.keys import Factor, read_key
+from lojax.store.peft.keys import Extra, Factor, read_key, tied_copies
 from lojax.store.peft.load import weights_file
 
 BLOCK = 1 << 20
@@ -25,34 +25,58 @@ Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """A change of one torch tensor: ``w += scale * b @ a``, or its replacement.
+    """A change of one torch tensor: ``w += scale * b @ a``, with DoRA each output then scaled, or its replacement.
 
     Attributes:
         a: ``[E, r, columns]``.
         b: ``[E, rows, r]``.
         scale: The factor.
+        magnitude: DoRA's length of each output: ``[1, rows, 1]``, or ``[1, 1, columns]`` where those are the outputs.
         value: Reads the replacement, where it is one.
+        tokens: The rows that the replacement is of; None for all of them.
     """
 
     a: np.ndarray | None
     b: np.ndarray | None
     scale: float = 1.0
+    magnitude: np.ndarray | None = None
     value: Callable[[], np.ndarray] | None = None
+    tokens: tuple[int, ...] | None = None
 
     def apply(self, tensor: np.ndarray) -> None:
         """Changes ``tensor`` in place: block by block, float32 sums, one cast."""
         if self.value is not None:
-            tensor[...] = self.value().astype(tensor.dtype)
+            tensor[slice(None) if self.tokens is None else list(self.tokens)] = self.value().astype(tensor.dtype)
             return
         assert self.a is not None and self.b is not None
-        experts, rows, _ = self.b.shape
-        flat = tensor.reshape(experts, rows, -1)
-        step = max(1, BLOCK // max(flat.shape[-1], 1))
-        wide = np.promote_types(tensor.dtype, np.float32) if tensor.dtype.kind == "f" else np.dtype(np.float32)
+        flat = tensor.reshape(*self.b.shape[:2], -1)
+        gain = self._gain(flat)
+        for at in self._blocks(flat):
+            flat[at] = (self._updated(flat, at) * gain(at)).astype(tensor.dtype)
+
+    def _blocks(self, flat: np.ndarray) -> Iterator[tuple[int, slice]]:
+        experts, rows, columns = flat.shape
+        step = max(1, BLOCK // max(columns, 1))
         for e, start in itertools.product(range(experts), range(0, rows, step)):
-            at = (e, slice(start, start + step))
-            update = (self.scale * self.b[at].astype(wide)) @ self.a[e].astype(wide)
-            flat[at] = (flat[at].astype(wide) + update).astype(tensor.dtype)
+            yield e, slice(start, start + step)
+
+    def _updated(self, flat: np.ndarray, at: tuple[int, slice]) -> np.ndarray:
+        """``w + scale * b @ a`` of a block, in float32 or wider."""
+        assert self.a is not None and self.b is not None
+        wide = np.promote_types(flat.dtype, np.float32) if flat.dtype.kind == "f" else np.dtype(np.float32)
+        return flat[at].astype(wide) + (self.scale * self.b[at].astype(wide)) @ self.a[at[0]].astype(wide)
+
+    def _gain(self, flat: np.ndarray) -> Callable[[tuple[int, slice]], Any]:
+        """What DoRA multiplies a block with: the magnitude over the length, which is measured first."""
+        if self.magnitude is None:
+            return lambda at: 1.0
+        squares = np.zeros(self.magnitude.shape, np.float32)
+        over_rows = self.magnitude.shape[1:] != (flat.shape[1], 1)
+        for e, rows in self._blocks(flat):
+            block = np.square(self._updated(flat, (e, rows)))
+            squares[(e, slice(None) if over_rows else rows)] += block.sum(axis=0 if over_rows else 1, keepdims=True)
+        gain = self.magnitude.astype(np.float32) / np.sqrt(squares)
+        return lambda at: gain[at[0]] if over_rows else gain[at]
 
 
 def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[str, Patch]:
@@ -71,7 +95,11 @@ def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[s
     file = safetensors.open_file(weights_file(adapter))
     read = {key: read_key(key, str(file.path)) for key in file.entries}
     factors = {(k.module, k.nested, k.side): k for k in read.values() if isinstance(k, Factor)}
-    full = {name: key for key, name in read.items() if isinstance(name, str)}
+    owners = {name.rpartition(".")[0] for name in base}
+    tied = tied_copies(read, file.read, owners.__contains__)
+    full = {name: key for key, name in read.items() if isinstance(name, str) and key not in tied}
+    extras = [k for k in read.values() if isinstance(k, Extra) and k.key not in tied]
+    lengths = {k.module: k.key for k in extras if k.kind == "magnitude"}
     rename = _prefix({module for module, _, _ in factors} | {name.rpartition(".")[0] for name in full}, base)
     problems = [f"  unexpected: {key}" for key, name in read.items() if name is None]
     found: dict[str, Patch] = {}
@@ -79,7 +107,7 @@ def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[s
     for module, nested, _ in factors:
         levels.setdefault(module, [])
         levels[module] += [nested] if nested not in levels[module] else []
-    work = _Work(file, config, base, factors, experts)
+    work = _Work(file, config, base, factors, experts, lengths)
     work.vote(levels, rename)
     for module, depths in levels.items():
         problems += work.place(module, rename(module), sorted(depths, reverse=True), found)
@@ -92,6 +120,9 @@ def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[s
             )
         elif target not in found:
             found[target] = Patch(None, None, value=functools.partial(file.read, key))
+    problems += [f"  {key} has no lora_A and lora_B beside it" for m, key in lengths.items() if m not in levels]
+    for extra in (k for k in extras if k.kind == "rows"):
+        problems += work.place_rows(extra, rename(extra.module) + ".weight", found)
     if problems:
         raise ValueError("\n".join([f"{file.path} does not fit the base:", *problems[:20]]))
     return found
@@ -117,9 +148,15 @@ class _Work:
     """The adapter file, and how its factors lie in the base's tensors."""
 
     def __init__(
-        self, file: safetensors.File, config: Config, base: Specs, factors: Mapping[Any, Factor], experts: str | None
+        self,
+        file: safetensors.File,
+        config: Config,
+        base: Specs,
+        factors: Mapping[Any, Factor],
+        experts: str | None,
+        lengths: Mapping[str, str],
     ) -> None:
-        self.file, self.config, self.base, self.factors = file, config, base, factors
+        self.file, self.config, self.base, self.factors, self.lengths = file, config, base, factors, lengths
         self.transposed = bool(config["fan_in_fan_out"])
         over_rows = experts == "in_out" or config.exchanges_experts
         self.over_rows = (False, True) if experts is None else (over_rows,)
@@ -199,7 +236,35 @@ class _Work:
         turned = embedding or (len(shape) == 2 and straight[::-1] == shape and (straight != shape or self.transposed))
         if b.shape[1] != rank or (straight[::-1] if turned else straight) != shape:
             return [f"  {module}: lora_B @ lora_A is {straight}, {name} is {shape}"]
-        found[name] = Patch(b.T[None], a.T[None], scale) if turned else Patch(a[None], b[None], scale)
+        outs = len(b)
+        use_dora = bool(self.config["use_dora"])
+        if (module in self.lengths) != use_dora:
+            has = "a" if module in self.lengths else "no"
+            return [f"  {module} has {has} lora_magnitude_vector, adapter_config.json says use_dora={use_dora}"]
+        magnitude = self.file.read(self.lengths[module]) if module in self.lengths else None
+        if magnitude is not None and magnitude.size != outs:
+            return [f"  {self.lengths[module]} has {magnitude.size} entries, {name} {outs} outputs"]
+        magnitude = None if magnitude is None else magnitude.reshape((1, 1, outs) if turned else (1, outs, 1))
+        a, b = (b.T, a.T) if turned else (a, b)
+        found[name] = Patch(a[None], b[None], scale, magnitude)
+        return []
+
+    def place_rows(self, extra: Extra, name: str, found: dict[str, Patch]) -> list[str]:
+        """Adds the patch of trained token rows; returns why there is no place."""
+        tokens, shape = self.config.tokens(extra.module), self.base.get(name, (None, ()))[1]
+        if not tokens:
+            return [f"  {extra.key}: adapter_config.json names no trainable_token_indices for {extra.module}"]
+        rows = self.file.entries[extra.key].shape
+        if len(shape) != 2 or rows != (len(tokens), shape[1]) or max(tokens) >= shape[0]:
+            return [f"  {extra.key} {rows}: rows {list(tokens)} have no place, {name} is {shape or 'missing'}"]
+        read = functools.partial(self.file.read, extra.key)
+        if name not in found:
+            found[name] = Patch(None, None, value=read, tokens=tokens)
+            return []
+        whole = found[name].value
+        if whole is None:
+            return [f"  {extra.key}: {name} has an adapter too, which PEFT does not allow"]
+        found[name] = Patch(None, None, value=lambda: _overlaid(whole(), read(), tokens))
         return []
 
     def fits(self, name: str, pair: Any, over_rows: bool) -> bool:
@@ -220,3 +285,10 @@ class _Work:
         a, b = a.reshape(count, rank, -1), b.reshape(-1, rank, count).transpose(2, 0, 1)
         pair = (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if over_rows else (a, b)
         return Patch(*pair, self.config.scale(name, rank))
+
+
+def _overlaid(whole: np.ndarray, rows: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
+    """``whole`` with other rows: PEFT saves an embedding that was resized beside the rows that train."""
+    whole = whole.copy()
+    whole[list(tokens)] = rows.astype(whole.dtype)
+    return whole

@@ -19,11 +19,19 @@ from lojax.adapt.paths import flatten
 from lojax.adapt.tree import check_pair
 from lojax.store import safetensors
 from lojax.store.directory import refuse_existing, whole_directory
-from lojax.store.peft import factors
+from lojax.store.peft import factors, magnitudes, tokens
 from lojax.store.peft.config import CONFIG, Config, check_config
 from lojax.store.peft.factors import Cell
 from lojax.store.peft.families import name_map as find_map
-from lojax.store.peft.keys import PREFIX, WEIGHTS, factor_keys, is_parameter_target, parameter_key
+from lojax.store.peft.keys import (
+    PREFIX,
+    WEIGHTS,
+    factor_keys,
+    is_parameter_target,
+    magnitude_key,
+    parameter_key,
+    rows_key,
+)
 from lojax.store.peft.namemap import NameMap, Slot, Table
 
 
@@ -45,8 +53,9 @@ def save(
     Args:
         path: The directory to make.
         lora: Adapters and parameters trained in full.
-        frozen: The tree beside it; shapes are enough, except where a module is only partly trained in full. None:
-            ``lora`` alone, and then ``target_modules`` are spelled out in full.
+        frozen: The tree beside it; shapes are enough, except where a module is only partly trained in full, and for
+            an embedding of which token rows train. None: ``lora`` alone, and then ``target_modules`` are spelled out
+            in full.
         name_map: A `NameMap`, or the name of a ready one (see `name_maps`).
         base_model_name_or_path: Where PEFT finds the base.
         task_type: PEFT's task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``.
@@ -63,19 +72,23 @@ def save(
     refuse_existing(target, overwrite=overwrite)
     if frozen is not None:
         check_pair(frozen, lora)
-    table = find_map(name_map).table(_joined(frozen, lora))
+    joined = _joined(frozen, lora)
+    table = find_map(name_map).table(joined)
     trained = {p: leaf for p, leaf in flatten(lora).items() if leaf is not None}
-    _check_mapped(table, trained)
+    _check_mapped(table, trained, joined)
     slots = table.by_path()
-    cells = {s.name: (s, factors.read_cell(s, x)) for p, x in trained.items() if is_adapter(x) for s in slots[p]}
+    cells = _cells(trained, slots, _leaves(frozen))
     full = {s.name: s for p, x in trained.items() if not is_adapter(x) for s in slots[p]}
+    rows = [(slots[p][0], x) for p, x in trained.items() if is_adapter(x) and x.rows is not None]
     tensors = _factor_tensors(cells)
+    tensors |= {rows_key(slot): tokens.to_torch(slot, x, _leaves(frozen).get(slot.path)) for slot, x in rows}
     leaves = {p: trained.get(p, leaf) for p, leaf in _leaves(frozen).items()} | trained
     saved, modules = _whole_modules(table, full, climb=frozen is not None)
     for slot in saved.values():
         tensors[_full_key(slot, cells)] = factors.full_to_torch(slot, _concrete(slot, leaves))
     fields = dict(config.fields if isinstance(config, Config) else config or {})
     fields |= _fields(table, cells, full, modules, trained, use_rslora=bool(fields.get("use_rslora")))
+    fields["trainable_token_indices"] = {slot.module: list(x.tokens) for slot, x in rows} or None
     fields |= {"base_model_name_or_path": base_model_name_or_path or fields.get("base_model_name_or_path")}
     fields |= {"task_type": task_type or fields.get("task_type")}
     if Config(fields).exchanges_experts:
@@ -84,6 +97,29 @@ def save(
     with whole_directory(target, overwrite=overwrite) as fresh:
         safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _cells(
+    trained: Mapping[str, Any], slots: Mapping[str, Sequence[Slot]], frozen: Mapping[str, Any]
+) -> dict[str, tuple[Slot, Cell]]:
+    """The update of each torch parameter that has one, by name."""
+    adapters = {p: x for p, x in trained.items() if is_adapter(x) and x.a is not None}
+    if not adapters:
+        raise ValueError(
+            f"lora holds no low-rank update, only {', '.join(list(trained)[:3])} trained otherwise: PEFT loads no LoRA "
+            "without one. Adapt some weight, or save the parameters themselves."
+        )
+    magnitudes.check_alike(adapters)
+    read = ((slot, factors.read_cell(slot, x)) for path, x in adapters.items() for slot in slots[path])
+    found = {slot.name: (slot, cell) for slot, cell in read if cell is not None}
+    return {name: (slot, cell) for name, (slot, cell) in found.items() if not _is_idle(slot, cell, frozen)}
+
+
+def _is_idle(slot: Slot, cell: Cell, frozen: Mapping[str, Any]) -> bool:
+    """Whether a cell is nothing but the lengths of the base: a layer that no DoRA adapter is on."""
+    if cell.magnitude is None or cell.a.any() or cell.b.any():
+        return False
+    return magnitudes.is_of_base(slot, cell.magnitude, frozen.get(slot.path))
 
 
 def _leaves(frozen: Any) -> dict[str, Any]:
@@ -101,24 +137,25 @@ def _joined(frozen: Any, lora: Any) -> dict[str, Any]:
     """Every leaf's shape, by path."""
     joined: dict[str, Any] = {}
     for path, leaf in flatten(lora).items():
-        joined[path] = _Shape(factors.weight_shape(leaf)) if is_adapter(leaf) else leaf
+        if not is_adapter(leaf):
+            joined[path] = leaf
+        elif leaf.a is not None:
+            joined[path] = _Shape(factors.weight_shape(leaf))
+        elif frozen is None:
+            raise ValueError(f"{path}: PEFT stores whole token rows, not what was added to them; pass frozen.")
     return joined | _leaves(frozen)
 
 
-def _check_mapped(table: Table, trained: Mapping[str, Any]) -> None:
+def _check_mapped(table: Table, trained: Mapping[str, Any], joined: Mapping[str, Any]) -> None:
     if not trained:
         raise ValueError("lora holds nothing that trains: there is no adapter to save.")
     lost = [path for path in trained if path in set(table.unmapped)]
     if lost:
-        listed = "".join(f"\n  {path} {_shape_of(trained[path])}" for path in lost)
+        listed = "".join(f"\n  {path} {tuple(unbox(joined[path]).shape)}" for path in lost)
         raise ValueError(
             f"The name map has no rule for {len(lost)} of the {len(trained)} trained leaves, so nothing was written:"
             f"{listed}\nAdd rules: name_map | NameMap.parse('jax/path/{{i}}/kernel <-> torch.name.{{i}}')."
         )
-
-
-def _shape_of(leaf: Any) -> tuple[int, ...]:
-    return factors.weight_shape(leaf) if is_adapter(leaf) else tuple(unbox(leaf).shape)
 
 
 def _factor_tensors(cells: Mapping[str, tuple[Slot, Cell]]) -> dict[str, np.ndarray]:
@@ -133,6 +170,9 @@ def _factor_tensors(cells: Mapping[str, tuple[Slot, Cell]]) -> dict[str, np.ndar
                 raise ValueError(f"{slot.path} and {cells[names[-1]][0].path} are one torch module, {slot.module}.")
             key_a, key_b = factor_keys(slot, depth)
             tensors[key_a], tensors[key_b] = factors.cell_to_torch(slot, cell)
+            if cell.magnitude is not None:
+                shape = magnitudes.torch_shape(slot, cell.magnitude.shape)
+                tensors[magnitude_key(slot)] = cell.magnitude.reshape(shape)
     return tensors
 
 
@@ -186,7 +226,7 @@ def _fields(
         settings[parameter_key(slot)] = (cell.rank, int(alpha) if alpha == int(alpha) else alpha)
     common = collections.Counter(settings.values()).most_common(1)
     rank, alpha = common[0][0] if common else (8, 8)
-    drops = {x.dropout for x in trained.values() if isinstance(x, Adapter)}
+    drops = {x.dropout for x in trained.values() if isinstance(x, Adapter) and x.a is not None}
     if len(drops) > 1:
         raise ValueError(f"PEFT has one lora_dropout for all adapters; these have {sorted(drops)}.")
     adapted = [slot for slot, _ in cells.values()]
@@ -195,6 +235,7 @@ def _fields(
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
+        "use_dora": any(cell.magnitude is not None for _, cell in cells.values()),
         "rank_pattern": {_pattern(key): r for key, (r, _) in settings.items() if r != rank},
         "alpha_pattern": {_pattern(key): a for key, (_, a) in settings.items() if a != alpha},
         "lora_dropout": drops.pop() if drops else 0.0,

@@ -210,10 +210,18 @@ EXPERTS = Layout(
     _moe,
 )
 ROWS = [
-    *((case, name, layout) for case in ("linear", "patterns", "some_layers") for name, layout in LAYOUTS.items()),
+    *(
+        (case, name, layout)
+        for case in ("linear", "patterns", "some_layers", "dora")
+        for name, layout in LAYOUTS.items()
+    ),
     ("conv1d", "conv1d", CONV1D),
     ("embedding", "embedding", EMBEDDING),
     ("conv2d", "conv2d", CONV2D),
+    ("dora_conv1d", "conv1d", CONV1D),
+    ("dora_embedding", "embedding", EMBEDDING),
+    ("dora_conv2d", "conv2d", CONV2D),
+    ("tokens", "embedding", EMBEDDING),
     ("experts", "experts", EXPERTS),
 ]
 """Golden adapter, layout name, layout."""

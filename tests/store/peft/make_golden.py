@@ -1,10 +1,11 @@
-"""Writes the golden adapters beside this file with real PEFT: ``python tests/store/peft/make_golden.py``.
+"""Writes the golden adapters beside this file with real PEFT: ``python tests/store/peft/make_golden.py [case ...]``.
 
 Each directory holds what `PeftModel.save_pretrained` wrote for a tiny torch net, and ``golden.safetensors``
 with the base weights, an input ``x``, and the adapted output ``y``. Needs torch, transformers and peft.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -35,5 +36,5 @@ def make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in CASES:
+    for name in sys.argv[1:] or CASES:
         make(name)

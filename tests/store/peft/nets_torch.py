@@ -112,6 +112,19 @@ CASES = {
         vectors,
         {"r": 2, "lora_alpha": 2, "target_modules": ["q", "o"], "exclude_modules": ["layers.0.o"], "bias": "all"},
     ),
+    "dora": Case(
+        Net,
+        vectors,
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q", "v", "o"],
+            "exclude_modules": ["layers.0.v", "layers.1.o"],
+            "rank_pattern": {"layers.1.q": 3},
+            "alpha_pattern": {"layers.1.q": 5},
+            "use_dora": True,
+        },
+    ),
     "conv1d": Case(
         lambda: Net(conv1d), vectors, {"r": 2, "lora_alpha": 3, "target_modules": ["q", "v"], "fan_in_fan_out": True}
     ),
@@ -120,6 +133,26 @@ CASES = {
     ),
     "conv2d": Case(
         ConvNet, lambda: torch.randn(2, 2, 9, 9), {"r": 2, "lora_alpha": 3, "target_modules": ["wide", "point"]}
+    ),
+    "dora_conv1d": Case(
+        lambda: Net(conv1d),
+        vectors,
+        {"r": 2, "lora_alpha": 3, "target_modules": ["q", "v"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "dora_embedding": Case(
+        lambda: Net(vocabulary=9),
+        lambda: torch.randint(0, 9, (2, 4)),
+        {"r": 2, "target_modules": ["embed", "q"], "use_dora": True},
+    ),
+    "dora_conv2d": Case(
+        ConvNet,
+        lambda: torch.randn(2, 2, 9, 9),
+        {"r": 2, "lora_alpha": 3, "target_modules": ["wide", "point"], "use_dora": True},
+    ),
+    "tokens": Case(
+        lambda: Net(vocabulary=9),
+        lambda: torch.arange(8).reshape(2, 4),
+        {"r": 2, "target_modules": ["q"], "trainable_token_indices": {"embed": [7, 2]}},
     ),
     "experts": Case(
         MoeNet,

@@ -13,9 +13,19 @@ from layouts import ROWS, golden
 
 import lojax
 import lojax.peft
+from lojax.store import safetensors
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 NAMES = ("bert", "roberta", "gpt2", "llama", "mistral", "gemma", "t5", "vit", "clip")
+DORA = {"use_dora": True}
+TOKENS = {"trainable_token_indices": [5, 39, 7]}
+SETTINGS = [
+    *((name, {}) for name in NAMES),
+    *((name, DORA) for name in ("bert", "gpt2", "llama", "t5", "clip")),
+    *((name, TOKENS) for name in ("bert", "gpt2", "llama", "t5")),  # bert and gpt2 by other names; gpt2 and t5 tied
+    ("llama", DORA | TOKENS),
+]
+"""Every family as plain LoRA, and some with what else PEFT trains."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +57,7 @@ def as_transformers_flax_expects(monkeypatch):
 def inputs(kinds):
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 40, (2, 7))
+    ids[:, 1:4] = [5, 39, 7]
     ids[:, -1] = 2
     every = {
         "ids": ("input_ids", ids),
@@ -73,8 +84,8 @@ def shaken(model, torch):
     return model.eval()
 
 
-@pytest.mark.parametrize("family", NAMES)
-def test_logits_agree_both_ways(family, peers, tmp_path):
+@pytest.mark.parametrize(("family", "settings"), SETTINGS, ids=[" ".join([n, *s]) for n, s in SETTINGS])
+def test_logits_agree_both_ways(family, settings, peers, tmp_path):
     import peft
     import torch
 
@@ -98,6 +109,7 @@ def test_logits_agree_both_ways(family, peers, tmp_path):
         alpha_pattern={case.targets[-1]: 2},
         use_rslora=True,
         bias="lora_only",
+        **settings,
     )
     adapted = shaken(peft.get_peft_model(model, config), torch)
     adapted.save_pretrained(tmp_path / "theirs")
@@ -130,3 +142,25 @@ def test_what_we_write_computes_the_same_in_peft(case, name, layout, peers, tmp_
     net.load_state_dict({key: torch.tensor(value) for key, value in tensors.items()})
     model = peft.PeftModel.from_pretrained(net, tmp_path / "ours").eval()
     np.testing.assert_allclose(model(torch.tensor(x)).detach().numpy(), y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+
+
+def test_token_rows_that_peft_saved_twice_for_a_tied_head(peers, tmp_path):
+    """As it does for an embedding that was resized: the whole of it, and the same again under the head's name."""
+    import peft
+    import torch
+
+    case = peers[0].FAMILIES["gpt2"]
+    torch.manual_seed(0)
+    model = shaken(case.torch_model(), torch)
+    flax, params = case.flax_model(model)
+    del params["lm_head"]  # which is there, and not used
+    x = inputs(case.inputs)
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, **TOKENS)
+    adapted = shaken(peft.get_peft_model(model, config), torch)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    tensors = safetensors.open_file(tmp_path / "adapter_model.safetensors").entries
+    assert sum("trainable_tokens_delta" in key for key in tensors) == 2
+    expected = logits(adapted(**{key: torch.tensor(value) for key, value in x.items()})).detach().numpy()
+    lora = lojax.peft.load(tmp_path, params, "gpt2")
+    ours = jax.jit(lojax.transform(lambda params: logits(flax(**x, params=params))))(params, lora)
+    assert relative(ours, expected) < 1e-5

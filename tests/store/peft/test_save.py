@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_bits, message, trained
-from layouts import EXPERTS, LAYOUTS, ROWS, golden, shaped
+from layouts import EMBEDDING, EXPERTS, LAYOUTS, ROWS, golden, shaped
 
 import lojax
 import lojax.peft
@@ -21,11 +21,11 @@ from lojax.store import safetensors
 ALONE = [
     row
     for row in ROWS
-    if row[1] in ("flat", "heads", "torch-like") or row[0] not in ("linear", "patterns", "some_layers")
+    if row[1] in ("flat", "heads", "torch-like") or row[0] not in ("linear", "patterns", "some_layers", "dora")
 ]
 """Rows in which each leaf is one torch module."""
-SHARED = [row for row in ROWS if row[0] == "linear" and row[1] in ("fused", "scanned", "scanned fused")]
-"""Rows in which a leaf is several, all of them adapted alike."""
+SHARED = [row for row in ROWS if row[1] != "side by side" and row not in ALONE]
+"""Rows in which the entries of a leaf are several."""
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -110,6 +110,54 @@ def test_one_update_across_a_fused_kernel_becomes_one_per_module_with_a_common_a
     assert q.shape == (2, 6) and (q == v).all()
     again = lojax.peft.load(tmp_path / "out", base, layout.names)
     np.testing.assert_allclose(lojax.transform(layout.apply)(frozen, again, x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_a_rank_for_each_layer_of_a_stack_becomes_patterns(scaling, tmp_path):
+    layout = LAYOUTS["scanned"]
+    base, x = layout.base(golden("linear")[1]), golden("linear")[2]
+    rules = [
+        lojax.Rule("layers/q/kernel", rank=[1, 3], alpha=6, scaling=scaling, axes=("stack", "in", "out", "out")),
+        lojax.Rule("layers/o/kernel", rank=[0, 2], axes=("stack", "in", "in", "out")),
+    ]
+    frozen, lora = lojax.init(jax.random.key(0), base, rules)
+    lora = within_ranks(trained(lora))
+    lojax.peft.save(tmp_path / "out", lora, frozen, layout.names, config={"use_rslora": scaling == "rslora"})
+    tensors, config = read(tmp_path / "out"), lojax.peft.read_config(tmp_path / "out")
+    shapes = {key.split(".lora_A")[0][17:]: t.shape for key, t in tensors.items() if "lora_A" in key}
+    assert shapes == {"layers.0.q": (1, 6), "layers.1.q": (3, 6), "layers.1.o": (2, 6)}
+    assert [config.rank(f"layers.{i}.q") for i in (0, 1)] == [1, 3] and not config.targets("layers.0.o")
+    assert [config.scale(f"layers.{i}.q", r) for i, r in ((0, 1), (1, 3))] == pytest.approx(
+        lora["layers"]["q"]["kernel"].scale
+    )
+    again = lojax.peft.load(tmp_path / "out", base, layout.names)
+    assert again["layers"]["q"]["kernel"].ranks == (1, 3) and again["layers"]["o"]["kernel"].ranks == (0, 2)
+    expected = lojax.transform(layout.apply)(frozen, lora, x)
+    np.testing.assert_allclose(lojax.transform(layout.apply)(frozen, again, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def within_ranks(lora):
+    """``lora`` with zeros above the rank of each entry, where training leaves them."""
+
+    def cut(node):
+        if not is_adapter(node) or node.ranks is None:
+            return node
+        kept = (np.arange(node.rank) < np.array(node.ranks)[:, None]).astype(np.float32)
+        return dataclasses.replace(node, b=node.b * kept.reshape(*kept.shape, *[1] * (node.b.ndim - 2)))
+
+    return jax.tree.map(cut, lora, is_leaf=is_adapter)
+
+
+def test_experts_of_different_ranks_become_one_parameter_of_the_largest(tmp_path):
+    base, x = EXPERTS.base(golden("experts")[1]), golden("experts")[2]
+    rule = lojax.Rule("experts/up", rank=[1, 0, 2], alpha=4, axes=("stack", "in", "out"))
+    frozen, lora = lojax.init(jax.random.key(0), base, rule)
+    lora = within_ranks(trained(lora))
+    lojax.peft.save(tmp_path / "out", lora, frozen, EXPERTS.names)
+    assert read(tmp_path / "out")["base_model.model.mlp.experts.lora_A.weight"].shape == (6, 4)
+    again = lojax.peft.load(tmp_path / "out", base, EXPERTS.names)
+    expected = lojax.transform(EXPERTS.apply)(frozen, lora, x)
+    np.testing.assert_allclose(lojax.transform(EXPERTS.apply)(frozen, again, x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_from_the_other_end_is_turned_round(tmp_path):
@@ -227,19 +275,11 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@dataclasses.dataclass(frozen=True)
-class WithMagnitude(lojax.Adapter):
-    """What an adapter of another variant may look like."""
-
-    magnitude: object = None
-
-
-def test_variants_are_refused_by_name(tmp_path):
-    _, lora, *_ = loaded("linear", LAYOUTS["flat"])
-    one = lora["layers"]["0"]["q"]["kernel"]
-    lora["layers"]["0"]["q"]["kernel"] = WithMagnitude(one.a, one.b, one.scale, one.axes, magnitude=jnp.ones(6))
-    text = message(ValueError, lojax.peft.save, tmp_path / "out", lora, None, LAYOUTS["flat"].names)
-    assert "layers/0/q/kernel: the adapter holds magnitude, which lojax cannot write as PEFT yet" in text
+@pytest.mark.parametrize("train", [["head/**"], [lojax.Rule("embed/embedding", train="tokens", tokens=[1])]])
+def test_a_tree_without_a_low_rank_update_is_refused_as_peft_would(train, tmp_path):
+    frozen, lora = lojax.init(jax.random.key(0), EMBEDDING.base(golden("embedding")[1]), (), train=train)
+    text = message(ValueError, lojax.peft.save, tmp_path / "out", lora, frozen, EMBEDDING.names)
+    assert "lora holds no low-rank update, only" in text and "PEFT loads no LoRA without one. Adapt some weight" in text
 
 
 def test_an_empty_tree_is_refused(tmp_path):
