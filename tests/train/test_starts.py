@@ -103,9 +103,9 @@ def test_eva_sees_experts_heads_and_boxes():
 
 
 def test_eva_deals_ranks_to_the_inputs_that_few_directions_explain():
-    """Shares of the variance, exactly: ``s_j^2 / sum s^2``; the budget goes to the largest ones."""
-    params = {"flat": array(12, 4), "steep": array(12, 4)}
-    x = {"flat": array(400, 12), "steep": array(400, 12) * jnp.asarray(1.5 ** -np.arange(12), jnp.float32)}
+    """Shares of all the variance, that outside of the columns included; the budget goes to the largest ones."""
+    params = {"flat": array(40, 4), "steep": array(40, 4)}
+    x = {"flat": array(2000, 40), "steep": spread(2000, 40)}
     model = lojax.wrap(lambda p, x: x["flat"] @ p["flat"] + x["steep"] @ p["steep"], "*", rank=2)
     frozen, lora = model.init(jax.random.key(0), params, x)
     found = lojax.eva(model.apply, frozen, lora, [x], rho=1.5, steps=20)
