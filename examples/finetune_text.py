@@ -41,7 +41,8 @@ TARGETS = {
 HEAD = "**/classifier/**"
 
 # Full fine-tuning moves every weight and wants small steps; a head alone wants large ones. `--tune` tries
-# these on rows held out of the training rows; LEARNING_RATES is what it chose for the default task.
+# these on rows held out of the training rows; LEARNING_RATES is what it chose for the default task
+# (lora-all takes the rate of lora).
 GRID = {
     "head": (3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 2e-3, 4e-3),

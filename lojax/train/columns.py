@@ -38,7 +38,7 @@ def checked_batches(
         raise ValueError(f"{who}: steps={steps}; expected at least 1.")
     adapters = {path: x for path, x in flatten(lora).items() if is_adapter(x) and x.a is not None}
     if not adapters:
-        raise ValueError(f"{who}: lora holds no adapter.")
+        raise ValueError(f"{who}: lora holds no low-rank adapter. Pass the pair that init returned for some targets.")
     return read, adapters  # type: ignore[return-value]
 
 

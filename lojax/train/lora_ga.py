@@ -40,7 +40,7 @@ def lora_ga(
         loss: ``loss(frozen, lora, batch)``, a scalar, through `Model.apply`.
         frozen: The frozen tree.
         lora: The trained tree; only where its adapters are and their ranks matter.
-        batches: Read ``2 steps + 1`` times: a list, or what can be iterated again.
+        batches: Read ``2 steps`` times: a list, or what can be iterated again.
         gamma: Divides the start; the paper's and PEFT's 16.
         steps: Steps of subspace iteration, of two gradients each.
         key: Where the iteration starts; the result hardly depends on it.
@@ -66,14 +66,7 @@ def lora_ga(
         raise ValueError(f"lora_ga: gamma={gamma}; expected a finite number above 0.")
     batches, adapters = checked_batches("lora_ga", frozen, lora, batches, steps)
     weights = {path: unbox(leaf) for path, leaf in flatten(frozen).items() if path in adapters}
-    for path, adapter in adapters.items():
-        least = min(size(adapter.axes, weights[path].shape, role) for role in ("in", "out"))
-        if "ranks" in adapter.extras or "scale" in adapter.extras or 2 * adapter.rank > least:
-            raise ValueError(
-                f"{path}: lora_ga gives an adapter of one rank up to min(m, n) / 2 = {least // 2}; this one has "
-                f"{f'ranks {adapter.ranks}' if adapter.ranks else f'rank {adapter.rank}'}."
-            )
-
+    _check_ranks(adapters, weights)
     on = _sketches(loss, frozen, lora, batches, adapters, weights)
     image = random_columns(
         key, adapters, weights, "out", {path: 2 * adapter.rank for path, adapter in adapters.items()}
@@ -88,7 +81,8 @@ def lora_ga(
         u, s, vt = jnp.linalg.svd(image[path].mT, full_matrices=False)
         if not bool(jnp.all(jnp.isfinite(s)) & jnp.all(s[:, 0] > 0)):
             raise ValueError(
-                f"{path}: lora_ga found a gradient that is zero or not finite. Does the loss depend on it?"
+                f"{path}: lora_ga found a gradient that is zero or not finite. Leave the weight out of the targets, "
+                "or give batches and a loss that depend on it."
             )
         r, shape = adapter.rank, weights[path].shape
         c = size(adapter.axes, shape, "out") ** 0.25 / math.sqrt(gamma)
@@ -99,6 +93,18 @@ def lora_ga(
         kept[path] = without_update(weights[path], a, b, adapter.one_scale, adapter.axes)
     changed = map_paths(lambda path, leaf: rebox(leaf, kept[path]) if path in kept else leaf, frozen)
     return changed, replaced(lora, lambda path, adapter: starts[path])
+
+
+def _check_ranks(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> None:
+    """Raises unless the gradient has vectors enough for every adapter."""
+    for path, adapter in adapters.items():
+        least = min(size(adapter.axes, weights[path].shape, role) for role in ("in", "out"))
+        if "ranks" in adapter.extras or "scale" in adapter.extras or 2 * adapter.rank > least:
+            raise ValueError(
+                f"{path}: lora_ga gives an adapter of one rank up to min(m, n) / 2 = {least // 2}; this one has "
+                f"{f'ranks {adapter.ranks}' if adapter.ranks else f'rank {adapter.rank}'}. "
+                "Choose such a rank, or another start for this weight."
+            )
 
 
 def _sketches(

@@ -109,10 +109,11 @@ def test_auto_has_at_most_the_operations_of_the_best_way(tokens: int, m: int, n:
 
 
 def test_the_fused_way_reads_and_writes_less() -> None:
-    """The reason to have it, by a quarter on jaxlib 0.10 and an eighth on 0.12, with no gradient of the weight."""
+    """The reason to have it: by 23 % where XLA forms the weight once (jaxlib 0.10), by 11 % where it does so twice."""
     layer = (4096, 2048, 2048, 16)
     factored, fused, formed = (dense_cost(*layer, execution=name) for name in ("factored", "fused", "materialize"))
-    assert fused.bytes <= 0.9 * factored.bytes
+    once = fused.flops < dense_layer(*layer).flops("fused") - dense_layer(*layer).forming / 2
+    assert fused.bytes <= (0.77 if once else 0.89) * factored.bytes
     assert fused.temporaries <= 49 * MIB < 64 * MIB <= formed.temporaries
 
 
