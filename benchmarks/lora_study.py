@@ -160,7 +160,7 @@ def draw(done: Mapping[str, list[dict[str, Any]]]) -> None:
     axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
     axes.set_xlabel("rank")
     axes.set_ylabel("test accuracy (%)")
-    axes.legend(title="adapted")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(KERNELS), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(RESULTS / f"{NAME}.png", dpi=130)

@@ -218,7 +218,7 @@ STEPS = 12
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_minilm_trains_alike(method, torch, tmp_path):
+def test_minilm_trains_alike_and_its_files_go_both_ways(method, torch, tmp_path):
     import peft
     import transformers
 
@@ -243,13 +243,16 @@ def test_minilm_trains_alike(method, torch, tmp_path):
             weights = mask[..., None].to(hidden.dtype)
             return self.classifier((hidden * weights).sum(1) / weights.sum(1))
 
-    plain = Classifier().eval()  # without dropout
-    with torch.no_grad():
-        plain.classifier.weight.copy_(torch.tensor(np.asarray(params["classifier"]["kernel"]).T))
-        plain.classifier.bias.zero_()
+    def classifier() -> Any:
+        plain = Classifier().eval()  # without dropout
+        with torch.no_grad():
+            plain.classifier.weight.copy_(torch.tensor(np.asarray(params["classifier"]["kernel"]).T))
+            plain.classifier.bias.zero_()
+        return plain
+
     chosen = METHODS[method]
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
-    theirs = peft.get_peft_model(plain, peft.LoraConfig(**settings, **chosen.theirs)).eval()
+    theirs = peft.get_peft_model(classifier(), peft.LoraConfig(**settings, **chosen.theirs)).eval()
 
     run = lambda params, x: net.apply({"params": params}, *x)
     targets = ("**/query/kernel", "**/value/kernel")
@@ -265,6 +268,19 @@ def test_minilm_trains_alike(method, torch, tmp_path):
     logits = lambda model, ids, mask: model(ids, mask)
     expected = torch_losses(theirs, torch_tx(torch, trained, 0.01), STEPS, data, logits, torch)
     got, lora = jax_losses(model, frozen, lora, tx(0.01), STEPS, data)
+
+    x = data[0][:2]
+    there = lambda model: logits(model, *map(torch.tensor, x)).detach().numpy()
+    lojax.peft.save(tmp_path / "ours", lora, frozen, names, task_type=None)
+    returned = peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(there(returned), model.apply(frozen, lora, x), rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = lojax.peft.load(tmp_path / "theirs", params, names)
+    np.testing.assert_allclose(
+        model.apply(lojax.peft.freeze(params, read), read, x), there(theirs), rtol=1e-5, atol=1e-5
+    )
+    assert np.abs(there(theirs) - there(classifier())).max() > 0.1, "nothing was learned: this would prove nothing"
+
     apart = distance(model.merge(frozen, lora), names, theirs.merge_and_unload().state_dict())
     print(f"MiniLM {method}: {expected[0]:.3f} to {expected[-1]:.3f}, {compared(got, expected):.1e}, {apart:.1e}")
     assert compared(got, expected) < 1e-4

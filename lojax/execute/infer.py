@@ -21,7 +21,7 @@ from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.paths import map_paths
 from lojax.execute import products
 from lojax.execute.interpreter import Interpreter
-from lojax.execute.lowrank import LowRank
+from lojax.execute.lowrank import SIDE_BY_SIDE, LowRank
 from lojax.execute.named import RANK, Named
 from lojax.execute.products import Product
 from lojax.execute.transform import abstractly, evaluate
@@ -53,7 +53,8 @@ class Watch:
             else:
                 roles.append("out")
         if "in" in roles and "out" in roles:
-            self.sights.setdefault(probe.path, []).append(Sight(tuple(roles), flops))  # type: ignore[arg-type]
+            for path in probe.path.split(SIDE_BY_SIDE):
+                self.sights.setdefault(path, []).append(Sight(tuple(roles), flops))  # type: ignore[arg-type]
 
     def dot(
         self,

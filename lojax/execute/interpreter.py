@@ -8,6 +8,7 @@ there is no rule, or the rule finds no factored form, that one use is materializ
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -73,6 +74,7 @@ class Interpreter:
     naming: bool = True
     _draws: int = 0
     _apart: Apart = dataclasses.field(default_factory=Apart)
+    _program: Any = None
     _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
@@ -80,7 +82,8 @@ class Interpreter:
         jaxpr, consts = opened(jaxpr)
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
         dying = _last_uses(jaxpr)
-        outer, self._apart = self._apart, Apart()
+        outer = self._apart, self._program
+        self._apart, self._program = Apart(_readers(jaxpr)), jaxpr
         try:
             for eqn, dead in zip(jaxpr.eqns, dying, strict=True):
                 operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
@@ -92,7 +95,7 @@ class Interpreter:
                     env.pop(var, None)
                     self._apart.drop(var)
         finally:
-            self._apart = outer
+            self._apart, self._program = outer
         return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
 
     def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -114,6 +117,10 @@ class Interpreter:
     def apart(self, var: Any, x: Any) -> Any:
         """``x``, the value of ``var``, as the factors of all weights that meet it have it (see `apart`)."""
         return self._apart.of(var, x)
+
+    def maker(self, var: Any) -> Any:
+        """The equation of the program that made ``var``; None for an input or a literal."""
+        return next((eqn for eqn in self._program.eqns if var in eqn.outvars), None)
 
     def _redrawn(self, value: Any) -> Any:
         """``value`` with a dropout key of its own, so that no two uses of a weight drop the same."""
@@ -223,6 +230,12 @@ def _as_list(results: Any) -> list[Any]:
 
 def _where(eqn: Any) -> str:
     return "" if isinstance(eqn, str) else source_info_util.summarize(eqn.source_info)
+
+
+def _readers(jaxpr: Any) -> Counter[Any]:
+    """How many equations read each variable, the end of the program counted as one."""
+    ends = [eqn.invars for eqn in jaxpr.eqns] + [jaxpr.outvars]
+    return Counter(v for vs in ends for v in {v for v in vs if not isinstance(v, Literal)})
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:

@@ -23,7 +23,7 @@ from lojax.execute.echo import Watching
 from lojax.execute.named import RANK, Name, Named, cast, multiply
 
 SIDE_BY_SIDE = " | "
-"""What joins the paths of weights that a program concatenated."""
+"""What joins the paths of weights that a program made one of."""
 
 
 class NotFactored(Exception):
@@ -235,54 +235,6 @@ def scaled(value: LowRank, w: Any, factor: Any) -> LowRank:
 def negated(value: LowRank) -> LowRank:
     """Minus the value."""
     return scaled(value, -value.w, jnp.asarray(-1.0))
-
-
-def concatenate(values: Sequence[Any], w: Any, axis: int) -> LowRank:
-    """Weights side by side along ``axis``, some of them plain arrays.
-
-    The ranks add up: ``x @ [W1 | W2] = x @ [w1 | w2] + (x @ [a1 | a2]) @ diag(b1, b2)``. Along a stack
-    axis, the updates are stacked too, the smaller ranks padded with zeros.
-    """
-    lows = [v for v in values if isinstance(v, LowRank)]
-    if any(len(v.factors) != 2 or v.rate or v.gain is not None for v in lows) or any(v.probe for v in lows):
-        raise NotFactored("a concatenation of sums of updates, under dropout, or with DoRA")
-    along = [tuple(axis in x.dims for x in complete_units(v, axis).factors) for v in lows]
-    if len(set(along)) != 1:
-        raise NotFactored("a concatenation of an in axis with an out axis")
-    path = SIDE_BY_SIDE.join(dict.fromkeys(v.path for v in lows))
-    ranks = [v.factors[0].size(RANK) if isinstance(v, LowRank) else 0 for v in values]
-    total, stacked = (max(ranks), True) if along[0] == (True, True) else (sum(ranks), False)
-    dtype = jnp.result_type(*(x.array.dtype for v in lows for x in v.factors))
-    factors = []
-    for i in (0, 1):
-        dims = next(complete_units(v, axis).factors[i].dims for v in lows)
-        blocks, before = [], 0
-        for v, rank in zip(values, ranks, strict=True):
-            start = 0 if stacked else before
-            before += rank
-            if isinstance(v, LowRank):
-                x = cast(complete_units(v, axis).factors[i], dtype).ordered(dims)
-                blocks.append(_padded_rank(x, start, total) if along[0][i] else x.array)
-            elif along[0][i]:
-                shape = [total if d == RANK else jnp.shape(v)[d] for d in dims]  # type: ignore[call-overload]
-                blocks.append(jnp.zeros(shape, dtype))
-        position = dims.index(axis if along[0][i] else RANK)
-        factors.append(Named(jnp.concatenate(blocks, position), dims))
-    return dataclasses.replace(lows[0], w=w, factors=tuple(factors), path=path)
-
-
-def complete_units(value: LowRank, axis: int) -> LowRank:
-    """The same value; an ``axis`` of neither factor becomes one of both, a stack."""
-    if any(axis in x.dims for x in value.factors):
-        return value
-    return dataclasses.replace(value, factors=tuple(x.extended(axis, value.shape[axis]) for x in value.factors))
-
-
-def _padded_rank(x: Named, start: int, total: int) -> Any:
-    """The array of a factor with its ranks at ``start`` of ``total``, zeros elsewhere."""
-    room = [(0, 0, 0)] * x.array.ndim
-    room[x.axis(RANK)] = (start, total - start - x.size(RANK), 0)
-    return lax.pad(x.array, jnp.zeros((), x.array.dtype), room)
 
 
 def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:

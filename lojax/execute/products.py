@@ -49,21 +49,38 @@ def compute_dtype(x: Any, accumulated: Any) -> Any:
 
 
 def apply_factors(
-    x: Named, value: LowRank, out: Sequence[Name], *, precision: Any = None, dtype: Any = None, like: Any = None
+    x: Named,
+    value: LowRank,
+    out: Sequence[Name],
+    *,
+    precision: Any = None,
+    dtype: Any = None,
+    like: Any = None,
+    opaque: bool = True,
 ) -> Named:
     """``(x . first) . second`` summed over the axes of ``x`` that are not in ``out``, axes in the order ``out``.
 
-    The first factor is the one that sums away the most.
+    The first factor is the one that sums away the most. In the dtype of ``like``, where it is given; one step to remat
+    policies where ``opaque`` (see `residuals`).
     """
     first, second, gone = _ends(x, complete(value).factors, out)
     kind = compute_dtype(x.array, dtype)
-    x, first = cast(_dropped_out(x, value), kind), cast(first, kind)
+    x = _dropped_out(x, value)
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
-    inner = multiply(x, first, middle, precision=precision, dtype=dtype)
-    if value.watching:
-        inner = Named(echo(inner.array), inner.dims)
-    inner, second = cast(inner, kind), cast(second, kind)
-    return multiply(inner, second, out, precision=precision, dtype=dtype, like=like)
+
+    def meet(x_: Any, factor: Any) -> Any:
+        operands = cast(Named(x_, x.dims), kind), cast(Named(factor, first.dims), kind)
+        return multiply(*operands, middle, precision=precision, dtype=dtype).array
+
+    def spread(inner: Any, factor: Any) -> Any:
+        operands = cast(Named(inner, tuple(middle)), kind), cast(Named(factor, second.dims), kind)
+        y = multiply(*operands, out, precision=precision, dtype=dtype, like=like).array
+        return y if like is None else y.astype(like.dtype)
+
+    if opaque and not value.watching:
+        return Named(one_step(meet, spread)(x.array, first.array, second.array), tuple(out))
+    inner = meet(x.array, first.array)
+    return Named(spread(echo(inner) if value.watching else inner, second.array), tuple(out))
 
 
 def _ends(x: Named, factors: tuple[Named, ...], out: Sequence[Name]) -> tuple[Named, Named, list[Name]]:
@@ -154,9 +171,9 @@ def dot(
     flops = multiply_flops(named, Named(value.w, tuple(range(value.w.ndim))))
     extra = sum(low_rank_flops(named, term, out) for term in value.terms())
 
-    def update(x: Any, term: LowRank, like: Any) -> Any:
-        found = apply_factors(Named(x, named.dims), term, out, precision=precision, dtype=dtype, like=like)
-        return found.array.astype(like.dtype)
+    def update(x: Any, term: LowRank, like: Any, opaque: bool = False) -> Any:
+        settings = {"precision": precision, "dtype": dtype, "like": like, "opaque": opaque}
+        return apply_factors(Named(x, named.dims), term, out, **settings).array
 
     if len(value.factors) == 2 and value.key is None and value.fusible:
         work = Work(flops, extra, 2 * value.w.size * value.factors[0].size(RANK))
@@ -167,21 +184,8 @@ def dot(
     made = sum(low_rank_bytes(named, term, out, y) for term in value.terms())
     own = named if apart is None else _gained_input(Named(apart, tuple(dims)), value.gain, out)[0]
     for term in value.terms():
-        y = y + _seen_as_one_step(update, term, y)(own.array)
+        y = y + update(own.array, term, y, opaque=True)
     return Product(gained(y, gain, out), flops, extra, made)
-
-
-def _seen_as_one_step(update: Callable[..., Any], term: LowRank, like: Any) -> Callable[[Any], Any]:
-    """``update(x, term, like)`` as a function of ``x``, one step to remat policies (see `residuals`)."""
-    if term.key is not None or term.watching:  # a function with its own derivative may not close over a key
-        return lambda x: update(x, term, like)
-    dims = [factor.dims for factor in term.factors]
-
-    def on_arrays(x: Any, *arrays: Any) -> Any:
-        factors = tuple(Named(array, d) for array, d in zip(arrays, dims, strict=True))
-        return update(x, dataclasses.replace(term, factors=factors), like)
-
-    return lambda x: one_step(on_arrays)(x, *(factor.array for factor in term.factors))
 
 
 def gained(y: Any, gain: Named | None, dims: Sequence[Name]) -> Any:

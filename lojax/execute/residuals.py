@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
@@ -26,20 +27,26 @@ def named(y: Any) -> Any:
     return checkpoint_name(y, PRODUCT)
 
 
-def one_step(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, with nothing inside that a policy could keep, other than what its derivative asks for."""
+def one_step(first: Callable[[Any, Any], Any], second: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """``second(first(x, a), b)``, with nothing inside that a policy could keep but what its derivative asks for.
+
+    Args:
+        first: Linear in either argument.
+        second: Linear in either argument.
+    """
 
     @jax.custom_jvp
-    def step(*args: Any) -> Any:
-        return f(*args)
+    def step(x: Any, a: Any, b: Any) -> Any:
+        return second(first(x, a), b)
 
     @functools.partial(step.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
-        moving = {i: t for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)}
-
-        def along(moved: dict[int, Any]) -> Any:
-            return f(*(moved.get(i, x) for i, x in enumerate(primals)))
-
-        return step(*primals), jax.jvp(along, ({i: primals[i] for i in moving},), (moving,))[1]
+        x, a, b = primals
+        dx, da, db = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+        inner = [] if dx is None else [first(dx, a)]
+        inner += [] if da is None else [first(x, da)]
+        terms = [second(functools.reduce(jnp.add, inner), b)] if inner else []
+        terms += [] if db is None else [second(first(x, a), db)]
+        return step(x, a, b), functools.reduce(jnp.add, terms)
 
     return step

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lojax.execute import lowrank
+from lojax.execute import joined, lowrank
 from lojax.execute.interpreter import Interpreter, bind, rule
 from lojax.execute.lowrank import LowRank, NotFactored
 from lojax.execute.named import RANK, Named
@@ -164,7 +164,7 @@ def _split(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 @rule("concatenate")
 def _concatenate(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     w = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in operands])[0]
-    return lowrank.concatenate(operands, w, eqn.params["dimension"])
+    return joined.concatenate(operands, w, eqn.params["dimension"])
 
 
 @rule("stack")
@@ -177,7 +177,31 @@ def _stack(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
             return jnp.expand_dims(v, axis)
         return lowrank.broadcast(v, jnp.expand_dims(v.w, axis), [d + (d >= axis) for d in range(v.w.ndim)])
 
-    return lowrank.concatenate([with_unit(v) for v in operands], w, axis)
+    return joined.concatenate([with_unit(v) for v in operands], w, axis)
+
+
+@rule("select_n")
+def _select_n(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    index, *cases = operands
+    if isinstance(index, LowRank):
+        raise NotFactored("a choice by the weight")
+    axes = _varying(interp, eqn.invars[0], index)
+    few = index[tuple(slice(None) if d in axes else 0 for d in range(index.ndim))]
+
+    def pick(arrays: Any, dims: Any) -> Any:
+        return lax.select_n(jnp.broadcast_to(Named(few, axes).spread(dims), arrays[0].shape), *arrays)
+
+    w = bind(eqn, [index, *(v.w if isinstance(v, LowRank) else v for v in cases)])[0]
+    return joined.select(cases, w, axes, pick)
+
+
+def _varying(interp: Interpreter, var: Any, index: Any) -> tuple[int, ...]:
+    """The axes along which an index may vary, by the equation that made it: a broadcast varies along few."""
+    made = interp.maker(var)
+    if made is None or made.primitive.name != "broadcast_in_dim":
+        return tuple(range(index.ndim))
+    old = made.invars[0].aval.shape
+    return tuple(d for i, d in enumerate(made.params["broadcast_dimensions"]) if old[i] == index.shape[d])
 
 
 @rule("unstack")

@@ -50,17 +50,25 @@ def _without_a_machine(topology: Topology) -> Iterator[None]:
 def topology_mesh(topology: Topology, axes: Mapping[str, int]) -> Mesh:
     """A mesh of the chips of ``topology``, to lower and compile for.
 
+    An axis of the mesh takes whole axes of the torus where that can be, and parts of them elsewhere (``data=4,fsdp=16``
+    on 8 x 8 chips).
+
     Raises:
         RuntimeError: libtpu is missing, or does not know the topology.
     """
     if not has_compiler():
         raise RuntimeError(HINT)
-    from jax.experimental import topologies
+    from jax.experimental import mesh_utils, topologies
 
+    shape = tuple(axes.values())
     with _without_a_machine(topology):
         try:
             found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
-            return topologies.make_mesh(found, tuple(axes.values()), tuple(axes))
+            try:
+                chips = mesh_utils.create_device_mesh(shape, found.devices)
+            except NotImplementedError:
+                chips = mesh_utils.create_device_mesh(shape, found.devices, allow_split_physical_axes=True)
+            return Mesh(chips, tuple(axes))
         except Exception as error:  # jaxlib raises several kinds, none of them its own
             raise RuntimeError(f"libtpu does not give a mesh for {topology}: {error}") from error
 

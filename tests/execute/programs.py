@@ -217,6 +217,13 @@ PROGRAMS: dict[str, Program] = {
         "io",
         uses=2,
     ),
+    "concatenated_turned": Program(
+        lambda p, x: x @ jnp.concatenate([p["w"].T, p["v"].T], 1),
+        {"w": (6, 8), "v": (4, 8)},
+        (X,),
+        "oi",
+        uses=2,
+    ),
     "concatenated_in": Program(
         lambda p, x: x @ jnp.concatenate([p["w"], p["v"], jnp.ones((2, 6))]),
         {"w": (4, 6), "v": (2, 6)},
@@ -227,6 +234,42 @@ PROGRAMS: dict[str, Program] = {
     "stacked_layers": Program(
         lambda p, x: _scan(lambda c, w: jnp.tanh(c @ w), x, jnp.stack([p["w"], p["v"]])),
         {"w": (8, 8), "v": (8, 8)},
+        (X,),
+        "io",
+        uses=2,
+    ),
+    "chosen_by_flag": Program(
+        lambda p, x, i: x @ jnp.where(i > 0, p["w"], p["v"]),
+        {"w": (8, 6), "v": (8, 6)},
+        (X, jnp.asarray(1)),
+        "io",
+        uses=2,
+    ),
+    "chosen_from_itself": Program(
+        lambda p, x, i: x @ lax.select_n(i > 0, p["w"], p["w"]), {"w": (8, 6)}, (X, jnp.asarray(1)), "io"
+    ),
+    "chosen_columns": Program(
+        lambda p, x: x @ jnp.where(jnp.arange(6) % 2 > 0, p["w"], 0.5), {"w": (8, 6)}, (X,), "io"
+    ),
+    "chosen_rows": Program(
+        lambda p, x: x @ jnp.where((jnp.arange(8) % 3 > 0)[:, None], p["w"], p["v"]),
+        {"w": (8, 6), "v": (8, 6)},
+        (X,),
+        "io",
+        uses=2,
+    ),
+    "chosen_elements": Program(
+        lambda p, x: x @ jnp.where(jnp.arange(48).reshape(8, 6) % 5 > 0, p["w"], 0.0),
+        {"w": (8, 6)},
+        (X,),
+        "io",
+        materialized=1,
+    ),
+    "chosen_by_vmapped_cond": Program(
+        lambda p, x: jax.vmap(lambda i, x: lax.cond(i > 1, lambda: x @ p["w"], lambda: jnp.sin(x @ p["w"])))(
+            jnp.arange(5), x
+        ),
+        {"w": (8, 6)},
         (X,),
         "io",
         uses=2,

@@ -106,6 +106,16 @@ def test_against_numpy_by_hand() -> None:
     np.testing.assert_allclose(grads["w"].b, 1.5 * (x @ a).T @ g, rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["chosen_by_flag", "chosen_by_vmapped_cond"])
+def test_a_choice_between_weights_under_dora(name: str) -> None:
+    program = PROGRAMS[name]
+    model = lojax.wrap(program.f, "**", rank=2, alpha=3, variant="dora", strict=True)
+    frozen, fresh = model.init(jax.random.key(0), program.params, *program.inputs)
+    lora = jax.tree.map(lambda x: x + 0.2 * normal(*x.shape), fresh)
+    expected = program.f(lojax.merge(frozen, lora), *program.inputs)
+    assert_close(model.apply(frozen, lora, *program.inputs), expected, 5e-6)
+
+
 def _vmapped(f):
     return lambda lora: jax.vmap(f)(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), lora))
 

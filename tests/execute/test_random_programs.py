@@ -21,7 +21,6 @@ NO_FACTORED_FORM = (
     "an outer product sums no axis",
     "no axis of one factor alone is summed",
     "a sum of two adapted weights",  # the drawn cast step adds the weight to a copy of itself
-    "select_n is not linear in the weight",  # vmap over a cond's predicate: JAX selects the weight or a stopped copy
 )
 
 
