@@ -31,11 +31,12 @@ def has_compiler() -> bool:
 
 @contextlib.contextmanager
 def _without_a_machine(topology: Topology) -> Iterator[None]:
-    """The environment in which libtpu looks for no TPU and no cloud metadata."""
+    """The environment in which libtpu looks for no TPU, no cloud metadata, and no other process that uses it."""
     wanted = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{topology.chip.name}-{topology.chips}",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so several plans at once are no danger
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if before[name] is None})

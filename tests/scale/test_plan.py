@@ -90,6 +90,14 @@ def test_compiled_agrees_with_the_formulas():
     assert 1 / 3 < sure.lora.moved / guess.lora.moved < 3
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not ahead.has_compiler(), reason="libtpu is not installed")
+def test_a_mesh_axis_may_take_parts_of_the_torus():
+    mesh = ahead.topology_mesh(parse_topology("v5e:4x4"), {"data": 2, "fsdp": 8})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8}
+    assert len({tuple(chip.coords) for chip in mesh.devices.flat}) == 16
+
+
 BAD = {
     "no such chip": (["--topology", "v9:2x2", "--mesh", "fsdp=4"], "there is no chip 'v9' here; expected one of v4"),
     "no such slice": (["--topology", "v5e:4x5", "--mesh", "fsdp=20"], "v5e comes in 1x1, 2x2"),
