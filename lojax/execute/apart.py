@@ -13,7 +13,7 @@ gathered for the update has the size of the rank, and no chip does the work of a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +28,12 @@ class Apart:
     """The activations of one run of a program, by variable.
 
     Attributes:
-        readers: How many equations read a variable.
+        readers: What reads a variable.
         before: Of a variable that a sharding constraint made, the value before and the sharding.
         met: What the factors met so far.
     """
 
-    readers: Mapping[Any, int] = dataclasses.field(default_factory=dict)
+    readers: Mapping[Any, Sequence[Any]] = dataclasses.field(default_factory=dict)
     before: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     met: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Apart:
             if var in self.before:
                 self.met[var] = apart(free(*self.before[var]))
             else:  # what one equation reads has one cotangent: there is nothing to sum
-                self.met[var] = apart(x) if self.readers.get(var, 2) > 1 else x
+                self.met[var] = apart(x) if len(self.readers.get(var, (0, 0))) > 1 else x
         return self.met[var]
 
     def drop(self, var: Any) -> None:

@@ -8,7 +8,7 @@ there is no rule, or the rule finds no factored form, that one use is materializ
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -43,6 +43,8 @@ RULES: dict[str, EquationRule] = {}
 """The rule of each primitive, by its name. Filled by `rules` and `structure`."""
 PRODUCTS = ("dot_general", "gather", "conv_general_dilated", "ragged_dot_general")
 """The primitives that compute a product with the weight."""
+CARRIERS = ("convert_element_type", "reshape", "transpose", "squeeze", "copy", "name", "sharding_constraint")
+"""Primitives of one operand that move, cast or place a weight: they may run ahead of their turn."""
 
 
 def rule(*names: str) -> Callable[[EquationRule], EquationRule]:
@@ -53,6 +55,35 @@ def rule(*names: str) -> Callable[[EquationRule], EquationRule]:
         return f
 
     return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One run of one jaxpr.
+
+    Attributes:
+        jaxpr: What runs.
+        env: The values there are.
+        readers: The equations that read each variable, and the end of the program.
+        apart: The activations as the factors meet them.
+        done: The equations that ran, by id.
+        given: Updates computed ahead of their product, by the id of its equation (see `siblings`).
+    """
+
+    jaxpr: Any
+    env: dict[Any, Any]
+    readers: dict[Any, list[Any]]
+    apart: Apart
+    done: set[int] = dataclasses.field(default_factory=set)
+    given: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def read(self, var: Any) -> Any:
+        """The value of a variable or literal."""
+        return var.val if isinstance(var, Literal) else self.env[var]
+
+    def maker(self, var: Any) -> Any:
+        """The equation that makes ``var``; None for an input or a literal."""
+        return next((eqn for eqn in self.jaxpr.eqns if any(v is var for v in eqn.outvars)), None)
 
 
 @dataclasses.dataclass
@@ -72,37 +103,59 @@ class Interpreter:
     execution: str = "auto"
     uses: list[Use] | None = None
     naming: bool = True
+    frame: Frame = dataclasses.field(init=False)
     _draws: int = 0
-    _apart: Apart = dataclasses.field(default_factory=Apart)
-    _program: Any = None
     _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of ``jaxpr`` on ``values``; inputs and outputs may be `LowRank`."""
         jaxpr, consts = opened(jaxpr)
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
-        dying = _last_uses(jaxpr)
-        outer = self._apart, self._program
-        self._apart, self._program = Apart(_readers(jaxpr)), jaxpr
+        dying, readers = _last_uses(jaxpr), _readers(jaxpr)
+        outer, frame = getattr(self, "frame", None), Frame(jaxpr, env, readers, Apart(readers))
+        self.frame = frame
         try:
             for eqn, dead in zip(jaxpr.eqns, dying, strict=True):
-                operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-                stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-                with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
-                    results = self.evaluate(eqn, operands)
-                env.update(zip(eqn.outvars, results, strict=True))
+                self._advance(eqn)
                 for var in dead:
                     env.pop(var, None)
-                    self._apart.drop(var)
+                    frame.apart.drop(var)
         finally:
-            self._apart, self._program = outer
-        return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+            if outer is not None:
+                self.frame = outer
+        return [frame.read(v) for v in jaxpr.outvars]
+
+    def _advance(self, eqn: Any) -> None:
+        """Runs an equation of the current jaxpr, unless it ran already."""
+        if id(eqn) in self.frame.done:
+            return
+        self.frame.done.add(id(eqn))
+        operands = [self.frame.read(v) for v in eqn.invars]
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+            results = self.evaluate(eqn, operands)
+        self.frame.env.update(zip(eqn.outvars, results, strict=True))
+
+    def ahead(self, var: Any) -> Any:
+        """The value of ``var`` if it is low-rank, there or to be had by operations of one operand; else None."""
+        chain, root = [], var
+        while not isinstance(root, Literal) and root not in self.frame.env:
+            eqn = self.frame.maker(root)
+            if eqn is None or id(eqn) in self.frame.done or len(eqn.invars) != 1 or eqn.primitive.name not in CARRIERS:
+                return None
+            chain.append(eqn)
+            root = eqn.invars[0]
+        if not isinstance(self.frame.read(root), LowRank):
+            return None
+        for eqn in reversed(chain):
+            self._advance(eqn)
+        return self.frame.read(var)
 
     def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
         """The results of one equation."""
         if not any(isinstance(v, LowRank) for v in operands):
             if eqn.primitive.name == "sharding_constraint":
-                self._apart.placed(eqn, operands[0])
+                self.frame.apart.placed(eqn, operands[0])
             return bind(eqn, operands)
         operands = [self._redrawn(v) for v in operands]
         try:
@@ -116,11 +169,7 @@ class Interpreter:
 
     def apart(self, var: Any, x: Any) -> Any:
         """``x``, the value of ``var``, as the factors of all weights that meet it have it (see `apart`)."""
-        return self._apart.of(var, x)
-
-    def maker(self, var: Any) -> Any:
-        """The equation of the program that made ``var``; None for an input or a literal."""
-        return next((eqn for eqn in self._program.eqns if var in eqn.outvars), None)
+        return self.frame.apart.of(var, x)
 
     def _redrawn(self, value: Any) -> Any:
         """``value`` with a dropout key of its own, so that no two uses of a weight drop the same."""
@@ -232,10 +281,13 @@ def _where(eqn: Any) -> str:
     return "" if isinstance(eqn, str) else source_info_util.summarize(eqn.source_info)
 
 
-def _readers(jaxpr: Any) -> Counter[Any]:
-    """How many equations read each variable, the end of the program counted as one."""
-    ends = [eqn.invars for eqn in jaxpr.eqns] + [jaxpr.outvars]
-    return Counter(v for vs in ends for v in {v for v in vs if not isinstance(v, Literal)})
+def _readers(jaxpr: Any) -> dict[Any, list[Any]]:
+    """The equations that read each variable; the end of the program is one reader, None."""
+    found: dict[Any, list[Any]] = defaultdict(list)
+    for reader, variables in (*((eqn, eqn.invars) for eqn in jaxpr.eqns), (None, jaxpr.outvars)):
+        for v in {v for v in variables if not isinstance(v, Literal)}:
+            found[v].append(reader)
+    return found
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:

@@ -12,18 +12,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lojax.adapt.matrix import at_least_float32
 from lojax.execute import fused
-from lojax.execute.compat import varying_axes
 from lojax.execute.cost import Work, choose
 from lojax.execute.echo import echo
+from lojax.execute.factors import apply_factors, compute_dtype, dropped_out, low_rank_bytes, low_rank_flops
 from lojax.execute.lowrank import LowRank, NotFactored, complete
-from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops, sizes
-from lojax.execute.residuals import one_step
+from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,91 +39,8 @@ class Product:
     """How it was computed."""
 
 
-def compute_dtype(x: Any, accumulated: Any) -> Any:
-    """The dtype in which the factors meet ``x``: that of ``x``, but never less than 16 bits."""
-    if jnp.dtype(x.dtype).itemsize >= 2:
-        return x.dtype
-    return accumulated if accumulated is not None else jnp.bfloat16
-
-
-def apply_factors(
-    x: Named,
-    value: LowRank,
-    out: Sequence[Name],
-    *,
-    precision: Any = None,
-    dtype: Any = None,
-    like: Any = None,
-    opaque: bool = True,
-) -> Named:
-    """``(x . first) . second`` summed over the axes of ``x`` that are not in ``out``, axes in the order ``out``.
-
-    The first factor is the one that sums away the most. In the dtype of ``like``, where it is given; one step to remat
-    policies where ``opaque`` (see `residuals`).
-    """
-    first, second, gone = _ends(x, complete(value).factors, out)
-    kind = compute_dtype(x.array, dtype)
-    x = _dropped_out(x, value)
-    middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
-
-    def meet(x_: Any, factor: Any) -> Any:
-        operands = cast(Named(x_, x.dims), kind), cast(Named(factor, first.dims), kind)
-        return multiply(*operands, middle, precision=precision, dtype=dtype).array
-
-    def spread(inner: Any, factor: Any) -> Any:
-        operands = cast(Named(inner, tuple(middle)), kind), cast(Named(factor, second.dims), kind)
-        y = multiply(*operands, out, precision=precision, dtype=dtype, like=like).array
-        return y if like is None else y.astype(like.dtype)
-
-    if opaque and not value.watching:
-        return Named(one_step(meet, spread)(x.array, first.array, second.array), tuple(out))
-    inner = meet(x.array, first.array)
-    return Named(spread(echo(inner) if value.watching else inner, second.array), tuple(out))
-
-
-def _ends(x: Named, factors: tuple[Named, ...], out: Sequence[Name]) -> tuple[Named, Named, list[Name]]:
-    """The factor that meets ``x`` first, the other one, and the axes that the first product sums away."""
-    summed = [d for d in x.dims if d not in out]
-
-    def alone(i: int) -> list[Name]:
-        return [d for d in summed if d in factors[i].dims and d not in factors[1 - i].dims]
-
-    weight = [math.prod(factors[i].size(d) for d in alone(i)) for i in (0, 1)]
-    if max(weight) == 1 and not (alone(0) or alone(1)):
-        raise NotFactored("no axis of one factor alone is summed")
-    i = 0 if weight[0] >= weight[1] else 1
-    return factors[i], factors[1 - i], alone(i)
-
-
-def low_rank_flops(x: Named, value: LowRank, out: Sequence[Name]) -> int:
-    """The floating-point operations of `apply_factors`."""
-    first, second, gone = _ends(x, complete(value).factors, out)
-    length = sizes(x, first, second)
-    inner = {*x.dims, *first.dims}
-    return 2 * sum(math.prod(length[d] for d in dims) for dims in (inner, inner - {*gone} | {*second.dims}))
-
-
-def low_rank_bytes(x: Named, value: LowRank, out: Sequence[Name], y: Any) -> int:
-    """The bytes of what `apply_factors` makes for the result ``y``: the product with one factor, and the update."""
-    first, _, gone = _ends(x, complete(value).factors, out)
-    length = sizes(x, first)
-    inner = math.prod(length[d] for d in {*x.dims, *first.dims} if d not in gone)
-    return inner * jnp.dtype(compute_dtype(x.array, y.dtype)).itemsize + _bytes(y)
-
-
 def _bytes(x: Any) -> int:
     return x.size * x.dtype.itemsize
-
-
-def _dropped_out(x: Named, value: LowRank) -> Named:
-    """``x`` with dropout, where the value asks for it (Srivastava et al. 2014, inverted)."""
-    if value.key is None or not value.rate:
-        return x
-    key = value.key
-    for axis in varying_axes(x.array):  # under shard_map, a mask of its own for every shard of x
-        key = jax.random.fold_in(key, lax.axis_index(axis))
-    keep = jax.random.bernoulli(key, 1 - value.rate, x.array.shape)
-    return Named(jnp.where(keep, x.array / (1 - value.rate), jnp.zeros_like(x.array)), x.dims)
 
 
 def dot(
@@ -139,6 +54,7 @@ def dot(
     dtype: Any = None,
     execution: str = "factored",
     apart: Any = None,
+    given: Any = None,
 ) -> Product:
     """`dot_general` of an activation with an adapted weight, on either side, over any axes.
 
@@ -153,39 +69,71 @@ def dot(
         execution: ``"factored"``, ``"fused"`` or ``"auto"`` (see `cost`). A sum of updates, and one under dropout,
             is factored whatever is asked for.
         apart: ``x`` as the factors are to meet it (see `apart`); None for ``x`` itself.
+        given: The update, where it was computed with those of other weights (see `siblings`).
     """
+    met = meeting(x.ndim, value.w.ndim, dimension_numbers, weight_on_left, precision)
+    out = met.out
+    named, gain = _gained_input(Named(x, met.dims), value.gain, out)
+    settings = {"precision": met.precision, "dtype": dtype}
+    work, way = chosen(named, value, out, execution, **settings)
+
+    def update(x: Any, term: LowRank, like: Any, opaque: bool = False) -> Any:
+        return apply_factors(Named(x, met.dims), term, out, **settings, like=like, opaque=opaque).array
+
+    if way == "fused":
+        y = fused.product(named.array, value, base=base, update=update)
+        return Product(gained(y, gain, out), work.base, work.forming, _bytes(value.w), "fused")
+    y = base(value.w, named.array)
+    made = sum(low_rank_bytes(named, term, out, y) for term in value.terms())
+    own = named if apart is None else _gained_input(Named(apart, met.dims), value.gain, out)[0]
+    for term in value.terms():
+        y = y + (update(own.array, term, y, opaque=True) if given is None else given)
+    return Product(gained(y, gain, out), work.base, work.low_rank, made)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """How an activation meets a weight in a `dot_general`.
+
+    Attributes:
+        dims: The names of the activation's axes: an axis of the weight where they meet, else ``("x", i)``.
+        out: The names of the result's axes.
+        precision: Of the activation and the weight, in this order.
+    """
+
+    dims: tuple[Name, ...]
+    out: tuple[Name, ...]
+    precision: Any
+
+
+def meeting(x_ndim: int, w_ndim: int, dimension_numbers: Any, weight_on_left: bool, precision: Any) -> Meeting:
+    """The `Meeting` of operands with so many axes; arguments as in `dot`."""
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
     x_sum, w_sum = (rhs_sum, lhs_sum) if weight_on_left else (lhs_sum, rhs_sum)
     x_batch, w_batch = (rhs_batch, lhs_batch) if weight_on_left else (lhs_batch, rhs_batch)
     if not w_sum:
         raise NotFactored("an outer product sums no axis")
-    dims: list[Name] = [("x", i) for i in range(x.ndim)]
+    dims: list[Name] = [("x", i) for i in range(x_ndim)]
     for i, d in zip((*x_sum, *x_batch), (*w_sum, *w_batch), strict=True):
         dims[i] = d
-    free_w = [d for d in range(value.w.ndim) if d not in (*w_sum, *w_batch)]
+    free_w = [d for d in range(w_ndim) if d not in (*w_sum, *w_batch)]
     free_x = [d for d in dims if isinstance(d, tuple)]
     out = (*w_batch, *free_w, *free_x) if weight_on_left else (*w_batch, *free_x, *free_w)
-    if weight_on_left and isinstance(precision, tuple):
-        precision = precision[::-1]
-    named, gain = _gained_input(Named(x, tuple(dims)), value.gain, out)
-    flops = multiply_flops(named, Named(value.w, tuple(range(value.w.ndim))))
-    extra = sum(low_rank_flops(named, term, out) for term in value.terms())
+    reverse = weight_on_left and isinstance(precision, tuple)
+    return Meeting(tuple(dims), out, precision[::-1] if reverse else precision)
 
-    def update(x: Any, term: LowRank, like: Any, opaque: bool = False) -> Any:
-        settings = {"precision": precision, "dtype": dtype, "like": like, "opaque": opaque}
-        return apply_factors(Named(x, named.dims), term, out, **settings).array
 
-    if len(value.factors) == 2 and value.key is None and value.fusible:
-        work = Work(flops, extra, 2 * value.w.size * value.factors[0].size(RANK))
-        if choose(execution, work, dtypes=(value.w.dtype, x.dtype, dtype or x.dtype), precision=precision) == "fused":
-            y = fused.product(named.array, value, base=base, update=update)
-            return Product(gained(y, gain, out), flops, work.forming, _bytes(value.w), "fused")
-    y = base(value.w, named.array)
-    made = sum(low_rank_bytes(named, term, out, y) for term in value.terms())
-    own = named if apart is None else _gained_input(Named(apart, tuple(dims)), value.gain, out)[0]
-    for term in value.terms():
-        y = y + update(own.array, term, y, opaque=True)
-    return Product(gained(y, gain, out), flops, extra, made)
+def chosen(
+    x: Named, value: LowRank, out: Sequence[Name], execution: str, *, precision: Any, dtype: Any
+) -> tuple[Work, str]:
+    """The work of a product each way, and which way it takes."""
+    extra = sum(low_rank_flops(x, term, out) for term in value.terms())
+    flops = multiply_flops(x, Named(value.w, tuple(range(value.w.ndim))))
+    work = Work(flops, extra, 2 * value.w.size * value.factors[0].size(RANK))
+    if len(value.factors) > 2 or value.key is not None or not value.fusible:
+        return work, "factored"
+    dtypes = (value.w.dtype, x.array.dtype, dtype or x.array.dtype)
+    return work, choose(execution, work, dtypes=dtypes, precision=precision)
 
 
 def gained(y: Any, gain: Named | None, dims: Sequence[Name]) -> Any:
@@ -337,7 +285,7 @@ def conv(
     # The first kernel has the rank as its output features, once for each group of input features.
     first = cast(inner, kind).ordered([d if d != out_axis else RANK for d in range(value.w.ndim)])
     kernel = jnp.concatenate([first.array] * groups, axis=out_axis) if groups > 1 else first.array
-    x_kind = _dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
+    x_kind = dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
     numbers: Any = dimension_numbers
     shared = {k: options[k] for k in ("precision", "preferred_element_type")}
     middle = lax.conv_general_dilated(
@@ -419,7 +367,7 @@ def ragged_dot(
             lhs, weight, group_sizes, numbers, precision=precision, preferred_element_type=dtype
         )
 
-    dropped = _dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
+    dropped = dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
     middle = product(dropped, first, x_sum, [*w_sum, RANK], ragged)
     middle = (echo(middle) if value.watching else middle).astype(kind)
     moved = ragged - sum(d < ragged for d in x_sum)

@@ -10,7 +10,7 @@ operations. The sum has a name, for policies that keep it instead (`lojax.remat`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,26 +27,41 @@ def named(y: Any) -> Any:
     return checkpoint_name(y, PRODUCT)
 
 
-def one_step(first: Callable[[Any, Any], Any], second: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """``second(first(x, a), b)``, with nothing inside that a policy could keep but what its derivative asks for.
+def one_step(
+    first: Callable[[Any, Sequence[Any]], list[Any]], second: Sequence[Callable[[Any, Any], Any]]
+) -> Callable[..., list[Any]]:
+    """``[second_i(first(x, a)_i, b_i)]``, with nothing inside for a policy to keep but what its derivative asks for.
 
     Args:
-        first: Linear in either argument.
-        second: Linear in either argument.
+        first: ``first(x, a)``, linear in x and in all of the a's together.
+        second: For each result, a function linear in either argument.
     """
 
+    def spread(inner: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+        return [f(u, v) for f, u, v in zip(second, inner, b, strict=True)]
+
     @jax.custom_jvp
-    def step(x: Any, a: Any, b: Any) -> Any:
-        return second(first(x, a), b)
+    def step(x: Any, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+        return spread(first(x, a), b)
 
     @functools.partial(step.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
-        x, a, b = primals
-        dx, da, db = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-        inner = [] if dx is None else [first(dx, a)]
-        inner += [] if da is None else [first(x, da)]
-        terms = [second(functools.reduce(jnp.add, inner), b)] if inner else []
-        terms += [] if db is None else [second(first(x, a), db)]
-        return step(x, a, b), functools.reduce(jnp.add, terms)
+        (x, a, b), (dx, da, db) = primals, tangents
+        along: list[Any] = [] if _still(dx) else [first(dx, a)]
+        if not all(map(_still, da)):
+            along.append(first(x, [jnp.zeros_like(v) if _still(d) else d for v, d in zip(a, da, strict=True)]))
+        inner, outputs = first(x, a), step(x, a, b)
+        terms: list[list[Any]] = [[] if _still(d) else [f(u, d)] for f, u, d in zip(second, inner, db, strict=True)]
+        if along:
+            sums = [functools.reduce(jnp.add, u) for u in zip(*along, strict=True)]
+            terms = [[y, *more] for y, more in zip(spread(sums, b), terms, strict=True)]
+        return outputs, [
+            functools.reduce(jnp.add, found) if found else jnp.zeros_like(y)
+            for found, y in zip(terms, outputs, strict=True)
+        ]
 
     return step
+
+
+def _still(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)

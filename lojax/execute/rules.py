@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lojax.execute import joined, lowrank
+from lojax.execute import joined, lowrank, siblings
 from lojax.execute.interpreter import Interpreter, bind, rule
 from lojax.execute.lowrank import LowRank, NotFactored
 from lojax.execute.named import RANK, Named
@@ -34,6 +34,7 @@ def _dot_general(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
         precision=p["precision"],
         dtype=p["preferred_element_type"],
         execution=interp.execution,
+        given=None if value.probe else siblings.update_of(interp, eqn, on_left, x),
         apart=None if value.probe else interp.apart(eqn.invars[on_left], x),
     )
     return interp.record(value, eqn, product)
@@ -197,7 +198,7 @@ def _select_n(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 
 def _varying(interp: Interpreter, var: Any, index: Any) -> tuple[int, ...]:
     """The axes along which an index may vary, by the equation that made it: a broadcast varies along few."""
-    made = interp.maker(var)
+    made = interp.frame.maker(var)
     if made is None or made.primitive.name != "broadcast_in_dim":
         return tuple(range(index.ndim))
     old = made.invars[0].aval.shape
