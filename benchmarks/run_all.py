@@ -20,6 +20,7 @@ COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"], *SHAPES]
 CLOCKS = [
     ["layer_cost.py"],
     ["net_cost.py"],
+    ["shared_pass.py"],
     *SHAPES,
     ["trace_compile.py"],
     ["merge_and_switch.py"],
@@ -30,6 +31,7 @@ TPU = [
     ["layer_cost.py", "--tpu", "v5e"],
     ["layer_cost.py", "--tpu", "v6e"],
     ["net_cost.py", "--tpu", "v5e"],
+    ["shared_pass.py", "--tpu", "v5e"],
     ["plan.py"],
 ]
 GPU = [["gpu.py"]]

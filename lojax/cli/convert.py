@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
+from lojax.adapt.adapter import is_adapter
+from lojax.adapt.paths import flatten
 from lojax.store import safetensors
 from lojax.store.checkpoint import read_record, restore, save
 from lojax.store.directory import refuse_existing, whole_directory
@@ -31,7 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, help="the directory to make")
     parser.add_argument("--map", required=True, help=f"a file of name rules, or one of {', '.join(name_maps())}")
     parser.add_argument(
-        "--params", type=Path, help="the JAX base, for its shapes: an orbax directory, .msgpack or .safetensors"
+        "--params",
+        type=Path,
+        help="the JAX base, for its shapes (and its numbers where token rows or DoRA need them): an orbax directory, "
+        ".msgpack or .safetensors",
     )
     parser.add_argument("--base", help="base_model_name_or_path for PEFT")
     parser.add_argument("--task", help="task_type for PEFT, such as CAUSAL_LM")
@@ -48,7 +55,13 @@ def run(args: argparse.Namespace) -> None:
         kept = read_record(args.source).metadata.get("peft_config")
         options: dict[str, Any] = {"base_model_name_or_path": args.base, "task_type": args.task}
         lora = restore(args.source)
-        frozen = None if args.params is None else freeze(shapes_of(args.params), lora)
+        rows = [path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.tokens is not None]
+        if rows and args.params is None:
+            raise ValueError(
+                f"{rows[0]} has token rows, what is added to some rows of the embedding, and PEFT stores whole rows; "
+                "pass --params with the JAX base."
+            )
+        frozen = None if args.params is None else freeze(params_of(args.params), lora)
         save_peft(args.target, lora, frozen, names, config=kept, overwrite=args.overwrite, **options)
     else:
         config = read_config(args.source)
@@ -56,14 +69,29 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(
                 "a PEFT adapter does not say how the JAX tree is laid out; pass --params with the JAX base."
             )
-        lora = load(args.source, shapes_of(args.params), names)
+        lora = load(args.source, params_of(args.params), names)
         with whole_directory(args.target, overwrite=args.overwrite) as fresh:
             save(fresh, lora, metadata={"peft_config": dict(config.fields)})
     print(f"{args.source} -> {args.target}")
 
 
-def shapes_of(path: Path) -> Any:
-    """The shapes of a parameter tree in a file.
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array in a file: its shape is known, and its numbers are read where they are needed.
+
+    They are for few leaves: an embedding with token rows of its own, a weight under DoRA.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], Any]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+def params_of(path: Path) -> Any:
+    """A parameter tree in a file, its leaves `Stored`.
 
     Args:
         path: An orbax directory, a Flax ``.msgpack``, or a ``.safetensors`` whose names are JAX paths.
@@ -75,28 +103,46 @@ def shapes_of(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.is_dir():
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _orbax_metadata(path))
+        return _orbax(path.resolve())
     if path.suffix == ".msgpack":
         tree = serialization.msgpack_restore(path.read_bytes())
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+        return jax.tree.map(lambda leaf: Stored(np.shape(leaf), leaf.dtype, lambda: leaf), tree)
     if path.suffix == ".safetensors":
-        return _nested(safetensors.open_file(path).entries)
+        file = safetensors.open_file(path)
+        return _nested({name: _of_file(file, name) for name in file.entries})
     raise ValueError(f"{path} is no orbax directory, .msgpack or .safetensors.")
 
 
-def _orbax_metadata(path: Path) -> Any:
+def _of_file(file: safetensors.File, name: str) -> Stored:
+    entry = file.entries[name]
+    return Stored(entry.shape, entry.dtype, lambda: file.read(name))
+
+
+def _orbax(path: Path) -> Any:
     with ocp.StandardCheckpointer() as reader:
-        found = reader.metadata(path.resolve())
+        found = reader.metadata(path)
     found = getattr(found, "item_metadata", found)
-    return getattr(found, "tree", found)
+    tree = getattr(found, "tree", found)
+
+    @functools.cache
+    def restored() -> list[Any]:
+        """All of it, read once and only if something is needed: on the host, whatever devices wrote it."""
+        shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+        with ocp.StandardCheckpointer() as reader:
+            return jax.tree.leaves(reader.restore(path, shapes))
+
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(
+        Stored(leaf.shape, leaf.dtype, lambda i=i: restored()[i]) for i, leaf in enumerate(leaves)
+    )
 
 
-def _nested(entries: Mapping[str, safetensors.Entry]) -> dict[str, Any]:
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for name, entry in entries.items():
+    for name, leaf in leaves.items():
         *parents, last = name.replace(".", "/").split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+        node[last] = leaf
     return tree

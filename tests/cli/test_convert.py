@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -18,20 +19,24 @@ from lojax.store import safetensors
 from lojax.store.checkpoint import restore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store" / "peft"))
-from layouts import LAYOUTS, golden
+from layouts import EMBEDDING, LAYOUTS, golden
 
 LAYOUT = LAYOUTS["heads"]
 
 
-@pytest.fixture
-def rules(tmp_path):
+def rules_file(layout: Any, tmp_path: Path) -> str:
     path = tmp_path / "rules.txt"
-    path.write_text("\n".join(rule.text for rule in LAYOUT.names.rules))
+    path.write_text("\n".join(rule.text for rule in layout.names.rules))
     return str(path)
 
 
-def params_file(kind: str, tmp_path: Path) -> str:
-    base = LAYOUT.base(golden("patterns")[1])
+@pytest.fixture
+def rules(tmp_path):
+    return rules_file(LAYOUT, tmp_path)
+
+
+def params_file(kind: str, tmp_path: Path, layout: Any = LAYOUT, case: str = "patterns") -> str:
+    base = layout.base(golden(case)[1])
     if kind == "orbax":
         with ocp.StandardCheckpointer() as writer:
             writer.save(tmp_path / "params", base)
@@ -61,6 +66,31 @@ def test_there_and_back(kind, rules, tmp_path, capsys):
     assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "SEQ_CLS")
     assert config["auto_mapping"]["base_model_class"] == "Net", "fields lojax does not know are kept on the way"
     assert config["use_rslora"] is True and config["r"] == 2
+
+
+@pytest.mark.parametrize("kind", ["orbax", "msgpack", "safetensors"])
+@pytest.mark.parametrize(("case", "layout"), [("tokens", EMBEDDING), ("dora_embedding", EMBEDDING)])
+def test_what_needs_numbers_of_the_base_gets_them_from_params(case, layout, kind, tmp_path):
+    """PEFT has whole token rows, an adapter what is added to those of the base."""
+    source, tensors, *_ = golden(case)
+    options = ["--map", rules_file(layout, tmp_path), "--params", params_file(kind, tmp_path, layout, case)]
+    assert main(["convert", str(source), str(tmp_path / "ours"), *options]) == 0
+    expected = lojax.peft.load(source, layout.base(tensors), layout.names)
+    assert_same_bits(restore(tmp_path / "ours"), expected)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), *options]) == 0
+    one, other = (safetensors.open_file(path / "adapter_model.safetensors") for path in (source, tmp_path / "theirs"))
+    assert one.entries.keys() == other.entries.keys()
+    for key in one.entries:
+        np.testing.assert_allclose(one.read(key), other.read(key), rtol=1e-6, atol=1e-6)
+
+
+def test_token_rows_without_params_say_what_to_do(tmp_path, capsys):
+    rules, params = rules_file(EMBEDDING, tmp_path), params_file("safetensors", tmp_path, EMBEDDING, "tokens")
+    main(["convert", str(golden("tokens")[0]), str(tmp_path / "ours"), "--map", rules, "--params", params])
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--map", rules]) == 1
+    error = capsys.readouterr().err
+    assert "embed/embedding has token rows" in error and "pass --params with the JAX base" in error
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_without_params_the_way_back_still_works(rules, tmp_path):

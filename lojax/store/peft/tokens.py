@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,4 +72,8 @@ def _rows(slot: Slot, tokens: Sequence[int], leaf: Any, why: str) -> np.ndarray:
     if not hasattr(table, "__array__"):
         raise ValueError(f"{slot.path}: {why}; pass the array of the embedding, not its shape.")
     axis = positions(roles(slot), "in")[0]
-    return np.moveaxis(np.asarray(jnp.take(table, jnp.array(tokens), axis=axis), np.float32), axis, 0)
+    if isinstance(table, jax.Array):
+        rows = jnp.take(table, jnp.array(tokens), axis=axis)
+    else:
+        rows = np.take(np.asarray(table), tokens, axis=axis)
+    return np.moveaxis(np.asarray(rows, np.float32), axis, 0)
