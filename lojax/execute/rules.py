@@ -110,7 +110,12 @@ def _squeeze(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 def _broadcast_in_dim(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     value, *lengths = operands
     w = bind(eqn, [value.w, *lengths])[0]
-    return lowrank.broadcast(value, w, eqn.params["broadcast_dimensions"])
+    return lowrank.broadcast(value, w, _dimensions(eqn))
+
+
+def _dimensions(eqn: Any) -> tuple[int, ...]:
+    """Where each axis of a broadcast goes. JAX may say so in NumPy's integers, which do not compare with tuples."""
+    return tuple(int(d) for d in eqn.params["broadcast_dimensions"])
 
 
 @rule("slice")
@@ -202,7 +207,7 @@ def _varying(interp: Interpreter, var: Any, index: Any) -> tuple[int, ...]:
     if made is None or made.primitive.name != "broadcast_in_dim":
         return tuple(range(index.ndim))
     old = made.invars[0].aval.shape
-    return tuple(d for i, d in enumerate(made.params["broadcast_dimensions"]) if old[i] == index.shape[d])
+    return tuple(d for i, d in enumerate(_dimensions(made)) if old[i] == index.shape[d])
 
 
 @rule("unstack")

@@ -274,6 +274,21 @@ PROGRAMS: dict[str, Program] = {
         "io",
         uses=2,
     ),
+    "summed_whole_by_vmapped_cond": Program(
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(
+                x.sum() > 0,
+                lambda x, w: jnp.einsum("xab,ab->x", x, w),
+                lambda x, w: 2.0 * jnp.einsum("xab,ab->x", x, w),
+                x,
+                p["w"],
+            )
+        )(normal(2, 3, 8, 6)),
+        {"w": (8, 6)},
+        (X,),
+        "io",
+        uses=2,
+    ),
     # structure
     "jit": Program(lambda p, x: jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x), {"w": (8, 8)}, (X,), "io"),
     "jit_returns_weight": Program(lambda p, x: x @ jax.jit(lambda w: w.T * 2)(p["w"]), {"w": (6, 8)}, (X,), "oi"),
