@@ -33,7 +33,7 @@ class Apart:
         met: What the factors met so far.
     """
 
-    readers: Mapping[Any, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    readers: Mapping[Any, Sequence[Any]]
     before: dict[Any, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     met: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Apart:
             if var in self.before:
                 self.met[var] = apart(free(*self.before[var]))
             else:  # what one equation reads has one cotangent: there is nothing to sum
-                self.met[var] = apart(x) if len(self.readers.get(var, (0, 0))) > 1 else x
+                self.met[var] = apart(x) if len(self.readers[var]) > 1 else x
         return self.met[var]
 
     def drop(self, var: Any) -> None:
