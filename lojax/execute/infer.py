@@ -83,11 +83,12 @@ class Watch:
         base: Any,
         options: dict[str, Any],
     ) -> Product | LowRank:
-        """Notes a look-up: the last axis addressed is in, others addressed are a stack."""
-        touched = sorted(dimension_numbers.start_index_map)
+        """Notes a look-up: the last axis addressed is in, others addressed and those batched are a stack."""
+        touched = sorted(products.addressed(value, dimension_numbers, slice_sizes, options["mode"]))
+        batched = sorted(dimension_numbers.operand_batching_dims)
         left = [f for f in value.factors if any(d != RANK and f.size(d) > 1 for d in f.dims)]
-        free = [f for f in left if not any(d in touched for d in f.dims)]
-        if len(free) > 1 and not dimension_numbers.operand_batching_dims:  # entries of a stack
+        free = [f for f in left if not any(d in (*touched, *batched) for d in f.dims)]
+        if len(free) > 1:  # entries of a stack
             return products.look_up(
                 value,
                 indices,
@@ -96,7 +97,7 @@ class Watch:
                 base=base,
                 options=options,
             )
-        self.see(value, touched[-1:], touched[:-1], base.size)
+        self.see(value, touched[-1:], (*touched[:-1], *batched), base.size)
         return Product(base, 0, 0, 0)
 
     def conv(

@@ -1,4 +1,4 @@
-"""Several low-rank values become one: side by side, or one of them by an index."""
+"""Low-rank values joined with other arrays: side by side, one of them by an index, scaled by channel, padded."""
 
 from __future__ import annotations
 
@@ -108,12 +108,43 @@ def select(
     )
 
 
+def scaled(value: LowRank, w: Any, by: Named) -> LowRank:
+    """The value times an array that varies along some of its axes, which goes on the factor that has them."""
+    if value.probe:
+        return value.with_w(w)
+    factors = list(value.factors)
+    for i in range(0, len(factors), 2):
+        held = i + _holder([x.dims for x in factors[i : i + 2]], by.dims)  # type: ignore[arg-type]
+        x = _extended(factors[held], [d for d in by.dims if d not in factors[held].dims], value.shape)  # type: ignore[misc]
+        factors[held] = Named(x.array * by.spread(x.dims).astype(x.array.dtype), x.dims)
+    return dataclasses.replace(value, w=w, factors=tuple(factors))
+
+
+def padded(value: LowRank, w: Any, room: Sequence[tuple[int, int, int]]) -> LowRank:
+    """The value with ``room`` (low, high, interior) along each axis, where the update is zero and the gain one."""
+    new = [d for d, amounts in enumerate(room) if any(amounts)]
+
+    def padding(x: Named, filling: float) -> Named:
+        amounts = [(0, 0, 0) if d == RANK else room[d] for d in x.dims]  # type: ignore[call-overload]
+        return Named(lax.pad(x.array, jnp.asarray(filling, x.array.dtype), amounts), x.dims)
+
+    parts: list[Named] = []
+    for i in range(0, len(value.factors), 2):
+        pair = value.factors[i : i + 2]
+        repeated = [] if value.probe else [d for d in new if not any(d in x.dims for x in pair)]
+        parts += [padding(_extended(x, repeated if x is pair[-1] else [], value.shape), 0.0) for x in pair]
+    if value.gain is not None:
+        repeated = [d for d in new if d not in value.gain.dims]
+        parts.append(padding(_extended(value.gain, repeated, value.shape), 1.0))
+    return value.with_parts(parts, w=w)
+
+
 def _holder(dims: Sequence[Sequence[Name]], axes: Sequence[int]) -> int:
-    """Which of two factors can be masked along ``axes`` without taking on an axis of the other."""
+    """Which of two factors can vary along ``axes`` without taking on an axis of the other."""
     for held in (1, 0):
         if all(d in dims[held] or d not in dims[1 - held] for d in axes):
             return held
-    raise NotFactored("a choice by element of the weight")
+    raise NotFactored("a choice or scale by element of the weight")
 
 
 def _form(value: LowRank) -> Any:

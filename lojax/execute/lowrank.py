@@ -240,7 +240,11 @@ def negated(value: LowRank) -> LowRank:
 def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:
     """The value in another shape, where no group of axes that merge or split spans two factors."""
     groups = reshape_groups(value.shape, shape)
-    return _carry(value, lax.reshape(value.w, shape), lambda x: _reshape_factor(value, x, groups, shape))
+    held = {d for x in value.factors for d in x.dims}
+    parts = [_reshape_part(value, x, groups, shape, held) for x in value.factors]
+    if value.gain is not None:  # which repeats along every axis it has not
+        parts.append(_reshape_part(value, value.gain, groups, shape, set()))
+    return value.with_parts(parts, w=lax.reshape(value.w, shape))
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -269,7 +273,10 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
     return groups
 
 
-def _reshape_factor(value: LowRank, x: Named, groups: list[tuple[list[int], list[int]]], shape: Sequence[int]) -> Named:
+def _reshape_part(
+    value: LowRank, x: Named, groups: list[tuple[list[int], list[int]]], shape: Sequence[int], held: set[Name]
+) -> Named:
+    """``x`` in the new shape. It cannot take on an axis ``held`` by another part; along any other it may repeat."""
     for left, _ in groups:  # axes of length one carry nothing
         x = x.dropped([d for d in left if d in x.dims and value.shape[d] == 1])
     order: list[Name] = [RANK] * (RANK in x.dims)
@@ -279,7 +286,7 @@ def _reshape_factor(value: LowRank, x: Named, groups: list[tuple[list[int], list
         absent = [d for d in large if d not in x.dims]
         if not large or len(absent) == len(large):
             continue
-        if absent and not value.probe:
+        if held & {*absent} and not value.probe:
             raise NotFactored("a reshape that merges in axes with out axes")
         for d in absent:
             x = x.extended(d, value.shape[d])

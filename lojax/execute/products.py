@@ -175,11 +175,11 @@ def gather(
         base: The look-up in the frozen weight.
         options: The other parameters of `jax.lax.gather`.
     """
-    touched = set(dimension_numbers.start_index_map)
+    touched = addressed(value, dimension_numbers, slice_sizes, options["mode"])
     found = look_up(
         value, indices, dimension_numbers=dimension_numbers, slice_sizes=slice_sizes, base=base, options=options
     )
-    if all(touched <= set(x.dims) for x in value.factors):  # only stack axes are addressed
+    if all(touched <= {*x.dims} for x in value.factors):  # only stack axes are addressed
         return found
     y, flops, made = base, 0, 0
     for term in found.terms():
@@ -188,6 +188,14 @@ def gather(
         flops += multiply_flops(a, b)
         made += _bytes(a.array) + _bytes(y)
     return Product(gained(y, found.gain, range(base.ndim)), 0, flops, made)
+
+
+def addressed(
+    value: LowRank, numbers: lax.GatherDimensionNumbers, slice_sizes: Sequence[int], mode: lax.GatherScatterMode
+) -> set[int]:
+    """The axes along which a look-up chooses. What is taken whole is no choice, unless it may be out of bounds."""
+    strict = mode == lax.GatherScatterMode.FILL_OR_DROP
+    return {d for d in numbers.start_index_map if strict or slice_sizes[d] != value.shape[d]}
 
 
 def look_up(
@@ -201,17 +209,18 @@ def look_up(
 ) -> LowRank:
     """The look-up itself, in each factor that has an axis it addresses. Arguments as in `gather`."""
     numbers = dimension_numbers
-    if numbers.operand_batching_dims:
-        raise NotFactored("a look-up with batched operands")
     batch: list[Name] = [("i", j) for j in range(indices.ndim - 1)]
-    kept = iter(d for d in range(value.w.ndim) if d not in numbers.collapsed_slice_dims)
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = iter(d for d in range(value.w.ndim) if d not in gone)
     spread = iter(batch)
     places: dict[Name, Name] = {
         next(kept) if position in numbers.offset_dims else next(spread): position for position in range(base.ndim)
     }
 
+    chosen = addressed(value, numbers, slice_sizes, options["mode"])
+
     def follow(x: Named) -> Named:
-        return _gather_factor(x, indices, numbers, slice_sizes, batch, options).renamed(places)
+        return _gather_factor(x, indices, numbers, chosen, slice_sizes, batch, options).renamed(places)
 
     return value.with_parts([follow(x) for x in value.parts], w=base)
 
@@ -220,19 +229,22 @@ def _gather_factor(
     x: Named,
     indices: Any,
     numbers: lax.GatherDimensionNumbers,
+    chosen: set[int],
     slice_sizes: Sequence[int],
     batch: Sequence[Name],
     options: dict[str, Any],
 ) -> Named:
     if options.get("fill_value") is not None:
         options = options | {"fill_value": 0}
-    columns = [i for i, d in enumerate(numbers.start_index_map) if d in x.dims]
-    cut = [d for d in x.dims if d != RANK and slice_sizes[d] != x.size(d)]  # type: ignore[call-overload]
+    columns = [i for i, d in enumerate(numbers.start_index_map) if d in x.dims and d in chosen]
+    paired = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    cut = [d for d in x.dims if d != RANK and d not in paired and slice_sizes[d] != x.size(d)]  # type: ignore[call-overload]
     if not columns and not cut:
-        return x
+        return x.renamed({d: batch[axis] for d, axis in paired.items()})
     x = x.ordered([*sorted(d for d in x.dims if d != RANK), *[RANK] * (RANK in x.dims)])  # type: ignore[type-var]
     collapsed = [d for d in x.dims if d in numbers.collapsed_slice_dims]
-    kept = [d for d in x.dims if d not in collapsed]
+    batched = [d for d in x.dims if d in paired]
+    kept = [d for d in x.dims if d not in (*collapsed, *batched)]
     array = lax.gather(
         x.array,
         jnp.take(indices, jnp.asarray(columns), axis=-1) if len(columns) < indices.shape[-1] else indices,
@@ -240,6 +252,8 @@ def _gather_factor(
             offset_dims=tuple(range(len(batch), len(batch) + len(kept))),
             collapsed_slice_dims=tuple(x.axis(d) for d in collapsed),
             start_index_map=tuple(x.axis(numbers.start_index_map[i]) for i in columns),
+            operand_batching_dims=tuple(x.axis(d) for d in batched),
+            start_indices_batching_dims=tuple(paired[d] for d in batched),
         ),
         slice_sizes=tuple(x.size(d) if d == RANK else slice_sizes[d] for d in x.dims),  # type: ignore[call-overload]
         **options,

@@ -96,9 +96,8 @@ def _transpose(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 
 @rule("reshape")
 def _reshape(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    if eqn.params["dimensions"] is not None:
-        raise NotFactored("a reshape that also permutes")
-    return lowrank.reshape(operands[0], eqn.params["new_sizes"])
+    value, order = operands[0], eqn.params["dimensions"]
+    return lowrank.reshape(value if order is None else lowrank.transpose(value, order), eqn.params["new_sizes"])
 
 
 @rule("squeeze")
@@ -167,6 +166,14 @@ def _split(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     return parts
 
 
+@rule("pad")
+def _pad(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, filling = operands
+    if not isinstance(value, LowRank) or isinstance(filling, LowRank):
+        raise NotFactored("padding with the weight")
+    return joined.padded(value, bind(eqn, [value.w, filling])[0], eqn.params["padding_config"])
+
+
 @rule("concatenate")
 def _concatenate(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     w = bind(eqn, [v.w if isinstance(v, LowRank) else v for v in operands])[0]
@@ -192,22 +199,28 @@ def _select_n(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     if isinstance(index, LowRank):
         raise NotFactored("a choice by the weight")
     axes = _varying(interp, eqn.invars[0], index)
-    few = index[tuple(slice(None) if d in axes else 0 for d in range(index.ndim))]
+    few = Named(_along(index, axes), axes)
 
     def pick(arrays: Any, dims: Any) -> Any:
-        return lax.select_n(jnp.broadcast_to(Named(few, axes).spread(dims), arrays[0].shape), *arrays)
+        return lax.select_n(jnp.broadcast_to(few.spread(dims), arrays[0].shape), *arrays)
 
     w = bind(eqn, [index, *(v.w if isinstance(v, LowRank) else v for v in cases)])[0]
     return joined.select(cases, w, axes, pick)
 
 
+def _along(array: Any, axes: tuple[int, ...]) -> Any:
+    """An array that repeats along all axes but ``axes``, with those alone."""
+    return array[tuple(slice(None) if d in axes else 0 for d in range(array.ndim))]
+
+
 def _varying(interp: Interpreter, var: Any, index: Any) -> tuple[int, ...]:
-    """The axes along which an index may vary, by the equation that made it: a broadcast varies along few."""
+    """The axes along which an array may vary, by the equation that made it: a broadcast varies along few."""
     made = interp.frame.maker(var)
+    axes = tuple(d for d, n in enumerate(index.shape) if n != 1)
     if made is None or made.primitive.name != "broadcast_in_dim":
-        return tuple(range(index.ndim))
+        return axes
     old = made.invars[0].aval.shape
-    return tuple(d for i, d in enumerate(_dimensions(made)) if old[i] == index.shape[d])
+    return tuple(d for i, d in enumerate(_dimensions(made)) if old[i] == index.shape[d] and d in axes)
 
 
 @rule("unstack")
@@ -232,26 +245,29 @@ def _convert(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 
 @rule("mul")
 def _mul(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    left, right = operands
-    value, factor = (left, right) if isinstance(left, LowRank) else (right, left)
-    return _scaled(eqn, value, factor, operands, jnp.asarray(factor) if not isinstance(factor, LowRank) else None)
+    on_left = isinstance(operands[0], LowRank)
+    value, factor = operands if on_left else operands[::-1]
+    if isinstance(factor, LowRank):
+        raise NotFactored("an elementwise product of two adapted weights")
+    w = bind(eqn, [value.w, factor] if on_left else [factor, value.w])[0]
+    return _scaled(interp, value, w, eqn.invars[on_left], jnp.asarray(factor))
 
 
 @rule("div")
 def _div(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     value, factor = operands
-    if not isinstance(value, LowRank):
+    if not isinstance(value, LowRank) or isinstance(factor, LowRank):
         raise NotFactored("a division by the weight")
-    return _scaled(eqn, value, factor, operands, None if isinstance(factor, LowRank) else 1 / jnp.asarray(factor))
+    return _scaled(interp, value, bind(eqn, [value.w, factor])[0], eqn.invars[1], 1 / jnp.asarray(factor))
 
 
-def _scaled(eqn: Any, value: LowRank, factor: Any, operands: list[Any], by: Any) -> LowRank:
-    if by is None:
-        raise NotFactored("an elementwise product of two adapted weights")
-    if by.size != 1:
-        raise NotFactored("an elementwise product with an array")
-    w = bind(eqn, [v.w if v is value else v for v in operands])[0]
-    return lowrank.scaled(value, w, by.reshape(()))
+def _scaled(interp: Interpreter, value: LowRank, w: Any, var: Any, by: Any) -> LowRank:
+    if by.size == 1:
+        return lowrank.scaled(value, w, by.reshape(()))
+    if w.shape != value.shape:  # axes of length one met longer ones
+        value = lowrank.broadcast(value, w, range(w.ndim))
+    axes = _varying(interp, var, by)
+    return joined.scaled(value, w, Named(_along(by, axes), axes))
 
 
 @rule("neg")

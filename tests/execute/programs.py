@@ -124,11 +124,82 @@ PROGRAMS: dict[str, Program] = {
         lambda p, i: jnp.tanh(p["w"][i]) @ p["w"].T, {"w": (11, 8)}, (jnp.arange(4),), "io", uses=2
     ),
     "embedding_of_layer": Program(lambda p, i: p["w"][1, i], {"w": (3, 11, 8)}, (jnp.arange(4),), "sio"),
+    "embedding_of_each": Program(
+        lambda p, i: jax.vmap(lambda w, i: w[i])(p["w"], i),
+        {"w": (3, 11, 8)},
+        (jnp.arange(12).reshape(3, 4) % 11,),
+        "sio",
+    ),
+    "embedding_of_each_last": Program(
+        lambda p, i: jax.vmap(lambda w, i: w[:, i], (2, 1), -1)(p["w"], i),
+        {"w": (11, 8, 3)},
+        (jnp.arange(12).reshape(4, 3) % 8,),
+        "ois",
+    ),
+    "embedding_of_each_out_of_bounds": Program(
+        lambda p, i: jax.vmap(lambda w, i: w.at[i].get(mode="fill", fill_value=2.0))(p["w"], i),
+        {"w": (3, 11, 8)},
+        (jnp.arange(12).reshape(3, 4) * 2,),
+        "sio",
+    ),
+    "layer_of_each": Program(
+        lambda p, i: jax.vmap(lambda w, i, x: x @ w[i])(p["w"], i, normal(2, 5, 8)),
+        {"w": (2, 3, 8, 6)},
+        (jnp.asarray([2, 0]),),
+        "ssio",
+    ),
+    "embedding_by_vmapped_cond": Program(
+        lambda p, i: jax.vmap(lambda i: lax.cond(i[0] > 1, lambda i, w: w[i], lambda i, w: jnp.sin(w[i]), i, p["w"]))(
+            i
+        ),
+        {"w": (11, 8)},
+        (jnp.arange(6).reshape(2, 3),),
+        "io",
+        uses=2,
+    ),
+    "layers_by_vmapped_cond": Program(
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(
+                x.sum() > 0,
+                lambda x, w: jnp.einsum("xi,sio->sxo", x, w[jnp.asarray([2, 0])]),
+                lambda x, w: jnp.sin(jnp.einsum("xi,sio->sxo", x, w[jnp.asarray([1, 1])])),
+                x,
+                p["w"],
+            )
+        )(normal(2, 5, 8)),
+        {"w": (3, 8, 6)},
+        (X,),
+        "oio",
+        uses=2,
+    ),
     "conv": Program(
         lambda p, x: lax.conv_general_dilated(x, p["w"], (2, 1), "SAME", rhs_dilation=(1, 2), dimension_numbers=NHWC),
         {"w": (3, 3, 4, 6)},
         (IMAGE,),
         "iiio",
+    ),
+    "conv_of_each": Program(
+        lambda p, x: jax.vmap(
+            lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC), (0, None)
+        )(x.reshape(2, 1, 9, 9, 4), p["w"]),
+        {"w": (3, 3, 4, 6)},
+        (IMAGE,),
+        "iiio",
+    ),
+    "conv_by_vmapped_cond": Program(
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(
+                x.sum() > 0,
+                lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC),
+                lambda x, w: jnp.sin(lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)),
+                x,
+                p["w"],
+            )
+        )(x.reshape(2, 1, 9, 9, 4)),
+        {"w": (3, 3, 4, 6)},
+        (IMAGE,),
+        "iiio",
+        uses=2,
     ),
     "conv_grouped": Program(
         lambda p, x: lax.conv_general_dilated(
@@ -288,6 +359,49 @@ PROGRAMS: dict[str, Program] = {
         (X,),
         "io",
         uses=2,
+    ),
+    # scale by channel, padding
+    "scaled_columns": Program(lambda p, x: x @ (p["w"] * jnp.arange(6.0)), {"w": (8, 6)}, (X,), "io"),
+    "scaled_rows": Program(lambda p, x: x @ (p["w"] / jnp.arange(1.0, 9.0)[:, None]), {"w": (8, 6)}, (X,), "io"),
+    "scaled_copies": Program(
+        lambda p, x: jnp.einsum("xi,sio->sxo", x, lax.mul(p["w"][None], jnp.arange(1.0, 4.0)[:, None, None])),
+        {"w": (8, 6)},
+        (X,),
+        "io",
+    ),
+    "scaled_layers": Program(
+        lambda p, x: jnp.einsum("sxi,sio->sxo", normal(3, 5, 8), jnp.arange(1.0, 4.0)[:, None, None] * p["w"]),
+        {"w": (3, 8, 6)},
+        (X,),
+        "sio",
+    ),
+    "scaled_elements": Program(
+        lambda p, x: x @ (p["w"] * jnp.arange(48.0).reshape(8, 6)), {"w": (8, 6)}, (X,), "io", materialized=1
+    ),
+    "scaled_table": Program(
+        lambda p, i: (p["w"] * jnp.arange(8.0))[i], {"w": (11, 8)}, (jnp.arange(6).reshape(2, 3),), "io"
+    ),
+    "padded_columns": Program(
+        lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2)), constant_values=3.0), {"w": (8, 6)}, (X,), "io"
+    ),
+    "padded_rows": Program(
+        lambda p, x: x @ lax.pad(p["w"], 0.5, ((2, -1, 0), (0, 0, 1)))[1:], {"w": (8, 6)}, (X,), "io"
+    ),
+    "padded_layers": Program(
+        lambda p, x: jnp.einsum("sxi,sio->sxo", normal(4, 5, 8), jnp.pad(p["w"], ((1, 0), (0, 0), (0, 0)))),
+        {"w": (3, 8, 6)},
+        (X,),
+        "sio",
+    ),
+    "padded_copies": Program(
+        lambda p, x: jnp.einsum(
+            "xi,sio->sxo",
+            x,
+            jnp.pad(jnp.broadcast_to(p["w"], (2, 8, 6)), ((1, 1), (0, 0), (0, 0)), constant_values=2.0),
+        ),
+        {"w": (8, 6)},
+        (X,),
+        "io",
     ),
     # structure
     "jit": Program(lambda p, x: jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x), {"w": (8, 8)}, (X,), "io"),

@@ -43,7 +43,7 @@ class Drawn:
 @st.composite
 def carriers(draw: Any, shape: tuple[int, ...]) -> tuple[str, Step, tuple[int, ...]]:
     """One step that turns a weight of ``shape`` into another: its name, itself, the new shape."""
-    kinds = ["transpose", "scale", "negate", "reverse", "slice", "unit", "stride", "cast"]
+    kinds = ["transpose", "scale", "negate", "reverse", "slice", "unit", "stride", "cast", "channels", "pad"]
     if len(shape) > 2:
         kinds += ["index", "dynamic_index", "merge", "take"]
     if any(n == 4 for n in shape):
@@ -96,6 +96,14 @@ def carriers(draw: Any, shape: tuple[int, ...]) -> tuple[str, Step, tuple[int, .
         return f"reverse[{axis}]", lambda w: lax.rev(w, (axis,)), shape
     if kind == "cast":
         return "cast", lambda w: w.astype(jnp.float32).astype(jnp.float64) * 0 + w, shape
+    if kind == "channels":
+        lengths = [n if i == axis else 1 for i in range(len(shape))]
+        return f"channels[{axis}]", lambda w: w * jnp.arange(1.0, n + 1).reshape(lengths), shape
+    if kind == "pad":
+        low, high, interior = draw(st.tuples(st.integers(0, 1), st.integers(-1, 1), st.integers(0, 1)))
+        room = [(low, high, interior) if i == axis else (0, 0, 0) for i in range(len(shape))]
+        new = (*shape[:axis], low + high + n + (n - 1) * interior, *shape[axis + 1 :])
+        return f"pad[{axis}]={room[axis]}", lambda w: lax.pad(w, 2.0, room), new
     if kind == "negate":
         return "negate", lambda w: -w, shape
     factor = draw(st.sampled_from([0.5, -2.0, 3.0]))

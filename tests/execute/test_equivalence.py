@@ -106,8 +106,24 @@ def test_against_numpy_by_hand() -> None:
     np.testing.assert_allclose(grads["w"].b, 1.5 * (x @ a).T @ g, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["chosen_by_flag", "chosen_by_vmapped_cond"])
-def test_a_choice_between_weights_under_dora(name: str) -> None:
+UNDER_DORA = (
+    "chosen_by_flag",
+    "chosen_by_vmapped_cond",
+    "scaled_columns",
+    "scaled_rows",
+    "scaled_layers",
+    "padded_columns",
+    "scaled_copies",
+    "padded_layers",
+    "padded_copies",
+    "layer_of_each",
+    "embedding_by_vmapped_cond",
+    "conv_by_vmapped_cond",
+)
+
+
+@pytest.mark.parametrize("name", UNDER_DORA)
+def test_the_magnitude_of_dora_goes_along(name: str) -> None:
     program = PROGRAMS[name]
     model = lojax.wrap(program.f, "**", rank=2, alpha=3, variant="dora", strict=True)
     frozen, fresh = model.init(jax.random.key(0), program.params, *program.inputs)

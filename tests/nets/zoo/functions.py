@@ -103,7 +103,7 @@ def ragged_experts() -> Example:
 
 
 def weight_norm() -> Example:
-    """A weight that is normalised before it is used: no function of A and B alone."""
+    """A weight that is normalised before it is used: its norm is no function of A and B alone."""
 
     def f(params: Any, x: Any) -> Any:
         w = params["normed"]
@@ -112,7 +112,7 @@ def weight_norm() -> Example:
     return example(f, {"normed": normal(0, 16, 16), "plain": normal(1, 16, 8)}, normal(2, 4, 16))
 
 
-NORMED = {"normed": "an elementwise product with an array"}
+NORMED = {"normed": "an elementwise product of two adapted weights"}
 CASES = (
     Case("mlp", "functions", mlp, "**/w", 3, flops=0.75),
     Case("attention_heads", "functions", heads, "*", 4),
