@@ -45,17 +45,17 @@ def apply_factors(
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in gone and d != RANK] + [RANK]
     settings = {"precision": precision, "dtype": dtype}
 
-    def meet(x_: Any, factors: Sequence[Any]) -> list[Any]:
-        return [product_of(Named(x_, x.dims), Named(factors[0], first.dims), middle, kind, **settings)]
+    def meet(x_: Any, factors: Sequence[Named]) -> list[Any]:
+        return [product_of(Named(x_, x.dims), factors[0], middle, kind, **settings)]
 
-    def spread(inner: Any, factor: Any) -> Any:
-        y = product_of(Named(inner, tuple(middle)), Named(factor, second.dims), out, kind, **settings, like=like)
+    def spread(inner: Any, factor: Named) -> Any:
+        y = product_of(Named(inner, tuple(middle)), factor, out, kind, **settings, like=like)
         return y if like is None else y.astype(like.dtype)
 
     if opaque and not value.watching:
-        return Named(one_step(meet, [spread])(x.array, [first.array], [second.array])[0], tuple(out))
-    inner = meet(x.array, [first.array])[0]
-    return Named(spread(echo(inner) if value.watching else inner, second.array), tuple(out))
+        return Named(one_step(meet, [spread])(x.array, [first], [second])[0], tuple(out))
+    inner = meet(x.array, [first])[0]
+    return Named(spread(echo(inner) if value.watching else inner, second), tuple(out))
 
 
 def product_of(x: Named, factor: Named, out: Sequence[Name], kind: Any, **settings: Any) -> Any:

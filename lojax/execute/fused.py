@@ -50,12 +50,11 @@ def product(x: Any, value: LowRank, *, base: Base, update: Update) -> Any:
     Returns:
         The product, as ``base`` gives it.
     """
-    dims = tuple(factor.dims for factor in value.factors)
 
-    def low_rank(w: Any, a: Any, b: Any) -> LowRank:
-        return dataclasses.replace(value, w=w, factors=(Named(a, dims[0]), Named(b, dims[1])), gain=None)
+    def low_rank(w: Any, a: Named, b: Named) -> LowRank:
+        return dataclasses.replace(value, w=w, factors=(a, b), gain=None)
 
-    def dense(w: Any, a: Any, b: Any) -> Any:
+    def dense(w: Any, a: Named, b: Named) -> Any:
         return low_rank(w, a, b).dense()
 
     # Opaque to remat policies: one that saves products would save ``a b``, of the weight's size, for every layer.
@@ -63,14 +62,14 @@ def product(x: Any, value: LowRank, *, base: Base, update: Update) -> Any:
     formed.defjvp(lambda primals, tangents: jax.jvp(dense, primals, tangents))
 
     @jax.custom_jvp
-    def multiplied(x: Any, w: Any, a: Any, b: Any) -> Any:
+    def multiplied(x: Any, w: Any, a: Named, b: Named) -> Any:
         return base(formed(w, a, b), x)
 
     @functools.partial(multiplied.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
         x, *weight = primals
         y = base(formed(*weight), x)  # in the open, so that a policy that saves products saves this one
-        moving = {k: t for k, t in zip("xwab", tangents, strict=True) if not isinstance(t, SymbolicZero)}
+        moving = {k: t for k, t in zip("xwab", tangents, strict=True) if not _still(t)}
 
         @jax.checkpoint
         def tangent(primals: Any, moving: dict[str, Any]) -> Any:
@@ -78,13 +77,16 @@ def product(x: Any, value: LowRank, *, base: Base, update: Update) -> Any:
             terms = {
                 "x": lambda dx: base(formed(w, a, b), dx),
                 "w": lambda dw: base(dw, x),
-                "a": lambda da: update(x, low_rank(w, da, b), y),
-                "b": lambda db: update(x, low_rank(w, a, db), y),
+                "a": lambda da: update(x, low_rank(w, da.turned(b), b), y),
+                "b": lambda db: update(x, low_rank(w, a, db.turned(a)), y),
             }
             first, *rest = (terms[k](dk) for k, dk in moving.items())
             return functools.reduce(jnp.add, rest, first)
 
         return y, tangent(primals, moving)
 
-    a, b = value.factors
-    return multiplied(x, value.w, a.array, b.array)
+    return multiplied(x, value.w, *value.factors)
+
+
+def _still(tangent: Any) -> bool:
+    return isinstance(tangent.array if isinstance(tangent, Named) else tangent, SymbolicZero)

@@ -237,10 +237,11 @@ def _gather_factor(
     if options.get("fill_value") is not None:
         options = options | {"fill_value": 0}
     columns = [i for i, d in enumerate(numbers.start_index_map) if d in x.dims and d in chosen]
-    paired = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    paired: dict[Name, int] = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
     cut = [d for d in x.dims if d != RANK and d not in paired and slice_sizes[d] != x.size(d)]  # type: ignore[call-overload]
     if not columns and not cut:
-        return x.renamed({d: batch[axis] for d, axis in paired.items()})
+        places: dict[Name, Name] = {d: batch[axis] for d, axis in paired.items()}
+        return x.renamed(places)
     x = x.ordered([*sorted(d for d in x.dims if d != RANK), *[RANK] * (RANK in x.dims)])  # type: ignore[type-var]
     collapsed = [d for d in x.dims if d in numbers.collapsed_slice_dims]
     batched = [d for d in x.dims if d in paired]

@@ -18,8 +18,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from lojax.execute.named import RANK, Named
+
 PRODUCT = "lojax_product"
 """The name of every product with an adapted weight, update included."""
+
+TOKENS = 4
+"""The tokens for each rank from which it pays to turn a factor for its cotangent."""
 
 
 def named(y: Any) -> Any:
@@ -28,30 +33,36 @@ def named(y: Any) -> Any:
 
 
 def one_step(
-    first: Callable[[Any, Sequence[Any]], list[Any]], second: Sequence[Callable[[Any, Any], Any]]
+    first: Callable[[Any, Sequence[Named]], list[Any]], second: Sequence[Callable[[Any, Named], Any]]
 ) -> Callable[..., list[Any]]:
     """``[second_i(first(x, a)_i, b_i)]``, with nothing inside for a policy to keep but what its derivative asks for.
 
     Args:
-        first: ``first(x, a)``, linear in x and in all of the a's together.
-        second: For each result, a function linear in either argument.
+        first: ``first(x, a)``, linear in x and in all of the factors a together, whatever the order of their axes.
+        second: For each result, a function of ``first(x, a)_i`` and the other factor, linear in either.
     """
 
-    def spread(inner: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    def spread(inner: Sequence[Any], b: Sequence[Named]) -> list[Any]:
         return [f(u, v) for f, u, v in zip(second, inner, b, strict=True)]
 
     @jax.custom_jvp
-    def step(x: Any, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    def step(x: Any, a: Sequence[Named], b: Sequence[Named]) -> list[Any]:
         return spread(first(x, a), b)
 
     @functools.partial(step.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
         (x, a, b), (dx, da, db) = primals, tangents
+        inner = first(x, a)
         along: list[Any] = [] if _still(dx) else [first(dx, a)]
-        if not all(map(_still, da)):
-            along.append(first(x, [jnp.zeros_like(v) if _still(d) else d for v, d in zip(a, da, strict=True)]))
-        inner, outputs = first(x, a), step(x, a, b)
-        terms: list[list[Any]] = [[] if _still(d) else [f(u, d)] for f, u, d in zip(second, inner, db, strict=True)]
+        if not all(_still(d.array) for d in da):
+            moved = [
+                Named(jnp.zeros_like(v.array), v.dims) if _still(d.array) else d for v, d in zip(a, da, strict=True)
+            ]
+            along.append(first(x, [_turned(d, v, u) for d, v, u in zip(moved, b, inner, strict=True)]))
+        outputs = step(x, a, b)
+        terms: list[list[Any]] = [
+            [] if _still(d.array) else [f(u, _turned(d, v, u))] for f, u, d, v in zip(second, inner, db, a, strict=True)
+        ]
         if along:
             sums = [functools.reduce(jnp.add, u) for u in zip(*along, strict=True)]
             terms = [[y, *more] for y, more in zip(spread(sums, b), terms, strict=True)]
@@ -61,6 +72,12 @@ def one_step(
         ]
 
     return step
+
+
+def _turned(moving: Named, other: Named, inner: Any) -> Named:
+    """A moving factor, `Named.turned` where the activation that meets it is larger by far than itself."""
+    rank = moving.size(RANK)
+    return moving.turned(other) if inner.size >= TOKENS * rank**2 else moving
 
 
 def _still(tangent: Any) -> bool:

@@ -22,7 +22,7 @@ from jax.sharding import AxisType
 
 from lojax.execute.factors import compute_dtype, ends, product_of
 from lojax.execute.lowrank import LowRank, NotFactored
-from lojax.execute.named import RANK, Name, Named
+from lojax.execute.named import RANK, Name, Named, cast
 from lojax.execute.products import Meeting, chosen, meeting
 from lojax.execute.residuals import one_step
 
@@ -37,7 +37,8 @@ class Sibling:
     Attributes:
         eqn: Its equation.
         met: How the activation meets the weight.
-        first: The factor that meets the activation, its axes in the activation's order, `RANK` last.
+        first: The factor that meets the activation, its axes called as those of the activation ``("x", i)``, `RANK`
+            last.
         second: The other factor.
         key: What must be equal for two products to share a pass.
     """
@@ -89,9 +90,9 @@ def _sibling(interp: Interpreter, eqn: Any, var: Any, x: Any) -> Sibling | None:
         return None
     if chosen(named, value, met.out, interp.execution, precision=met.precision, dtype=dtype)[1] == "fused":
         return None
-    where = tuple(i for i, d in enumerate(met.dims) if d in names)
-    first = first.ordered([*names, RANK])
-    return Sibling(eqn, met, first, second, (where, met.precision, dtype))
+    places: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(met.dims) if d in names}
+    first = first.ordered([*names, RANK]).renamed(places)
+    return Sibling(eqn, met, first, second, (tuple(places.values()), met.precision, dtype))
 
 
 def _explicit(x: Any) -> bool:
@@ -105,26 +106,26 @@ def together(x: Any, siblings: Sequence[Sibling]) -> list[Any]:
         x: The activation.
         siblings: Products of equal key.
     """
-    where, precision, dtype = siblings[0].key  # type: ignore[misc]
+    summed, precision, dtype = siblings[0].key  # type: ignore[misc]
     kind = compute_dtype(x, dtype)
     dims: tuple[Name, ...] = tuple(("x", i) for i in range(x.ndim))
-    middle = [*(d for i, d in enumerate(dims) if i not in where), RANK]
+    middle = [*(d for d in dims if d not in summed), RANK]
     settings = {"precision": precision, "dtype": dtype}
 
-    def meet(x: Any, factors: Sequence[Any]) -> list[Any]:
-        side_by_side = jnp.concatenate([factor.astype(kind) for factor in factors], axis=-1)
-        factor = Named(side_by_side, (*(dims[i] for i in where), RANK))
-        inner = product_of(Named(x, dims), factor, middle, kind, **settings)
-        return list(lax.split(inner, [factor.shape[-1] for factor in factors], axis=inner.ndim - 1))
+    def meet(x: Any, factors: Sequence[Named]) -> list[Any]:
+        axis = factors[0].axis(RANK)
+        side_by_side = jnp.concatenate([cast(factor, kind).array for factor in factors], axis)
+        inner = product_of(Named(x, dims), Named(side_by_side, factors[0].dims), middle, kind, **settings)
+        return list(lax.split(inner, [factor.size(RANK) for factor in factors], axis=inner.ndim - 1))
 
     def spread(sibling: Sibling) -> Any:
         like = sibling.eqn.outvars[0].aval
 
-        def f(inner: Any, factor: Any) -> Any:
-            operands = Named(inner, tuple(middle)), Named(factor, sibling.second.dims)
-            return product_of(*operands, sibling.met.out, kind, **settings).astype(like.dtype)
+        def f(inner: Any, factor: Named) -> Any:
+            y = product_of(Named(inner, tuple(middle)), factor, sibling.met.out, kind, **settings)
+            return y.astype(like.dtype)
 
         return f
 
     step = one_step(meet, [spread(s) for s in siblings])
-    return step(x, [s.first.array for s in siblings], [s.second.array for s in siblings])
+    return step(x, [s.first for s in siblings], [s.second for s in siblings])

@@ -49,7 +49,9 @@ def plain(x, w, a, b):
     value = LowRank(w, (Named(a, (0, RANK)), Named(b, (RANK, 1))), None, 0.0, "w")
 
     def update(x, term, like):
-        first, second = term.factors
+        first, second = (
+            factor.ordered(dims) for factor, dims in zip(term.factors, ((0, RANK), (RANK, 1)), strict=True)
+        )
         return (x @ first.array @ second.array).astype(like.dtype)
 
     return fused.product(x, value, base=lambda w, x: x @ w, update=update)

@@ -9,6 +9,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import lojax
+from lojax.execute.named import RANK, Named, multiply
 from lojax.execute.residuals import PRODUCT, one_step
 from tests.helpers import equations, trained
 
@@ -187,8 +188,10 @@ def test_offloaded_products_are_moved_and_back():
 
 def test_one_step_leaves_out_what_does_not_move():
     """A frozen ``A`` (LoRA-FA) has no tangent, not one of zeros: then ``x`` is not kept for it."""
-    step = one_step(lambda x, a: [x @ a[0]], [jnp.matmul])
-    f = lambda x, a, b: step(x, [a], [b])[0]
+    meet = lambda x, a: [multiply(Named(x, ("t", "d")), a[0], ("t", RANK)).array]
+    spread = lambda u, b: multiply(Named(u, ("t", RANK)), b, ("t", "f")).array
+    step = one_step(meet, [spread])
+    f = lambda x, a, b: step(x, [Named(a, ("d", RANK))], [Named(b, (RANK, "f"))])[0]
     x, a, b = jnp.ones((T, D)), jnp.ones((D, R)), jnp.ones((R, F))
     kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda b: f(x, a, b), b)[1])]
     assert (T, R) in kept and (T, D) not in kept
