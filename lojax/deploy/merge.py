@@ -6,13 +6,14 @@ below the weight's own rounding: train factored on a low-precision base, and kee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lojax.adapt.adapter import is_adapter, scaled
+from lojax.adapt.adapter import Adapter, is_adapter, scaled
 from lojax.adapt.boxes import rebox, unbox
 from lojax.adapt.paths import flatten, map_paths
 from lojax.adapt.tree import check_pair, check_structure
@@ -22,7 +23,8 @@ from lojax.execute.lowrank import from_adapter
 def merge(frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = False) -> Any:
     """Plain parameters for the net: ``W0 + scale * a @ b`` at every adapted weight.
 
-    A jitted `tree_map`; float32 accumulation, one cast to the dtype of ``W0``.
+    A `tree_map` of a jitted sum, float32 accumulation, one cast to the dtype of ``W0``: weights follow one another, so
+    that only one float32 update is there at a time, and weights that are alike are compiled once.
 
     Args:
         frozen: The frozen tree.
@@ -47,7 +49,7 @@ def merge(frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = 
     check_pair(frozen, lora)
     if check_finite:  # before the only copy may be given away
         _refuse_nonfinite(_finite_merged(frozen, lora))
-    return (_merge_donated if donate else _merge_kept)(frozen, lora)
+    return _merged(frozen, lora, _sum_donated if donate else _sum)
 
 
 def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
@@ -75,7 +77,7 @@ def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
     frozen = map_paths(lambda _, p, t: p if t is None or is_adapter(t) else None, params, lora)
     check_pair(frozen, lora)
     negative = map_paths(_negated, lora)
-    return (_merge_donated if donate else _merge_kept)(frozen, negative)
+    return _merged(frozen, negative, _sum_donated if donate else _sum)
 
 
 def _negated(path: str, trained: Any) -> Any:
@@ -89,23 +91,27 @@ def _negated(path: str, trained: Any) -> Any:
     return scaled(trained, -1.0)
 
 
-def _merged(frozen: Any, lora: Any) -> Any:
-    def join(path: str, weight: Any, trained: Any) -> Any:
+def _merged(frozen: Any, lora: Any, add: Callable[[Any, Adapter], Any]) -> Any:
+    def join(_: str, weight: Any, trained: Any) -> Any:
         if is_adapter(trained):
-            return rebox(weight, from_adapter(path, unbox(weight), trained).dense())
-        return weight if trained is None else trained
+            return rebox(weight, add(unbox(weight), trained))
+        return jax.tree.map(jnp.asarray, weight if trained is None else trained)
 
     return map_paths(join, frozen, lora)
 
 
-_merge_kept = jax.jit(_merged)
-_merge_donated = jax.jit(_merged, donate_argnums=0)
+def _adapted(weight: Any, adapter: Adapter) -> Any:
+    return from_adapter("", weight, adapter).dense()
+
+
+_sum = jax.jit(_adapted)
+_sum_donated = jax.jit(_adapted, donate_argnums=0)
 
 
 @jax.jit
 def _finite_merged(frozen: Any, lora: Any) -> dict[str, Any]:
     """Whether each merged parameter is finite, by path; no merged copy outlives the call."""
-    params = {path: unbox(leaf) for path, leaf in flatten(_merged(frozen, lora)).items() if leaf is not None}
+    params = {path: unbox(leaf) for path, leaf in flatten(_merged(frozen, lora, _adapted)).items() if leaf is not None}
     return {path: jnp.isfinite(x).all() for path, x in params.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
