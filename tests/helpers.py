@@ -57,9 +57,12 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                     yield from equations(inner)
 
 
+PRODUCTS = ("dot_general", "moving_product")
+"""The primitives that are matrix products in a jaxpr."""
+
+
 def products_of_shape(f: Callable[..., Any], shape: tuple[int, ...], *args: Any) -> list[Any]:
-    """The `dot_general` equations in ``f(*args)`` whose result has these axes, in any order."""
-    found = list(equations(jax.make_jaxpr(f)(*args)))
-    assert any(eqn.primitive.name == "dot_general" for eqn in found), "the program has no product at all"
-    wanted = sorted(shape)
-    return [eqn for eqn in found if eqn.primitive.name == "dot_general" and sorted(eqn.outvars[0].aval.shape) == wanted]
+    """The `PRODUCTS` in ``f(*args)`` whose result has these axes, in any order."""
+    found = [eqn for eqn in equations(jax.make_jaxpr(f)(*args)) if eqn.primitive.name in PRODUCTS]
+    assert found, "the program has no product at all"
+    return [eqn for eqn in found if sorted(eqn.outvars[0].aval.shape) == sorted(shape)]

@@ -13,6 +13,7 @@ from jax import lax
 from lojax.execute.compat import varying_axes
 from lojax.execute.echo import echo
 from lojax.execute.lowrank import LowRank, NotFactored, complete
+from lojax.execute.moving import Moving, product
 from lojax.execute.named import RANK, Name, Named, cast, multiply, sizes
 from lojax.execute.residuals import one_step
 
@@ -60,6 +61,8 @@ def apply_factors(
 
 def product_of(x: Named, factor: Named, out: Sequence[Name], kind: Any, **settings: Any) -> Any:
     """The array of the product of ``x`` with a factor, both in the dtype ``kind``; settings as in `named.multiply`."""
+    if isinstance(factor, Moving):
+        return product(cast(x, kind), cast(factor, kind), out, **settings).array
     return multiply(cast(x, kind), cast(factor, kind), out, **settings).array
 
 

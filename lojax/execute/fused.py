@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lojax.execute.lowrank import LowRank
+from lojax.execute.moving import Moving
 from lojax.execute.named import Named
 
 Base = Callable[[Any, Any], Any]
@@ -77,8 +78,8 @@ def product(x: Any, value: LowRank, *, base: Base, update: Update) -> Any:
             terms = {
                 "x": lambda dx: base(formed(w, a, b), dx),
                 "w": lambda dw: base(dw, x),
-                "a": lambda da: update(x, low_rank(w, da.turned(b), b), y),
-                "b": lambda db: update(x, low_rank(w, a, db.turned(a)), y),
+                "a": lambda da: update(x, low_rank(w, Moving(da.array, da.dims), b), y),
+                "b": lambda db: update(x, low_rank(w, a, Moving(db.array, db.dims)), y),
             }
             first, *rest = (terms[k](dk) for k, dk in moving.items())
             return functools.reduce(jnp.add, rest, first)

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lojax.execute.kept import kept
-
 RANK = "rank"
 """The name of the axis that the two factors of an update share."""
 
@@ -58,19 +56,6 @@ class Named:
         """The array with its axes in the order ``dims``, of length one where it has none of that name."""
         known = [d for d in dims if d in self.dims]
         return jnp.expand_dims(self.ordered(known).array, [i for i, d in enumerate(dims) if d not in self.dims])
-
-    def turned(self, other: Named) -> Named:
-        """With the rank before the axes that ``other`` has not, for a factor whose cotangent is wanted.
-
-        That cotangent is a product with a large activation, ``x^T g`` in ``[m, r]`` or ``g^T x`` in ``[r, m]``. On a
-        CPU the second takes an eighth of the time of the first, which turns x over. XLA would make one of the other,
-        but not where it is `kept`.
-        """
-        shared = [d for d in self.dims if d in other.dims and d != RANK]
-        dims = (*shared, RANK, *(d for d in self.dims if d not in other.dims))
-        if self.dims.index(RANK) <= len(shared):
-            return self
-        return Named(kept(self.ordered(dims).array), dims)
 
     def extended(self, name: Name, length: int) -> Named:
         """With a new last axis of this name and length, along which the values repeat."""
@@ -144,4 +129,4 @@ def multiply_flops(x: Named, y: Named) -> int:
 
 def cast(x: Named, dtype: Any) -> Named:
     """``x`` in another dtype."""
-    return x if x.array.dtype == jnp.dtype(dtype) else Named(x.array.astype(dtype), x.dims)
+    return x if x.array.dtype == jnp.dtype(dtype) else dataclasses.replace(x, array=x.array.astype(dtype))

@@ -18,13 +18,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from lojax.execute.named import RANK, Named
+from lojax.execute.moving import Moving
+from lojax.execute.named import Named
 
 PRODUCT = "lojax_product"
 """The name of every product with an adapted weight, update included."""
-
-TOKENS = 4
-"""The tokens for each rank from which it pays to turn a factor for its cotangent."""
 
 
 def named(y: Any) -> Any:
@@ -58,10 +56,11 @@ def one_step(
             moved = [
                 Named(jnp.zeros_like(v.array), v.dims) if _still(d.array) else d for v, d in zip(a, da, strict=True)
             ]
-            along.append(first(x, [_turned(d, v, u) for d, v, u in zip(moved, b, inner, strict=True)]))
+            along.append(first(x, [Moving(d.array, d.dims) for d in moved]))
         outputs = step(x, a, b)
         terms: list[list[Any]] = [
-            [] if _still(d.array) else [f(u, _turned(d, v, u))] for f, u, d, v in zip(second, inner, db, a, strict=True)
+            [] if _still(d.array) else [f(u, Moving(d.array, d.dims))]
+            for f, u, d in zip(second, inner, db, strict=True)
         ]
         if along:
             sums = [functools.reduce(jnp.add, u) for u in zip(*along, strict=True)]
@@ -72,12 +71,6 @@ def one_step(
         ]
 
     return step
-
-
-def _turned(moving: Named, other: Named, inner: Any) -> Named:
-    """A moving factor, `Named.turned` where the activation that meets it is larger by far than itself."""
-    rank = moving.size(RANK)
-    return moving.turned(other) if inner.size >= TOKENS * rank**2 else moving
 
 
 def _still(tangent: Any) -> bool:

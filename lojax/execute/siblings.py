@@ -115,7 +115,9 @@ def together(x: Any, siblings: Sequence[Sibling]) -> list[Any]:
     def meet(x: Any, factors: Sequence[Named]) -> list[Any]:
         axis = factors[0].axis(RANK)
         side_by_side = jnp.concatenate([cast(factor, kind).array for factor in factors], axis)
-        inner = product_of(Named(x, dims), Named(side_by_side, factors[0].dims), middle, kind, **settings)
+        inner = product_of(
+            Named(x, dims), dataclasses.replace(factors[0], array=side_by_side), middle, kind, **settings
+        )
         return list(lax.split(inner, [factor.size(RANK) for factor in factors], axis=inner.ndim - 1))
 
     def spread(sibling: Sibling) -> Any:

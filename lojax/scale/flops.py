@@ -33,6 +33,11 @@ def _equation(eqn: Any) -> int:
     if name == "dot_general":
         (summed, _), _ = p["dimension_numbers"]
         return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
+    if name == "moving_product":  # by name of axis, see `lojax.execute.moving`
+        named = [
+            zip(p[dims], v.aval.shape, strict=True) for dims, v in zip(("x_dims", "y_dims"), eqn.invars, strict=True)
+        ]
+        return 2 * math.prod(dict(pair for axes in named for pair in axes).values())
     if name == "conv_general_dilated":
         kernel, spec = eqn.invars[1].aval.shape, p["dimension_numbers"].rhs_spec
         return 2 * eqn.outvars[0].aval.size * math.prod(kernel[d] for d in spec[1:])
