@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -166,13 +166,13 @@ def _other(x: Named) -> Named:
     return x.renamed({RANK: "other"})
 
 
-def complete(value: LowRank) -> LowRank:
-    """The same value with every axis in some factor."""
+def complete(value: LowRank, axes: Iterable[int] | None = None) -> LowRank:
+    """The same value with every axis, or each of ``axes``, in some factor."""
     a, *rest = value.factors
     known = {d for x in value.factors for d in x.dims}
-    for axis, length in enumerate(value.shape):
+    for axis in range(value.w.ndim) if axes is None else axes:
         if axis not in known:
-            a = a.extended(axis, length)
+            a = a.extended(axis, value.shape[axis])
     return dataclasses.replace(value, factors=(a, *rest))
 
 

@@ -222,7 +222,22 @@ def look_up(
     def follow(x: Named) -> Named:
         return _gather_factor(x, indices, numbers, chosen, slice_sizes, batch, options).renamed(places)
 
-    return value.with_parts([follow(x) for x in value.parts], w=base)
+    if value.probe or not _fills(options):
+        return value.with_parts([follow(x) for x in value.parts], w=base)
+    pairs = (complete(single, chosen).factors for single in value.terms())  # zero where the look-up fills
+    gain = value.gain
+    if gain is not None:  # and one
+        inside = follow(Named(jnp.ones([value.shape[d] for d in chosen], gain.array.dtype), tuple(chosen)))
+        gain = follow(gain)
+        dims = tuple(dict.fromkeys((*inside.dims, *gain.dims)))
+        gain = Named(jnp.where(inside.spread(dims) > 0, gain.spread(dims), 1), dims)
+    return dataclasses.replace(value, w=base, factors=tuple(follow(x) for pair in pairs for x in pair), gain=gain)
+
+
+def _fills(options: dict[str, Any]) -> bool:
+    """Whether entries out of bounds are a number of their own: not NaN, to which nothing can be added."""
+    filling = options.get("fill_value")
+    return options["mode"] == lax.GatherScatterMode.FILL_OR_DROP and filling is not None and filling == filling
 
 
 def _gather_factor(
@@ -302,6 +317,7 @@ def conv(
     kernel = jnp.concatenate([first.array] * groups, axis=out_axis) if groups > 1 else first.array
     x_kind = dropped_out(Named(x.astype(kind), tuple(range(x.ndim))), value).array
     numbers: Any = dimension_numbers
+    again = numbers._replace(lhs_spec=numbers.out_spec)
     shared = {k: options[k] for k in ("precision", "preferred_element_type")}
     middle = lax.conv_general_dilated(
         x_kind,
@@ -322,7 +338,7 @@ def conv(
         ones,
         [1] * len(window),
         [(0, 0)] * len(window),
-        dimension_numbers=numbers,
+        dimension_numbers=again,
         feature_group_count=groups,
         **shared,
     )

@@ -142,6 +142,18 @@ PROGRAMS: dict[str, Program] = {
         (jnp.arange(12).reshape(3, 4) * 2,),
         "sio",
     ),
+    "embedding_filled": Program(
+        lambda p, i: jnp.take(p["w"], i, axis=0, mode="fill", fill_value=2.0),
+        {"w": (11, 8)},
+        (jnp.arange(6) * 3,),
+        "io",
+    ),
+    "embedding_of_unit_axis_filled": Program(
+        lambda p, i: X @ jnp.take(p["w"][:, None], i, axis=1, mode="fill", fill_value=2.0)[:, 1],
+        {"w": (8, 6)},
+        (jnp.arange(3),),
+        "io",
+    ),
     "layer_of_each": Program(
         lambda p, i: jax.vmap(lambda w, i, x: x @ w[i])(p["w"], i, normal(2, 5, 8)),
         {"w": (2, 3, 8, 6)},
@@ -175,6 +187,14 @@ PROGRAMS: dict[str, Program] = {
     "conv": Program(
         lambda p, x: lax.conv_general_dilated(x, p["w"], (2, 1), "SAME", rhs_dilation=(1, 2), dimension_numbers=NHWC),
         {"w": (3, 3, 4, 6)},
+        (IMAGE,),
+        "iiio",
+    ),
+    "conv_to_other_layout": Program(
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", feature_group_count=2, dimension_numbers=("NHWC", "HWIO", "NCHW")
+        ),
+        {"w": (3, 3, 2, 6)},
         (IMAGE,),
         "iiio",
     ),

@@ -117,6 +117,9 @@ UNDER_DORA = (
     "padded_layers",
     "padded_copies",
     "layer_of_each",
+    "embedding_filled",
+    "embedding_of_unit_axis_filled",
+    "embedding_of_each_out_of_bounds",
     "embedding_by_vmapped_cond",
     "conv_by_vmapped_cond",
 )
