@@ -122,6 +122,15 @@ def _explicit_sharding(x: Named, y: Named, dims: Sequence[Name], out: Sequence[N
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def lying_as(x: Any, y: Any) -> Any:
+    """``x``, whose axes are as long as those of ``y`` or one, lies as ``y`` does on a mesh of explicit axes."""
+    sharding = jax.typeof(y).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    spec = PartitionSpec(*(None if n == 1 else entry for n, entry in zip(x.shape, sharding.spec, strict=True)))
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+
 def multiply_flops(x: Named, y: Named) -> int:
     """The floating-point operations of `multiply`: two for each point of the joint index space."""
     return 2 * math.prod(sizes(x, y).values())

@@ -21,7 +21,7 @@ from lojax.execute.cost import Work, choose
 from lojax.execute.echo import echo
 from lojax.execute.factors import apply_factors, compute_dtype, dropped_out, low_rank_bytes, low_rank_flops
 from lojax.execute.lowrank import LowRank, NotFactored, complete
-from lojax.execute.named import RANK, Name, Named, cast, multiply, multiply_flops
+from lojax.execute.named import RANK, Name, Named, cast, lying_as, multiply, multiply_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def gained(y: Any, gain: Named | None, dims: Sequence[Name]) -> Any:
     if gain is None:
         return y
     wide = at_least_float32(y.dtype)
-    return (y.astype(wide) * gain.spread(dims).astype(wide)).astype(y.dtype)
+    return (y.astype(wide) * lying_as(gain.spread(dims), y).astype(wide)).astype(y.dtype)
 
 
 def _gained_input(x: Named, gain: Named | None, out: Sequence[Name]) -> tuple[Named, Named | None]:

@@ -246,6 +246,21 @@ def test_explicit_mesh():
     assert grads["w"].b.sharding.spec == P(None, "tensor")
 
 
+def test_a_magnitude_along_a_summed_axis_of_an_explicit_mesh():
+    mesh = mesh_of(AxisType.Explicit)
+    f = lambda params, x: x @ params["w"]
+    model = lojax.wrap(f, "w", rank=2, axes=("out", "in"), variant="dora", strict=True)
+    with jax.set_mesh(mesh):
+        params = {"w": put(mesh, jax.random.normal(jax.random.key(0), (8, 4)), "tensor")}
+        x = put(mesh, jax.random.normal(jax.random.key(1), (8, 8)), "data")
+        frozen, lora = init_sharded(model, jax.random.key(2), params, x)
+        assert lora["w"].magnitude.sharding.spec == P("tensor")
+        lora = jax.tree.map(lambda t: t + jnp.ones_like(t), lora)
+        y = jax.jit(model.apply)(frozen, lora, x)
+        assert jax.typeof(y).sharding.spec == jax.typeof(f(params, x)).sharding.spec
+        np.testing.assert_allclose(y, f(model.merge(frozen, lora), x), rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_weights_on_the_host():
     mesh = mesh_of()
     params = weights(mesh)
