@@ -52,6 +52,22 @@ def _while(product: Product) -> Product:
     )[0]
 
 
+def _custom_jvp(product: Product) -> Product:
+    f = jax.custom_jvp(product)
+    f.defjvp(lambda p, t: (product(*p), 2.0 * jax.jvp(product, p, t)[1]))
+    return f
+
+
+def _custom_vjp(product: Product) -> Product:
+    f = jax.custom_vjp(product)
+    f.defvjp(lambda x, w: (product(x, w), (x, w)), lambda r, g: jax.vjp(product, *r)[1](3.0 * g))
+    return f
+
+
+def _after_a_step(product: Product) -> Product:
+    return lambda x, w: product(x, w - 0.1 * jax.grad(lambda v: jnp.sum(jnp.sin(product(x, v))))(w))
+
+
 STRUCTURES: dict[str, Callable[[Product], Product]] = {
     "jit": jax.jit,
     "remat": jax.checkpoint,
@@ -64,8 +80,22 @@ STRUCTURES: dict[str, Callable[[Product], Product]] = {
     "twice": lambda product: lambda x, w: product(x, w) + jnp.sin(product(x, 2 * w)),
     "along_x": lambda product: lambda x, w: jax.jvp(lambda t: product(jnp.sin(t), w), (x,), (x,))[1],
     "gradient_of_x": lambda product: lambda x, w: jax.grad(lambda t: jnp.sum(product(t, w) ** 2))(x),
+    "custom_jvp": _custom_jvp,
+    "custom_vjp": _custom_vjp,
+    "after_a_step": _after_a_step,
 }
-"""What a product, ``f(x, w)``, may stand in."""
+"""What a product, ``f(x, w)``, may stand in. The derivatives of its own are not the true ones."""
+
+LAYERS: dict[str, Callable[[Product], Product]] = {
+    "layers by scan": lambda product: lambda x, w: lax.scan(lambda c, v: (c, product(x, v)), 0.0, w)[1],
+    "layers by map": lambda product: lambda x, w: lax.map(lambda v: product(x, v), w),
+    "layers by vmap": lambda product: lambda x, w: jax.vmap(product, (None, 0))(x, w),
+    "layers in a loop": lambda product: lambda x, w: [x := x + jnp.mean(product(x, v)) for v in w][-1],
+    "layers by index": lambda product: (
+        lambda x, w: lax.fori_loop(0, w.shape[0], lambda i, x: x + jnp.mean(product(x, w[i])), x)
+    ),
+}
+"""What takes one layer after the other out of a stack of weights."""
 
 
 @st.composite
@@ -94,5 +124,9 @@ def programs(draw: Any) -> Drawn:
     structure = draw(st.lists(st.sampled_from(sorted(STRUCTURES)), max_size=2))
     for name in structure:
         whole = STRUCTURES[name](whole)
+    if draw(st.integers(0, 3)) == 0:
+        layers = draw(st.sampled_from(sorted(LAYERS)))
+        whole, structure = LAYERS[layers](whole), [*structure, layers]
+        shape, axes = (draw(st.integers(1, 3)), *shape), axes and ("stack", *axes)
     rank = draw(st.integers(1, 2))
     return Drawn(shape, axes, rank, lambda p, x: jnp.tanh(whole(x, p["w"])), x, (*story, spec, *structure))

@@ -261,6 +261,21 @@ def test_a_magnitude_along_a_summed_axis_of_an_explicit_mesh():
         np.testing.assert_allclose(y, f(model.merge(frozen, lora), x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_scale_by_channel_that_lies_on_an_explicit_mesh():
+    mesh = mesh_of(AxisType.Explicit)
+    lying = NamedSharding(mesh, P("data", "tensor"))
+    scales = lambda: jax.lax.broadcast_in_dim(jnp.arange(4.0), (8, 4), (1,), out_sharding=lying)
+    f = lambda params, x: x @ (params["w"] * scales())
+    model = lojax.wrap(f, "w", rank=2, strict=True)
+    with jax.set_mesh(mesh):
+        params = {"w": jax.device_put(jax.random.normal(jax.random.key(0), (8, 4)), lying)}
+        x = jax.random.normal(jax.random.key(1), (8, 8))
+        frozen, lora = init_sharded(model, jax.random.key(2), params, x)
+        lora = jax.tree.map(lambda t: t + jnp.ones_like(t), lora)
+        y = jax.jit(model.apply)(frozen, lora, x)
+        np.testing.assert_allclose(y, f(model.merge(frozen, lora), x), rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_weights_on_the_host():
     mesh = mesh_of()
     params = weights(mesh)
