@@ -178,6 +178,14 @@ def test_dora_is_the_formula_of_the_paper():
     np.testing.assert_allclose(model.apply(frozen, lora, x), expected, rtol=2e-5, atol=1e-6)
 
 
+def test_dora_in_bfloat16_starts_at_the_base_all_the_same():
+    w, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(64, 32), (8, 64)]))
+    model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=4, variant="dora", dtype=jnp.bfloat16)
+    frozen, lora = model.init(jax.random.key(0), {"w": w}, x)
+    assert lora["w"].a.dtype == jnp.bfloat16 and lora["w"].magnitude.dtype == jnp.float32
+    np.testing.assert_allclose(model.apply(frozen, lora, x), x @ w, rtol=1e-5, atol=1e-5)
+
+
 def test_doras_norm_is_detached():
     f, params, x = given("dense", "float32")
     model = lojax.wrap(f, "w", rank=2, variant="dora")

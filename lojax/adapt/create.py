@@ -16,7 +16,7 @@ from lojax.adapt.axes import Axes, array_shapes, check, convention, positions, s
 from lojax.adapt.boxes import box_arrays, rebox, unbox
 from lojax.adapt.decompositions import Decomposition, factorize, without_update
 from lojax.adapt.initializers import initializer, key_for, zeros
-from lojax.adapt.matrix import as_matrices, column_squares
+from lojax.adapt.matrix import as_matrices, at_least_float32, column_squares
 from lojax.adapt.paths import map_paths
 from lojax.adapt.rule import Rule
 from lojax.adapt.targets import layer_of
@@ -140,7 +140,7 @@ def _magnitude(path: str, weight: Any, axes: Axes, dtype: Any) -> Any:
             f"{path}: {count} of the {squares.size} columns of the weight are zero or not finite: DoRA divides "
             "by their length. Use the plain variant for this weight, or train it in full."
         )
-    return jnp.sqrt(squares).astype(dtype)
+    return jnp.sqrt(squares).astype(at_least_float32(dtype))  # rounded, training would not start at the base
 
 
 def _check_tokens(path: str, shape: tuple[int, ...], axes: Axes, rule: Rule) -> None:

@@ -43,7 +43,7 @@ class Rule:
         train: ``"lora"`` trains an adapter, ``"full"`` the parameter itself, ``"tokens"`` chosen rows of an
             embedding, ``"none"`` freezes it.
         axes: The role of each axis, where inference from use is not wanted.
-        dtype: The dtype of the adapter; ``None`` means float32.
+        dtype: The dtype of the adapter; ``None`` means float32. A DoRA magnitude is float32 or wider.
         layers: Only these layers: the first number that a part of the path ends in (``layer_3``, ``h/3``), or the
             entries of the stack axis of a scanned weight.
         tokens: The rows of an embedding to train, alone (``train="tokens"``) or beside its adapter.

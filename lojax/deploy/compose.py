@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lojax.adapt.adapter import Adapter, is_adapter, scaled
 from lojax.adapt.initializers import key_for
 from lojax.adapt.paths import flatten, map_paths
-from lojax.deploy.matrices import like, matrices, padded, truncated
+from lojax.deploy.matrices import even, like, matrices, padded, truncated
 from lojax.deploy.prune import Merge, merger
 
 FACTORWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -48,7 +48,7 @@ def combine(
         key: The PRNG key of the DARE methods; consumed.
 
     Returns:
-        A ``lora`` tree; its adapters have scale 1.
+        A ``lora`` tree; its adapters have scale 1, and one rank for all entries of a stack, filled with zeros.
 
     Raises:
         ValueError: An argument is missing or out of range, the trees do not fit together, or ranks differ where
@@ -74,7 +74,7 @@ def combine(
             return _only(path, [leaf for leaf, _ in found])
         _check_alike(path, [leaf for leaf, _ in found])
         with jax.default_matmul_precision("highest"):
-            return joint(path, [leaf for leaf, _ in found], [float(weight) for _, weight in found])
+            return joint(path, [even(leaf) for leaf, _ in found], [float(weight) for _, weight in found])
 
     return map_paths(join, adapters[0])
 
@@ -107,6 +107,7 @@ def resize(lora: Any, rank: int) -> Any:
         if not is_adapter(leaf) or leaf.rank == rank:
             return leaf
         _refuse_variant(path, leaf)
+        leaf = even(leaf)
         a, b = matrices(leaf)
         if rank < leaf.rank:
             with jax.default_matmul_precision("highest"):
@@ -270,8 +271,9 @@ def _weight(adapter: Adapter) -> tuple[int, ...]:
 
 
 def _refuse_variant(path: str, adapter: Adapter) -> None:
-    if adapter.extras:
-        raise ValueError(f"{path}: the adapter holds {adapter.extras[0]}; only plain low-rank updates can be composed.")
+    held = [name for name in adapter.extras if name not in ("ranks", "scale")]
+    if held:
+        raise ValueError(f"{path}: the adapter holds {held[0]}; only plain low-rank updates can be composed.")
 
 
 def _only(path: str, found: Sequence[Any]) -> Any:

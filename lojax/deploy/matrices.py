@@ -25,6 +25,16 @@ def matrices(adapter: Adapter) -> tuple[jax.Array, jax.Array]:
     return a.reshape(count, -1, a.shape[-1]).astype(wide), b.reshape(count, b.shape[stack], -1).astype(wide)
 
 
+def even(adapter: Adapter) -> Adapter:
+    """The same update with one scale, and one rank for all entries of a stack: what is above theirs stays zero."""
+    if not isinstance(adapter.scale, tuple):
+        return dataclasses.replace(adapter, ranks=None)
+    b = jnp.asarray(unbox(adapter.b))
+    stack = len(positions(adapter.axes, "stack"))
+    scale = jnp.asarray(adapter.scale, jnp.float32).reshape(*b.shape[:stack], *[1] * (b.ndim - stack))
+    return dataclasses.replace(adapter, b=rebox(adapter.b, (b * scale).astype(b.dtype)), scale=1.0, ranks=None)
+
+
 def truncated(a: jax.Array, b: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """The factors ``[S, m, k]`` and ``[S, k, n]``, ``k <= rank``, whose product is nearest to ``a @ b``."""
     qa, ra = jnp.linalg.qr(a)

@@ -86,6 +86,24 @@ def _ragged_dot(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     return interp.record(value, eqn, product)
 
 
+@rule("reduce_sum")
+def _reduce_sum(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+    value, axes = operands[0], tuple(eqn.params["axes"])
+    if value.key is not None:
+        raise NotFactored("a sum over axes of the weight under dropout, which is for an input")
+    if value.gain is not None and {*value.gain.dims} & {*axes}:
+        raise NotFactored("a sum over some of the axes of a DoRA magnitude")
+    product = interp.products.dot(
+        jnp.ones([value.shape[d] for d in axes], value.w.dtype),
+        value,
+        dimension_numbers=((tuple(range(len(axes))), axes), ((), ())),
+        weight_on_left=False,
+        base=lambda w, _: bind(eqn, [w])[0],
+        execution="factored",
+    )
+    return interp.record(value, eqn, product)
+
+
 # --- carriers: the axes of the value move, the update stays factored ---
 
 
@@ -283,15 +301,13 @@ def _add(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
     left, right = operands
     if isinstance(left, LowRank) == isinstance(right, LowRank):
         raise NotFactored("a sum of two adapted weights")
-    value, other = (left, right) if isinstance(left, LowRank) else (right, left)
+    value = left if isinstance(left, LowRank) else right
     if value.gain is not None:
         raise NotFactored("a sum with a weight under DoRA")
-    if jnp.shape(other) != value.shape:
-        raise NotFactored("a sum with an array of another shape")
-    if eqn.primitive.name == "sub" and value is right:
-        value = lowrank.negated(value)
-        return value.with_w(other + value.w)
-    return value.with_w(bind(eqn, [v.w if v is value else v for v in operands])[0])
+    w = bind(eqn, [v.w if v is value else v for v in operands])[0]
+    if w.shape != value.shape:  # axes of length one met longer ones
+        value = lowrank.broadcast(value, w, range(w.ndim))
+    return (lowrank.negated(value) if eqn.primitive.name == "sub" and value is right else value).with_w(w)
 
 
 @rule("stop_gradient", "copy", "copy_p")

@@ -148,6 +148,31 @@ def test_signs_are_elected():
     np.testing.assert_allclose(sum_where_signs_agree(x, ones, "frequency"), [-1.0, 2.5])
 
 
+def uneven(seed: int) -> lojax.Adapter:
+    """Ranks 3, 1 and 0, and a scale each, in a stack of three."""
+    full = adapter("scanned", seed)
+    within = (np.arange(3) < np.array([[3], [1], [0]])).astype(np.float32)
+    a, b = full.a * within[:, None, :], full.b * within[:, :, None, None]
+    return dataclasses.replace(full, a=a, b=b, scale=(0.5, 1.5, 0.0), ranks=(3, 1, 0))
+
+
+def test_ranks_and_scales_by_layer_are_composed():
+    one, two = uneven(0), adapter("scanned", 1, 2)
+    left, right = update("scanned", one), update("scanned", two)
+    x = np.asarray(one.a)[1] @ np.asarray(one.b)[1].reshape(3, -1)
+    np.testing.assert_allclose(left[1].reshape(6, -1), 1.5 * x, rtol=1e-5, atol=1e-6)
+    for found, want in (
+        (combine([{"w": one}, {"w": two}], [0.5, 2.0])["w"], 0.5 * left + 2 * right),
+        (combine([{"w": one}], [3.0])["w"], 3 * left),
+        (subtract({"w": two}, {"w": one})["w"], right - left),
+        (resize({"w": one}, 4)["w"], left),
+        (rescale({"w": one}, -2.0)["w"], -2 * left),
+        (combine([{"w": one}, {"w": two}], [1.0, 1.0], method="svd", rank=4)["w"], left + right),
+    ):
+        np.testing.assert_allclose(update("scanned", found), want, rtol=1e-4, atol=1e-5)
+    assert resize({"w": one}, 1)["w"].a.shape == (3, 6, 1)
+
+
 # --- trees ---
 
 

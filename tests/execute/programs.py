@@ -423,6 +423,15 @@ PROGRAMS: dict[str, Program] = {
         (X,),
         "io",
     ),
+    # sums
+    "summed_rows": Program(lambda p, x: jnp.sum(p["w"], 0) * x[0, 0], {"w": (8, 6)}, (X,), "io"),
+    "summed_whole": Program(lambda p, x: x @ p["w"] + jnp.sum(p["w"]), {"w": (8, 6)}, (X,), "io", uses=2),
+    "centred": Program(
+        lambda p, x: x @ (0.125 * jnp.sum(p["w"], 0, keepdims=True) - p["w"]), {"w": (8, 6)}, (X,), "io", uses=2
+    ),
+    "copies_added": Program(
+        lambda p, x: jnp.einsum("xi,sio->sxo", x, lax.add(p["w"][None], jnp.ones((3, 8, 6)))), {"w": (8, 6)}, (X,), "io"
+    ),
     # structure
     "jit": Program(lambda p, x: jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x), {"w": (8, 8)}, (X,), "io"),
     "jit_returns_weight": Program(lambda p, x: x @ jax.jit(lambda w: w.T * 2)(p["w"]), {"w": (6, 8)}, (X,), "oi"),

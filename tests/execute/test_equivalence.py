@@ -116,6 +116,7 @@ UNDER_DORA = (
     "scaled_copies",
     "padded_layers",
     "padded_copies",
+    "summed_rows",
     "layer_of_each",
     "embedding_filled",
     "embedding_of_unit_axis_filled",

@@ -33,6 +33,7 @@ UNDER_DORA = (
     "experts whose DoRA magnitude is not along their output features",
     "a concatenation of sums of updates, under dropout, or with DoRA",
     "a sum with a weight under DoRA",
+    "a sum over some of the axes of a DoRA magnitude",
 )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from lojax.adapt.adapter import Adapter
 from lojax.adapt.axes import positions
 from lojax.adapt.boxes import unbox
+from lojax.adapt.matrix import at_least_float32
 from lojax.store.peft import magnitudes
 from lojax.store.peft.namemap import Slot, roles
 
@@ -226,7 +227,7 @@ def assemble(cells: Sequence[tuple[Slot, Cell]], dtype: Any, leaf: Any = None) -
             b[(*_index(one, stack), within, *_index(one, outs))] = cell.b * np.asarray(factor, cell.b.dtype)
             start += cell.rank
     measured = [(one, cell.magnitude) for one, cell in cells if cell.magnitude is not None]
-    magnitude = magnitudes.joined(measured, axes, leaf, dtype) if measured else None
+    magnitude = magnitudes.joined(measured, axes, leaf, at_least_float32(dtype)) if measured else None
     return Adapter(a, b, _common(scales, ranks), axes, magnitude=magnitude, ranks=_uneven(ranks))
 
 
