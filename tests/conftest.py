@@ -8,3 +8,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+collect_ignore_glob = ["*/conftest.py"]  # which hold no doctests, and share a name

@@ -48,7 +48,7 @@ def _look_up(draw: Any, shape: tuple[int, ...]) -> tuple[str, Product, tuple[int
 
     def product(x: Any, w: Any) -> Any:
         found = jnp.take(w, jnp.int32(3 * jnp.abs(x)), axis=axis, mode=mode, fill_value=2.0)
-        return found * jnp.sum(x)
+        return jnp.sum(x) * (found @ jnp.arange(1.0, found.shape[-1] + 1))
 
     return f"look_up[{axis}, {mode}]", product, (draw(st.integers(1, 3)),)
 

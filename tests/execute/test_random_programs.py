@@ -22,7 +22,6 @@ NO_FACTORED_FORM = (
     "an outer product sums no axis",
     "no axis of one factor alone is summed",
     "a sum of two adapted weights",  # the drawn cast step adds the weight to a copy of itself
-    "tanh is not linear in the weight",  # a look-up of whole entries of a stack, and no product
     "a convolution whose window or input features lie in the out axes",
     "experts whose group axis is no stack, or whose in axes are not those summed",
 )
