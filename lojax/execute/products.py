@@ -256,7 +256,7 @@ def _gather_factor(
     cut = [d for d in x.dims if d != RANK and d not in paired and slice_sizes[d] != x.size(d)]  # type: ignore[call-overload]
     if not columns and not cut:
         places: dict[Name, Name] = {d: batch[axis] for d, axis in paired.items()}
-        return x.renamed(places)
+        return x.dropped([d for d in x.dims if d in numbers.collapsed_slice_dims]).renamed(places)
     x = x.ordered([*sorted(d for d in x.dims if d != RANK), *[RANK] * (RANK in x.dims)])  # type: ignore[type-var]
     collapsed = [d for d in x.dims if d in numbers.collapsed_slice_dims]
     batched = [d for d in x.dims if d in paired]

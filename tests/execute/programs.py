@@ -154,6 +154,9 @@ PROGRAMS: dict[str, Program] = {
         (jnp.arange(3),),
         "io",
     ),
+    "one_entry_taken_often": Program(
+        lambda p, i: jnp.take(p["w"][1:2].T, i, axis=1, mode="clip") @ X, {"w": (8, 6)}, (jnp.arange(5),), "io"
+    ),
     "layer_of_each": Program(
         lambda p, i: jax.vmap(lambda w, i, x: x @ w[i])(p["w"], i, normal(2, 5, 8)),
         {"w": (2, 3, 8, 6)},

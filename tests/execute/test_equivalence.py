@@ -117,6 +117,7 @@ UNDER_DORA = (
     "padded_layers",
     "padded_copies",
     "summed_rows",
+    "one_entry_taken_often",
     "layer_of_each",
     "embedding_filled",
     "embedding_of_unit_axis_filled",

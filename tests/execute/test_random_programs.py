@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import HealthCheck, given, reject, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -16,6 +16,8 @@ from tests.execute.random_programs import Drawn, programs
 SHARDS = int(os.environ.get("LOJAX_RANDOM_SHARDS", "1"))
 CASES = int(os.environ.get("LOJAX_RANDOM_CASES", "20"))
 """Programs drawn by each shard. The full run of .ci/run draws thousands."""
+SEED = int(os.environ.get("LOJAX_RANDOM_SEED", "0"))
+"""Other seeds draw other programs; the same ones are drawn by default, so that a change is blamed for its own."""
 
 NO_FACTORED_FORM = (
     "a reshape that merges in axes with out axes",
@@ -94,36 +96,43 @@ def quick_and_exact():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def random(cases: int, **drawn):
-    """A test that is run on so many draws."""
-    usual = {
+def draw(test, shard: int, cases: int, **more) -> None:
+    """Runs ``test`` on so many draws; the seed is among what pytest shows of a failure."""
+    number = 1000 * SEED + shard
+    print(f"LOJAX_RANDOM_SEED={SEED}, shard {shard}: hypothesis seed {number}")
+    drawn = {
         "drawn": programs(),
         "execution": st.sampled_from(("auto", "factored", "fused")),
         "variant": st.sampled_from(("lora", "lora", "dora")),
         "transform": st.sampled_from((gradients, gradients, forward, over_adapters, second)),
     }
     how = settings(
-        max_examples=cases,
-        deadline=None,
-        derandomize=False,
-        database=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        max_examples=cases, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck)
     )
-    return lambda test: pytest.mark.parametrize("shard", range(SHARDS))(how(given(**usual | drawn)(test)))
+    seed(number)(how(given(**drawn | more)(test)))()
 
 
-@random(CASES)
-def test_random_programs(shard: int, drawn: Drawn, execution: str, variant: str, transform) -> None:
-    check(drawn, execution, variant, transform)
+shards = pytest.mark.parametrize("shard", range(SHARDS))
 
 
-@random(max(1, CASES // 5), data=st.data())
-def test_on_a_mesh_of_explicit_axes(shard: int, drawn: Drawn, execution: str, variant: str, transform, data) -> None:
+@shards
+def test_random_programs(shard: int) -> None:
+    def test(drawn, execution, variant, transform):
+        check(drawn, execution, variant, transform)
+
+    draw(test, shard, CASES)
+
+
+@shards
+def test_on_a_mesh_of_explicit_axes(shard: int) -> None:
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
-    left, entries = ["a", "b"], []
-    for n in drawn.shape:
-        entries.append(data.draw(st.sampled_from([None, *left] if n % 2 == 0 else [None])))
-        left = [name for name in left if name != entries[-1]]
-    with jax.set_mesh(mesh):
-        check(drawn, execution, variant, transform, PartitionSpec(*entries))
+
+    def test(drawn, execution, variant, transform, data):
+        left, entries = ["a", "b"], []
+        for n in drawn.shape:
+            entries.append(data.draw(st.sampled_from([None, *left] if n % 2 == 0 else [None])))
+            left = [name for name in left if name != entries[-1]]
+        with jax.set_mesh(mesh):
+            check(drawn, execution, variant, transform, PartitionSpec(*entries))
+
+    draw(test, shard, max(1, CASES // 5), data=st.data())
