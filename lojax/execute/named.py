@@ -122,11 +122,16 @@ def _explicit_sharding(x: Named, y: Named, dims: Sequence[Name], out: Sequence[N
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def on_explicit_axes(x: Any) -> bool:
+    """Whether ``x`` lies on a mesh some of whose axes are explicit: then its type says how it lies."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def lying_as(x: Any, y: Any) -> Any:
     """``x``, whose axes are as long as those of ``y`` or one, lies as ``y`` does on a mesh of explicit axes."""
-    sharding = jax.typeof(y).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    if not on_explicit_axes(y):
         return x
+    sharding = jax.typeof(y).sharding
     spec = PartitionSpec(*(None if n == 1 else entry for n, entry in zip(x.shape, sharding.spec, strict=True)))
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 

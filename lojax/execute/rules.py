@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lojax.execute import joined, lowrank, siblings
 from lojax.execute.interpreter import Interpreter, bind, rule
 from lojax.execute.lowrank import LowRank, NotFactored
-from lojax.execute.named import RANK, Named
+from lojax.execute.named import RANK, Named, on_explicit_axes
 
 # --- products ---
 
@@ -228,8 +228,7 @@ def _select_n(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 
 def _along(array: Any, axes: tuple[int, ...]) -> Any:
     """An array that repeats along all axes but ``axes``, with those alone."""
-    sharding = jax.typeof(array).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:  # where JAX slices no axis that lies over chips
+    if on_explicit_axes(array):  # where JAX slices no axis that lies over chips
         return jnp.max(array, [d for d in range(array.ndim) if d not in axes])
     return array[tuple(slice(None) if d in axes else 0 for d in range(array.ndim))]
 

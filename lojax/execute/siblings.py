@@ -14,15 +14,13 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
-from jax.sharding import AxisType
 
 from lojax.execute.factors import compute_dtype, ends, product_of
 from lojax.execute.lowrank import LowRank, NotFactored
-from lojax.execute.named import RANK, Name, Named, cast
+from lojax.execute.named import RANK, Name, Named, cast, on_explicit_axes
 from lojax.execute.products import Meeting, chosen, meeting
 from lojax.execute.residuals import one_step
 
@@ -69,7 +67,7 @@ def update_of(interp: Interpreter, eqn: Any, on_left: bool, x: Any) -> Any:
 
 def _sibling(interp: Interpreter, eqn: Any, var: Any, x: Any) -> Sibling | None:
     """The product of ``eqn``, if it is one that can share a pass over ``x``."""
-    if eqn.primitive.name != "dot_general" or eqn.invars[0] is eqn.invars[1] or _explicit(x):
+    if eqn.primitive.name != "dot_general" or eqn.invars[0] is eqn.invars[1] or on_explicit_axes(x):
         return None
     on_left = eqn.invars[1] is var
     value = interp.ahead(eqn.invars[not on_left])
@@ -93,10 +91,6 @@ def _sibling(interp: Interpreter, eqn: Any, var: Any, x: Any) -> Sibling | None:
     places: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(met.dims) if d in names}
     first = first.ordered([*names, RANK]).renamed(places)
     return Sibling(eqn, met, first, second, (tuple(places.values()), met.precision, dtype))
-
-
-def _explicit(x: Any) -> bool:
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def together(x: Any, siblings: Sequence[Sibling]) -> list[Any]:
