@@ -5,7 +5,7 @@ Prints, and writes to ``results/checkpoint.{json,md}``:
 1. the bytes on disk against the bytes of the adapter;
 2. how long ``lojax.save`` blocks a training loop for a 20 MB adapter, with ``wait=False`` and without,
    and how long ``lojax.restore`` takes;
-3. the speed of `lojax.store.digest` against copying the same memory and against hashes of the standard library.
+3. the speed of `lojax.checkpoint.digest` against copying the same memory and against hashes of the standard library.
 
     python benchmarks/checkpoint.py
 """
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lojax
-from lojax.store.digest import digest
+from lojax.checkpoint.digest import digest
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 
 import lojax
-from lojax.table import table
+from lojax.report.table import table
 
 RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "nets"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from zoo import CASES, Case  # noqa: E402
+from tests.nets.zoo import CASES, Case  # noqa: E402
 
 PACKAGES = {"functions": "jax", "flax.linen": "flax", "flax.nnx": "flax", "haiku": "dm-haiku"}
 """The package of each library whose name differs from the package's."""

@@ -19,8 +19,8 @@ from measure import alternated, cost, ratio, table, write
 from nets import SCALE, Net, drawn
 
 import lojax
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.paths import flatten
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.paths import flatten
 
 RANK = 16
 

@@ -43,12 +43,12 @@ LIMIT = 600
 def run_case(name: str, floor: bool) -> dict:
     """One case in this process."""
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 5))
-    from lojax.scale.ahead import measure, topology_mesh
-    from lojax.scale.chips import parse_mesh, parse_topology
-    from lojax.scale.decoder import Decoder
-    from lojax.scale.decoder_config import preset
-    from lojax.scale.plan import plan
-    from lojax.scale.training import floor_work
+    from lojax.planner.aot import measure, topology_mesh
+    from lojax.planner.chips import parse_mesh, parse_topology
+    from lojax.planner.decoder import Decoder
+    from lojax.planner.decoder_config import preset
+    from lojax.planner.plan import plan
+    from lojax.planner.train_step import floor_work
 
     model, topology, mesh, batch = CASES[name]
     if not floor:
@@ -88,7 +88,7 @@ def measure_all(results: dict) -> dict:
 
 def written(results: dict) -> str:
     """The table, the versions, and the cases that were given up."""
-    from lojax.table import table
+    from lojax.report.table import table
 
     rows = []
     for name in CASES:

@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> list[float]:
     from tqdm import tqdm
 
     import lojax
-    from lojax.scale.agree import check_agreement
-    from lojax.scale.chips import parse_mesh
-    from lojax.scale.decoder import BATCH, TARGETS, Decoder
-    from lojax.scale.decoder_config import preset, read_config
-    from lojax.scale.plan import check_batch
-    from lojax.scale.shardings import init_sharded, shardings
-    from lojax.scale.training import train_step
+    from lojax.planner.chips import parse_mesh
+    from lojax.planner.decoder import BATCH, TARGETS, Decoder
+    from lojax.planner.decoder_config import preset, read_config
+    from lojax.planner.plan import check_batch
+    from lojax.planner.train_step import train_step
+    from lojax.sharding.consistency import check_agreement
+    from lojax.sharding.shardings import init_sharded, shardings
 
     axes = parse_mesh(args.mesh, jax.device_count())
     if args.batch % args.micro:
@@ -151,7 +151,7 @@ class Meter:
         """Before a step."""
         import jax
 
-        from lojax.scale.flops import count_flops
+        from lojax.planner.flops import count_flops
 
         if not self.flops:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
@@ -170,7 +170,7 @@ def peak_flops(args: argparse.Namespace) -> float:
     """The operations a second that all chips could do; 0 where that is not known."""
     import jax
 
-    from lojax.scale.chips import CHIPS
+    from lojax.planner.chips import CHIPS
 
     if args.peak:
         return args.peak * 1e12 * jax.device_count()

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lojax.scale.decoder import Decoder, described, nested
-from lojax.store.safetensors import File, open_file
+from lojax.files.safetensors import File, open_file
+from lojax.planner.decoder import Decoder, described, nested
 
 
 def load(folder: Path, decoder: Decoder, dtype: Any = jnp.bfloat16) -> Any:

@@ -1,17 +1,17 @@
 """lojax: LoRA as a pure JAX function transform, on any model, without touching its code."""
 
 from lojax import peft
-from lojax.adapt.adapter import Adapter
-from lojax.adapt.rule import Rule
-from lojax.deploy.compose import combine, rescale, resize, subtract
-from lojax.deploy.merge import merge, unmerge
-from lojax.execute.transform import transform
+from lojax.adapters.adapter import Adapter
+from lojax.adapters.algebra import combine, rescale, resize, subtract
+from lojax.adapters.rule import Rule
+from lojax.checkpoint.save_restore import restore, save
+from lojax.lowrank.merge import merge, unmerge
 from lojax.report.summary import summary
-from lojax.store.checkpoint import restore, save
-from lojax.train import remat
-from lojax.train.eva import eva
-from lojax.train.lora_ga import lora_ga
-from lojax.train.optimizer import optimizer
+from lojax.rewrite.transform import transform
+from lojax.training import remat
+from lojax.training.eva import eva
+from lojax.training.lora_ga import lora_ga
+from lojax.training.optimizer import optimizer
 from lojax.wrap import Model, init, wrap
 
 __version__ = "0.1.0"

@@ -9,18 +9,18 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lojax.adapt.create import create
-from lojax.adapt.paths import flatten
-from lojax.adapt.rule import Rule, as_rules
-from lojax.adapt.targets import checked_bias, plan
-from lojax.deploy.merge import merge
-from lojax.execute.cost import checked_execution
-from lojax.execute.infer import infer_axes
-from lojax.execute.transform import trace_uses, transform
+from lojax.adapters.create import create
+from lojax.adapters.paths import flatten
+from lojax.adapters.rule import Rule, as_rules
+from lojax.adapters.targets import checked_bias, plan
+from lojax.lowrank.merge import merge
+from lojax.lowrank.strategy import checked_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
+from lojax.nets.detect import open_net
 from lojax.nets.net import Net
-from lojax.nets.open import open_net
-from lojax.report.uses import Report, report
+from lojax.report.execution import Report, report
+from lojax.rewrite.axis_inference import infer_axes
+from lojax.rewrite.transform import trace_uses, transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Model:
             key: A PRNG key; consumed.
             params: The net's parameters. Linen: the whole ``variables`` dict.
             *args: Example inputs, from which lojax sees how each weight is used. Shapes
-                (`jax.ShapeDtypeStruct`) are enough. Without any, `lojax.adapt.axes.convention` holds.
+                (`jax.ShapeDtypeStruct`) are enough. Without any, `lojax.adapters.axes.convention` holds.
             **kwargs: Likewise.
 
         Returns:

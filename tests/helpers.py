@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.boxes import rebox, unbox
+from lojax.adapters.adapter import Adapter, is_adapter
+from lojax.adapters.metadata import rebox, unbox
 
 
 def message(kind: type[Exception], f: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -17,9 +17,9 @@ import pytest
 import lojax
 import lojax.peft
 from lojax import Rule
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.paths import flatten
-from lojax.store.peft.factors import full_to_torch
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.paths import flatten
+from lojax.peft.factors import full_to_torch
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def torch():
 @pytest.fixture(autouse=True)
 def as_transformers_and_optax_expect(monkeypatch):
     """They were written for implicit promotion, and transformers looks for no network."""
-    for folder in (ROOT / "tests" / "store" / "peft", ROOT / "examples"):
+    for folder in (ROOT / "tests" / "peft", ROOT / "examples"):
         monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with jax.numpy_dtype_promotion("standard"):

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lojax
 from lojax import Rule
-from lojax.scale.shardings import shardings
+from lojax.sharding.shardings import shardings
 
 
 def eva(model, frozen, lora, x):

@@ -13,8 +13,8 @@ from flax import linen as nn
 
 import lojax
 from lojax import Rule
-from lojax.adapt.adapter import is_adapter
-from lojax.execute.uses import MaterializedError
+from lojax.adapters.adapter import is_adapter
+from lojax.rewrite.recorder import MaterializedError
 from tests.helpers import assert_same_bits, message, trained
 
 

@@ -14,17 +14,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.paths import flatten
-from lojax.store import safetensors
-from lojax.store.checkpoint import read_record, restore, save
-from lojax.store.directory import refuse_existing, whole_directory
-from lojax.store.layout import POINTER
-from lojax.store.peft.config import read_config
-from lojax.store.peft.families import name_map, name_maps
-from lojax.store.peft.load import freeze, load
-from lojax.store.peft.namemap import NameMap
-from lojax.store.peft.save import save as save_peft
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.paths import flatten
+from lojax.checkpoint.adapter_directory import POINTER
+from lojax.checkpoint.save_restore import read_record, restore, save
+from lojax.files import safetensors
+from lojax.files.atomic_directory import refuse_existing, whole_directory
+from lojax.peft.config import read_config
+from lojax.peft.model_families import name_map, name_maps
+from lojax.peft.name_map import NameMap
+from lojax.peft.read_adapter import freeze, load
+from lojax.peft.write_adapter import save as save_peft
 
 SUMMARY = "turn a lojax adapter into a PEFT one, or the reverse"
 

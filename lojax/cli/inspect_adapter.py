@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.axes import positions
-from lojax.adapt.boxes import unbox
-from lojax.adapt.paths import flatten
-from lojax.store import safetensors
-from lojax.store.checkpoint import read_record, restore
-from lojax.store.layout import POINTER
-from lojax.store.peft.config import read_config
-from lojax.store.peft.keys import Extra, Factor, read_key
-from lojax.store.peft.load import weights_file
-from lojax.table import table
+from lojax.adapters.adapter import Adapter, is_adapter
+from lojax.adapters.axes import positions
+from lojax.adapters.metadata import unbox
+from lojax.adapters.paths import flatten
+from lojax.checkpoint.adapter_directory import POINTER
+from lojax.checkpoint.save_restore import read_record, restore
+from lojax.files import safetensors
+from lojax.peft.config import read_config
+from lojax.peft.read_adapter import weights_file
+from lojax.peft.tensor_keys import Extra, Factor, read_key
+from lojax.report.table import table
 
 SUMMARY = "show what an adapter directory holds"
 

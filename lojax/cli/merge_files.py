@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from lojax.cli.progress import watcher
-from lojax.store import safetensors
-from lojax.store.directory import refuse_existing, whole_directory
-from lojax.store.peft.patch import Patch, patches
+from lojax.files import safetensors
+from lojax.files.atomic_directory import refuse_existing, whole_directory
+from lojax.peft.patch import Patch, patches
 
 SUMMARY = "merge a PEFT adapter into the safetensors of its base"
 INDEX = "model.safetensors.index.json"

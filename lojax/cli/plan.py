@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lojax.scale.decoder import TARGETS
-from lojax.scale.plan import plan, search
+from lojax.planner.decoder import TARGETS
+from lojax.planner.plan import plan, search
 
 SUMMARY = "tell what a fine-tuning run needs on a TPU slice, before renting it"
 

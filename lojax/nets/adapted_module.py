@@ -12,13 +12,13 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from lojax.adapt.adapter import Adapter, is_adapter
-from lojax.adapt.axes import array_axes
-from lojax.adapt.paths import flatten, map_paths
-from lojax.adapt.tree import check_pair
-from lojax.execute.transform import transform
-from lojax.nets.held import call
+from lojax.adapters.adapter import Adapter, is_adapter
+from lojax.adapters.axes import array_axes
+from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.trees import check_pair
 from lojax.nets.nnx import NNXNet, copied, open_nnx, variables
+from lojax.nets.params_check import call
+from lojax.rewrite.transform import transform
 
 
 class AdaptedModule(nnx.Module):

@@ -7,8 +7,8 @@ from typing import Any
 
 import equinox as eqx
 
-from lojax.adapt.paths import flatten
-from lojax.nets.held import call, fit
+from lojax.adapters.paths import flatten
+from lojax.nets.params_check import call, fit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lojax.adapt.paths import flatten, map_paths
-from lojax.nets.held import call, fit
+from lojax.adapters.paths import flatten, map_paths
+from lojax.nets.params_check import call, fit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 from typing import Any
 
-from lojax.adapt.paths import flatten
-from lojax.nets.held import call, fit
+from lojax.adapters.paths import flatten
+from lojax.nets.params_check import call, fit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

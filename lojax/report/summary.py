@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.boxes import unbox
-from lojax.adapt.tree import check_pair
-from lojax.table import table
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.metadata import unbox
+from lojax.adapters.trees import check_pair
+from lojax.report.table import table
 
 
 @dataclasses.dataclass(frozen=True)

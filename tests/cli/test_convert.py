@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ from flax import serialization
 from helpers import assert_same_bits
 
 import lojax.peft
+from lojax.checkpoint.save_restore import restore
 from lojax.cli.main import main
-from lojax.store import safetensors
-from lojax.store.checkpoint import restore
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "store" / "peft"))
-from layouts import EMBEDDING, LAYOUTS, golden
+from lojax.files import safetensors
+from tests.peft.layouts import EMBEDDING, LAYOUTS, golden
 
 LAYOUT = LAYOUTS["heads"]
 
@@ -44,7 +41,7 @@ def params_file(kind: str, tmp_path: Path, layout: Any = LAYOUT, case: str = "pa
     if kind == "msgpack":
         (tmp_path / "params.msgpack").write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(base)))
         return str(tmp_path / "params.msgpack")
-    flat = {path.replace("/", "."): np.asarray(leaf) for path, leaf in lojax.adapt.paths.flatten(base).items()}
+    flat = {path.replace("/", "."): np.asarray(leaf) for path, leaf in lojax.adapters.paths.flatten(base).items()}
     safetensors.write_all(tmp_path / "params.safetensors", flat, {})
     return str(tmp_path / "params.safetensors")
 

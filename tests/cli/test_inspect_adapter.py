@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +9,12 @@ import pytest
 from helpers import message, trained
 
 import lojax
+from lojax.checkpoint.save_restore import save
 from lojax.cli.inspect_adapter import describe, effective_rank, singular_values
 from lojax.cli.main import main
-from lojax.store import safetensors
-from lojax.store.checkpoint import save
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "store" / "peft"))
-from layouts import golden
-from test_load import copied, edited
+from lojax.files import safetensors
+from tests.peft.layouts import golden
+from tests.peft.test_load import copied, edited
 
 
 def test_the_table_of_a_peft_adapter(tmp_path, capsys):

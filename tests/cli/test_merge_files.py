@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from helpers import message
 
 from lojax.cli.main import main
 from lojax.cli.merge_files import INDEX, merge
-from lojax.store import safetensors
-from lojax.store.peft import patch as patching
-from lojax.store.peft.patch import patches
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "store" / "peft"))
-from layouts import CONV1D, CONV2D, EMBEDDING, EXPERTS, LAYOUTS, golden
-from test_load import copied, edited
+from lojax.files import safetensors
+from lojax.peft import patch as patching
+from lojax.peft.patch import patches
+from tests.peft.layouts import CONV1D, CONV2D, EMBEDDING, EXPERTS, LAYOUTS, golden
+from tests.peft.test_load import copied, edited
 
 FLAT = LAYOUTS["flat"]
 CASES = {

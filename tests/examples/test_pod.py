@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lojax
-from lojax.scale.decoder import Decoder, described, nested
-from lojax.scale.decoder_config import from_fields, preset, read_config
-from lojax.store.safetensors import NAMES as DTYPES
-from lojax.store.safetensors import write_all
+from lojax.files.safetensors import NAMES as DTYPES
+from lojax.files.safetensors import write_all
+from lojax.planner.decoder import Decoder, described, nested
+from lojax.planner.decoder_config import from_fields, preset, read_config
 
 grain = pytest.importorskip("grain")
 import pod  # noqa: E402

@@ -128,7 +128,7 @@ import sys
 import jax, jax.numpy as jnp
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 import lojax
-from lojax.scale.agree import check_agreement
+from lojax.sharding.consistency import check_agreement
 start = lambda seed: lojax.init(jax.random.key(seed), {"w": jnp.ones((8, 4))}, "w", rank=2)[1]
 check_agreement(start(0))
 print("the same: fine")

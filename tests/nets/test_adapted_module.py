@@ -11,11 +11,11 @@ import optax
 import pytest
 from flax import nnx
 from helpers import assert_same_bits, message, trained
-from test_nnx import IDS, TARGETS, Net
 
 import lojax
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.paths import flatten
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.paths import flatten
+from tests.nets.test_nnx import IDS, TARGETS, Net
 
 LABELS = jax.nn.one_hot(IDS[::-1], 10)
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zoo import CASES, Case, Example
 
 import lojax
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.boxes import rebox, unbox
-from lojax.adapt.paths import map_paths
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.metadata import rebox, unbox
+from lojax.adapters.paths import map_paths
+from tests.nets.zoo import CASES, Case, Example
 
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options: time goes to compiling here, not to running."""

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from zoo import Case
-from zoo.transformers import BERT, GPT2, IMAGES, T5, VIT, build, row
 
 import lojax
-from lojax.adapt.adapter import is_adapter
-from lojax.adapt.paths import map_paths
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.paths import map_paths
+from tests.nets.zoo import Case
+from tests.nets.zoo.transformers import BERT, GPT2, IMAGES, T5, VIT, build, row
 
 WIDE = BERT | {"hidden_size": 256, "intermediate_size": 1024}
 IDS = jnp.zeros((8, 16), jnp.int32)

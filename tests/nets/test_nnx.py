@@ -12,7 +12,7 @@ from flax import nnx
 from helpers import assert_same_bits, message, trained
 
 import lojax
-from lojax.adapt.paths import flatten
+from lojax.adapters.paths import flatten
 
 
 class Net(nnx.Module):

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_same_bits, message, trained
-from zoo.transformers import GPT2, IDS
-from zoo.transformers import model as tiny
 
 import lojax
+from tests.nets.zoo.transformers import GPT2, IDS
+from tests.nets.zoo.transformers import model as tiny
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("standard_promotion")

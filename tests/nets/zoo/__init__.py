@@ -1,7 +1,7 @@
 """The nets that every release is proved on. A new net is one row in the file of its library."""
 
-from zoo import equinox, functions, haiku, linen, nnx, transformers
-from zoo.case import Case, Example
+from tests.nets.zoo import equinox, functions, haiku, linen, nnx, transformers
+from tests.nets.zoo.case import Case, Example
 
 CASES: tuple[Case, ...] = (
     *functions.CASES,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zoo.case import Case, Example, filled, normal
+from tests.nets.zoo.case import Case, Example, filled, normal
 
 
 def example(make: Any, call: Any, *args: Any) -> Example:

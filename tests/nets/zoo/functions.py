@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zoo.case import Case, Example, normal, tokens
+from tests.nets.zoo.case import Case, Example, normal, tokens
 
 
 def example(f: Any, params: Any, *args: Any) -> Example:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, filled, normal, tokens
 
 
 def example(f: Any, *args: Any) -> Example:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, filled, normal, tokens
 
 
 def example(net: nn.Module, *args: Any, **kwargs: Any) -> Example:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, filled, normal, tokens
 
 
 def build(make: Any, *args: Any) -> Any:

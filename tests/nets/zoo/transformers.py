@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, filled, normal, tokens
 
 BERT = {
     "hidden_size": 32,

@@ -1,0 +1,184 @@
+"""One line of configuration: which weights, and how they are adapted."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from lojax.adapters.initializers import initializer
+
+Target = str | re.Pattern[str] | Callable[[str, Any], bool]
+"""A glob (``**/`` crosses levels), a compiled regex (full match), or a predicate (path, leaf)."""
+
+VARIANTS = ("lora", "dora", "lora-fa")
+"""The members of the family that a rule can ask for; see `lojax.Adapter` for what each one holds."""
+
+SCALINGS = {"standard": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
+"""How alpha and rank give the scale: Hu et al. 2021 §4.1, and rsLoRA, Kalajdzievski 2023, eq. 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the weights that ``targets`` match are adapted. ``None`` takes the default of `lojax.wrap`.
+
+    Attributes:
+        targets: A glob, a compiled regex, a predicate ``(path, leaf) -> bool``, or several of them.
+        rank: The rank ``r`` of the update, from 1 to min(m, n); or, for a weight with a stack axis (scanned
+            layers, experts), one rank for each entry of the stack, 0 for none.
+        alpha: The numerator of the scale; ``None`` everywhere means ``alpha = rank``.
+        scaling: ``"standard"`` (``alpha / r``) or ``"rslora"`` (``alpha / sqrt(r)``).
+        init: How the adapter starts. ``"kaiming"`` (uniform, PEFT's default), ``"gaussian"`` (std ``1/r``), or a
+            function ``(key, shape, dtype, *, fan_in, rank) -> array`` give ``a``, and ``b`` is zero.
+            ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_<steps>"``, ``"olora"`` and ``"milora"`` give both (see
+            `lojax.adapters.decompositions`); all but the first take ``scale * a @ b`` out of the frozen weight.
+        dropout: The rate of dropout on the adapter's input, in ``[0, 1)``.
+        variant: The member of the LoRA family: ``"lora"``, ``"dora"`` or ``"lora-fa"``.
+        train: ``"lora"`` trains an adapter, ``"full"`` the parameter itself, ``"tokens"`` chosen rows of an
+            embedding, ``"none"`` freezes it.
+        axes: The role of each axis, where inference from use is not wanted.
+        dtype: The dtype of the adapter; ``None`` means float32. A DoRA magnitude is float32 or wider.
+        layers: Only these layers: the first number that a part of the path ends in (``layer_3``, ``h/3``), or the
+            entries of the stack axis of a scanned weight.
+        tokens: The rows of an embedding to train, alone (``train="tokens"``) or beside its adapter.
+
+    >>> Rule("**/query/kernel", rank=4)
+    Rule('**/query/kernel', rank=4)
+    """
+
+    targets: Target | Sequence[Target]
+    rank: int | Sequence[int] | None = None
+    alpha: float | None = None
+    scaling: str | None = None
+    init: str | Callable[..., Any] | None = None
+    dropout: float | None = None
+    variant: str | None = None
+    train: Literal["lora", "full", "tokens", "none"] = "lora"
+    axes: Sequence[str] | None = None
+    dtype: Any = None
+    layers: Sequence[int] | None = None
+    tokens: Sequence[int] | None = None
+
+    def __repr__(self) -> str:
+        changed = (
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)[1:]
+            if getattr(self, f.name) != f.default
+        )
+        return f"Rule({', '.join([repr(self.targets), *changed])})"
+
+    def filled(self, defaults: Rule) -> Rule:
+        """This rule with every ``None`` replaced by the value in ``defaults``."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in ("targets", "train")]
+        missing = {name: getattr(defaults, name) for name in fields if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def scale(self, rank: int) -> float:
+        """The factor on an update of this rank; 1 for rank 0."""
+        alpha = rank if self.alpha is None else self.alpha
+        return float(SCALINGS[self.scaling or "standard"](alpha, rank)) if rank else 1.0
+
+
+def listed(targets: Any) -> list[Any]:
+    """One target or `Rule`, or a sequence of them, as a list."""
+    if _is_target(targets) or isinstance(targets, Rule):
+        return [targets]
+    entries = list(targets) if isinstance(targets, Iterable) else [targets]
+    for entry in entries:
+        if not (_is_target(entry) or isinstance(entry, Rule)):
+            raise TypeError(
+                "A target is a glob, a compiled regex, a predicate (path, leaf) -> bool, or a lojax.Rule; "
+                f"got {entry!r}."
+            )
+    return entries
+
+
+def _is_target(entry: Any) -> bool:
+    return isinstance(entry, (str, re.Pattern)) or callable(entry)
+
+
+def as_rules(targets: Any, defaults: Rule) -> list[Rule]:
+    """The rules that ``targets`` (a target, a `Rule`, or a sequence of these) spell.
+
+    Args:
+        targets: None for no rule.
+        defaults: What the targets that are no rules of their own say, and what a rule leaves open.
+
+    Raises:
+        TypeError: An entry is of no known kind.
+        ValueError: A setting is out of range, or a rule that trains an adapter stands where
+            ``defaults`` does not.
+    """
+    rules = []
+    for entry in [] if targets is None else listed(targets):
+        if not isinstance(entry, Rule):
+            entry = dataclasses.replace(defaults, targets=entry)
+        elif entry.train == "lora" != defaults.train:
+            raise ValueError(f"{entry} trains an adapter: its place is in targets=, not in train= or exclude=.")
+        rules.append(_checked(entry.filled(defaults)))
+    return rules
+
+
+def _checked(rule: Rule) -> Rule:
+    if rule.train not in ("lora", "full", "tokens", "none"):
+        raise ValueError(f"{rule}: train={rule.train!r}; expected 'lora', 'full', 'tokens' or 'none'.")
+    if rule.layers is not None:
+        rule = dataclasses.replace(rule, layers=_integers(rule, "layers"))
+    if rule.tokens is not None:
+        rule = dataclasses.replace(rule, tokens=_integers(rule, "tokens"))
+    if rule.train == "tokens" and not rule.tokens:
+        raise ValueError(f"{rule}: train='tokens' needs tokens=, the rows of the embedding to train.")
+    if rule.tokens and rule.train not in ("lora", "tokens"):
+        raise ValueError(f"{rule}: tokens= has no meaning with train={rule.train!r}.")
+    if rule.train not in ("lora", "tokens"):
+        return rule
+    if not jnp.issubdtype(rule.dtype or jnp.float32, jnp.floating):
+        raise ValueError(f"{rule}: dtype={rule.dtype!r}; expected a real floating-point dtype, or None for float32.")
+    return rule if rule.train == "tokens" else _checked_update(rule)
+
+
+def _checked_update(rule: Rule) -> Rule:
+    ranks = rule.rank if isinstance(rule.rank, Sequence) and not isinstance(rule.rank, str) else [rule.rank]
+    least = 1 if ranks == [rule.rank] else 0
+    if not all(_is_integer(r) and r >= least for r in ranks) or not any(ranks):  # type: ignore[operator]
+        each = "" if least else " for some entry of the stack, and 0 for one without an adapter"
+        raise ValueError(f"{rule}: rank={rule.rank!r}; expected an integer of at least 1{each}.")
+    if rule.alpha is not None and not (_is_finite(rule.alpha) and rule.alpha > 0):
+        raise ValueError(f"{rule}: alpha={rule.alpha!r}; expected a finite number above 0, or None for alpha = rank.")
+    if rule.scaling not in SCALINGS:
+        raise ValueError(f"{rule}: scaling={rule.scaling!r}; expected one of {sorted(SCALINGS)}.")
+    if rule.variant not in VARIANTS:
+        near = difflib.get_close_matches(str(rule.variant).lower(), VARIANTS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{rule}: variant={rule.variant!r}; expected one of {', '.join(VARIANTS)}.{hint}")
+    if rule.variant == "dora" and rule.tokens:
+        raise ValueError(f"{rule}: DoRA rescales the columns of the weight, so it does not go with tokens=.")
+    if not (_is_finite(rule.dropout or 0.0) and 0 <= (rule.dropout or 0.0) < 1):
+        raise ValueError(f"{rule}: dropout={rule.dropout!r}; expected a rate in [0, 1).")
+    initializer(rule.init or "kaiming")  # raises if it is unknown
+    whole = tuple(int(r) for r in ranks)  # type: ignore[arg-type]
+    return dataclasses.replace(rule, rank=whole[0] if least else whole)
+
+
+def _integers(rule: Rule, field: str) -> tuple[int, ...]:
+    given = tuple(getattr(rule, field))
+    if not given or not all(_is_integer(i) and i >= 0 for i in given):
+        raise ValueError(f"{rule}: {field}={given!r}; expected integers of at least 0.")
+    repeated = sorted({i for i in given if given.count(i) > 1})
+    if repeated:
+        raise ValueError(f"{rule}: {field} names {repeated[0]} more than once. Name each once.")
+    return tuple(int(i) for i in given)
+
+
+def _is_integer(number: Any) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)

@@ -1,1 +1,0 @@
-"""What leaves training: merged weights."""

@@ -1,0 +1,9 @@
+"""Hugging Face PEFT adapters, both ways: `load`, `save`, and the name maps between JAX paths and torch names."""
+
+from lojax.peft.config import Config, read_config
+from lojax.peft.model_families import name_map, name_maps
+from lojax.peft.name_map import NameMap, Slot, Table
+from lojax.peft.read_adapter import freeze, load
+from lojax.peft.write_adapter import save
+
+__all__ = ["Config", "NameMap", "Slot", "Table", "freeze", "load", "name_map", "name_maps", "read_config", "save"]

@@ -1,0 +1,1 @@
+"""One rule for each primitive that can meet an adapted weight."""

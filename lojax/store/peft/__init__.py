@@ -1,1 +1,0 @@
-"""Hugging Face PEFT adapters: the file format, names, and conversion both ways."""

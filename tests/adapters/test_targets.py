@@ -1,0 +1,299 @@
+"""Targets: which paths a pattern picks, which rule wins, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from lojax import Rule
+from lojax.adapters.targets import compile_glob, matches, nearest, plan
+from tests.helpers import message
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = {
+    "params/embed/embedding": struct(50, 8),
+    "params/layer_0/query/kernel": struct(8, 8),
+    "params/layer_0/query/bias": struct(8),
+    "params/layer_0/value/kernel": struct(8, 8),
+    "params/layer_1/query/kernel": struct(8, 8),
+    "params/layer_1/query/bias": struct(8),
+    "params/layer_1/value/kernel": struct(8, 8),
+    "params/head/kernel": struct(8, 2),
+    "params/head/bias": struct(2),
+    "params/temperature": struct(),
+    "stats/count": struct(3, 3, dtype=jnp.int32),
+    "absent": None,
+}
+QUERY = {"params/layer_0/query/kernel", "params/layer_1/query/kernel"}
+VALUE = {"params/layer_0/value/kernel", "params/layer_1/value/kernel"}
+BIASES = {"params/layer_0/query/bias", "params/layer_1/query/bias", "params/head/bias"}
+
+
+def lora(targets, **settings):
+    return Rule(targets, **({"rank": 2} | settings))
+
+
+def full(targets):
+    return Rule(targets, train="full")
+
+
+# --- patterns ---
+
+
+@pytest.mark.parametrize(
+    ("glob", "path", "expected"),
+    [
+        ("params/head/kernel", "params/head/kernel", True),
+        ("head/kernel", "params/head/kernel", False),
+        ("*/kernel", "head/kernel", True),
+        ("*/kernel", "params/head/kernel", False),
+        ("**/kernel", "params/head/kernel", True),
+        ("**/kernel", "kernel", True),
+        ("**/kernel", "params/head/xkernel", False),
+        ("params/**/kernel", "params/kernel", True),
+        ("params/**/kernel", "params/a/b/kernel", True),
+        ("params/**", "params/a/b/kernel", True),
+        ("**/layer_?/*", "params/layer_1/kernel", True),
+        ("**/layer_?/*", "params/layer_12/kernel", False),
+        ("**/layer_[02]/*", "params/layer_2/kernel", True),
+        ("**/layer_[02]/*", "params/layer_1/kernel", False),
+        ("**/layer_[!02]/*", "params/layer_1/kernel", True),
+        ("**/layer_[!02]/*", "params/layer_0/kernel", False),
+        ("a.b/kernel", "axb/kernel", False),
+        ("a.b/kernel", "a.b/kernel", True),
+        ("", "kernel", False),
+    ],
+)
+def test_glob(glob, path, expected):
+    assert matches(glob, path, None) is expected
+
+
+def segments_match(glob: list[str], path: list[str]) -> bool:
+    """What a glob of whole segments means, by recursion on the segments."""
+    if not glob or glob == ["**"]:
+        return bool(glob) == bool(path)
+    if glob[0] == "**":
+        return any(segments_match(glob[1:], path[i:]) for i in range(len(path) + 1))
+    fits = bool(path) and (glob[0] in ("*", path[0]) or glob[0] == "?" * len(path[0]))
+    return fits and segments_match(glob[1:], path[1:])
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.lists(st.sampled_from(["**", "*", "?", "??", "a", "b", "ab"]), min_size=1, max_size=4),
+    st.lists(st.sampled_from(["a", "b", "ab", "ba"]), min_size=1, max_size=4),
+)
+def test_globs_mean_what_recursion_on_segments_says(glob, path):
+    got = compile_glob("/".join(glob)).fullmatch("/".join(path)) is not None
+    assert got == segments_match(glob, path)
+
+
+def test_a_regex_matches_the_whole_path():
+    assert matches(re.compile(r"params/layer_\d/.*"), "params/layer_0/kernel", None)
+    assert not matches(re.compile(r"layer_\d"), "params/layer_0/kernel", None)
+    assert not matches(re.compile(r"params/layer"), "params/layer_0/kernel", None)
+
+
+def test_a_predicate_sees_path_and_leaf_without_its_box():
+    seen = {}
+
+    def wide(path, leaf):
+        seen[path] = leaf
+        return leaf.shape == (4, 9)
+
+    params = {"a": nn.Partitioned(struct(4, 9), names=("x", "y")), "b": struct(4, 4)}
+    assert set(plan(params, [lora(wide)])) == {"a"}
+    assert seen == {"a": struct(4, 9), "b": struct(4, 4)}
+
+
+# --- the plan ---
+
+
+def test_each_kind_of_target_picks_its_paths():
+    assert set(plan(PARAMS, [lora("**/query/kernel")])) == QUERY
+    assert set(plan(PARAMS, [lora(re.compile(r".*/(query|value)/kernel"))])) == QUERY | VALUE
+    assert set(plan(PARAMS, [lora(lambda path, leaf: leaf.shape == (8, 2))])) == {"params/head/kernel"}
+    assert set(plan(PARAMS, [lora(["**/query/kernel", re.compile(".*/value/kernel")])])) == QUERY | VALUE
+
+
+def test_the_first_match_wins():
+    first, rest = lora("params/layer_0/**/kernel", rank=1), lora("**/kernel", rank=2)
+    chosen = plan(PARAMS, [first, rest])
+    assert chosen["params/layer_0/query/kernel"] is chosen["params/layer_0/value/kernel"] is first
+    assert chosen["params/layer_1/query/kernel"] is chosen["params/head/kernel"] is rest
+
+
+def test_train_none_protects_from_later_rules():
+    assert set(plan(PARAMS, [Rule("params/layer_1/**", train="none"), lora(["**/query/kernel"])])) == {
+        "params/layer_0/query/kernel"
+    }
+
+
+def test_excluded_paths_stay_frozen_whatever_matches_them():
+    excluded = Rule(["params/layer_0/**", "**/head/bias"], train="none")
+    chosen = plan(PARAMS, [lora("**/query/kernel")], full=[full("**/bias")], exclude=[excluded])
+    assert set(chosen) == {"params/layer_1/query/kernel", "params/layer_1/query/bias"}
+
+
+def test_parameters_trained_in_full_may_have_any_shape():
+    chosen = plan(PARAMS, [lora("**/query/kernel")], full=[full(["**/bias", "**/temperature"])])
+    assert {path for path, rule in chosen.items() if rule.train == "full"} == BIASES | {"params/temperature"}
+    assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY
+
+
+def test_rules_of_full_training_may_overlap_one_another():
+    assert set(plan(PARAMS, [], full=[full("**/bias"), full("params/head/bias")])) == BIASES
+
+
+# --- biases ---
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ("none", set()),
+        ("all", BIASES),
+        ("lora_only", {"params/layer_0/query/bias", "params/layer_1/query/bias"}),
+    ],
+)
+def test_biases_by_the_words_of_peft(bias, expected):
+    chosen = plan(PARAMS, [lora("**/query/kernel")], bias=bias)
+    assert {path for path, rule in chosen.items() if rule.train == "full"} == expected
+    assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY
+
+
+def test_an_excluded_bias_stays_frozen():
+    chosen = plan(PARAMS, [lora("**/query/kernel")], bias="all", exclude=[Rule("params/head/bias", train="none")])
+    assert set(chosen) == QUERY | BIASES - {"params/head/bias"}
+
+
+def test_haiku_calls_a_bias_b():
+    params = {"linear/w": struct(3, 3), "linear/b": struct(3), "other/b": struct(3)}
+    assert set(plan(params, [lora("linear/w")], bias="lora_only")) == {"linear/w", "linear/b"}
+
+
+def test_no_such_bias_is_an_error():
+    with pytest.raises(ValueError, match="none of the 11 parameters beside a weight with an adapter is called 'bias'"):
+        plan(PARAMS, [lora("**/value/kernel")], bias="lora_only")
+
+
+# --- what is refused ---
+
+
+def test_a_target_that_matches_nothing_shows_the_nearest_paths():
+    assert message(ValueError, plan, PARAMS, [lora("**/qurey/kernel")]) == (
+        "Target '**/qurey/kernel' matches none of the 11 parameters. The nearest paths:\n"
+        "  params/layer_0/query/kernel\n"
+        "  params/layer_1/query/kernel\n"
+        "  params/layer_0/value/kernel\n"
+        "  params/layer_1/value/kernel\n"
+        "  params/head/kernel"
+    )
+
+
+def test_each_target_of_a_rule_must_match():
+    assert "'**/key/kernel' matches none" in message(
+        ValueError, plan, PARAMS, [lora(["**/query/kernel", "**/key/kernel"])]
+    )
+
+
+@pytest.mark.parametrize("where", ["full", "exclude"])
+def test_train_and_exclude_must_match_too(where):
+    rules = {where: [Rule("**/bais", train="none" if where == "exclude" else "full")]}
+    assert "Target '**/bais' matches none" in message(ValueError, plan, PARAMS, [lora("**/query/kernel")], **rules)
+
+
+def test_a_regex_and_a_predicate_that_match_nothing():
+    def tall(path, leaf):
+        return False
+
+    assert message(ValueError, plan, PARAMS, [lora(re.compile("head/kernel"))]).startswith(
+        "Target 'head/kernel' matches none of the 11 parameters. The nearest paths:\n  params/head/kernel\n"
+    )
+    assert message(ValueError, plan, PARAMS, [lora(tall)]).startswith(
+        "Target predicate tall matches none of the 11 parameters. The nearest paths:\n  params/embed/embedding\n"
+    )
+
+
+def test_an_empty_tree_says_so():
+    assert message(ValueError, plan, {}, [lora("**/kernel")]) == (
+        "Target '**/kernel' matches none of the 0 parameters. The nearest paths:\n  (the tree has no parameters)"
+    )
+
+
+def test_nearest_compares_words_and_not_lengths():
+    paths = ["params/head/kernel", "params/encoder/layer_0/attention/self/query/kernel"]
+    assert nearest("**/qurey/kernel", paths, 1) == paths[1:]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "shape"),
+    [("params/head/bias", "a vector", "(2,)"), ("params/temperature", "a scalar", "()")],
+)
+def test_a_vector_or_a_scalar_takes_no_adapter(target, kind, shape):
+    assert message(ValueError, plan, PARAMS, [lora(target)]) == (
+        f"{target} is {kind} of shape {shape}: a low-rank update needs at least two axes. "
+        f"Train it in full with lojax.Rule('{target}', train=\"full\"), or narrow '{target}'."
+    )
+
+
+def test_an_integer_takes_no_adapter_and_no_gradient():
+    assert message(ValueError, plan, PARAMS, [lora("stats/count")]) == (
+        "stats/count has dtype int32: only real floating-point weights take an adapter."
+    )
+    assert message(ValueError, plan, PARAMS, [], full=[full("stats/count")]) == (
+        "stats/count has dtype int32: only floating-point parameters can be trained in full."
+    )
+
+
+def test_a_wholly_hidden_rule_is_a_contradiction():
+    assert message(ValueError, plan, PARAMS, [lora("**/kernel", rank=1), full("**/query/kernel")]) == (
+        "params/layer_0/query/kernel is matched by contradictory rules: Rule('**/kernel', rank=1) comes first, so "
+        "Rule('**/query/kernel', train='full') never applies to anything. Remove one, narrow its targets, or put the "
+        "narrower rule first."
+    )
+
+
+def test_targets_against_train_have_no_order_so_any_overlap_is_a_contradiction():
+    assert message(ValueError, plan, PARAMS, [lora("**/kernel")], full=[full("params/head/*")]) == (
+        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule('**/kernel', rank=2)), train= "
+        "trains it in full (Rule('params/head/*', train='full')). Narrow one of them, or say which wins: put "
+        "lojax.Rule('params/head/kernel', train=\"full\") first in targets=."
+    )
+
+
+def test_an_explicit_rule_in_targets_settles_an_overlap_with_train():
+    for train, trained in (("full", {"params/head/kernel", "params/head/bias"}), ("none", {"params/head/bias"})):
+        rules = [Rule("params/head/kernel", train=train), lora("**/kernel")]
+        chosen = plan(PARAMS, rules, full=[full("params/head/*")])
+        assert {path for path, rule in chosen.items() if rule.train == "full"} == trained
+
+
+def test_an_excluded_overlap_is_none():
+    chosen = plan(
+        PARAMS, [lora("**/kernel")], full=[full("params/head/*")], exclude=[Rule("params/head/kernel", train="none")]
+    )
+    assert "params/head/kernel" not in chosen
+    assert chosen["params/head/bias"].train == "full"
+
+
+def test_a_rule_without_targets_is_refused():
+    assert message(ValueError, plan, PARAMS, [lora(())]) == (
+        "Rule((), rank=2) has no targets. Give a glob, a regex or a predicate."
+    )
+
+
+@pytest.mark.parametrize("rules", [[], [lora("**/query/kernel")], [Rule("**/kernel", train="none")]])
+def test_nothing_left_to_train_is_refused(rules):
+    text = "Nothing trains: no parameter is left by targets=, train= and exclude=."
+    assert message(ValueError, plan, PARAMS, rules, exclude=[Rule("**/kernel", train="none")]) == text

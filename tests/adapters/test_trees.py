@@ -1,0 +1,158 @@
+"""The two trees: who holds which leaf, and which pairs do not fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.core import freeze
+
+import lojax
+from lojax import Rule
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.trees import check_pair
+from tests.helpers import assert_same_bits, message
+
+PARAMS = {
+    "layers": [{"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}],
+    "stats": {"count": jnp.zeros((), jnp.int32)},
+}
+
+
+def make(**settings):
+    return lojax.init(jax.random.key(0), PARAMS, "**/kernel", **({"rank": 2, "train": "layers/0/bias"} | settings))
+
+
+def test_every_leaf_has_one_holder():
+    frozen, lora = make()
+    assert jax.tree.structure(frozen, is_leaf=lambda x: x is None) == jax.tree.structure(PARAMS)
+    assert_same_bits(frozen["layers"][0]["kernel"], PARAMS["layers"][0]["kernel"])
+    assert is_adapter(lora["layers"][0]["kernel"])
+    assert is_adapter(lora["layers"][1]["kernel"])
+    assert frozen["layers"][0]["bias"] is None
+    assert_same_bits(lora["layers"][0]["bias"], PARAMS["layers"][0]["bias"])
+    assert_same_bits(frozen["layers"][1]["bias"], PARAMS["layers"][1]["bias"])
+    assert lora["layers"][1]["bias"] is None
+    assert lora["stats"]["count"] is None
+    assert_same_bits(frozen["stats"], PARAMS["stats"])
+
+
+def test_what_the_tree_does_not_hold_stays_so():
+    frozen, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((3, 3)), "gone": None}, "w", rank=1)
+    assert frozen["gone"] is None
+    assert lora["gone"] is None
+
+
+def test_the_container_types_of_params_are_kept():
+    frozen, lora = lojax.init(jax.random.key(0), freeze(PARAMS), "**/kernel", rank=2)
+    assert type(frozen) is type(lora) is type(freeze({}))
+
+
+def test_the_adapter_holds_what_its_rule_says():
+    _, lora = make(alpha=6, dropout=0.25, scaling="rslora", dtype=jnp.bfloat16, rank=4)
+    adapter = lora["layers"][0]["kernel"]
+    assert (adapter.scale, adapter.dropout, adapter.rank, adapter.axes) == (3.0, 0.25, 4, ("in", "out"))
+    assert adapter.a.dtype == adapter.b.dtype == jnp.bfloat16
+
+
+def test_axes_said_outright_win_over_the_convention():
+    _, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((6, 4))}, Rule("w", rank=2, axes=("out", "in")))
+    assert (lora["w"].axes, lora["w"].a.shape, lora["w"].b.shape) == (("out", "in"), (4, 2), (2, 6))
+
+
+def test_axes_of_the_wrong_length_name_the_path():
+    text = message(ValueError, make, axes=("in", "in", "out"))
+    assert text.startswith("layers/0/kernel: axes ('in', 'in', 'out') describe 3 axes")
+
+
+def test_a_rank_above_both_sides_names_them():
+    assert message(ValueError, make, rank=5) == (
+        "layers/0/kernel: rank=5 is above min(m, n) = 4 (shape (6, 4), axes ('in', 'out'): m=6 in, n=4 out). "
+        "Choose a rank of at most 4, or train the weight in full."
+    )
+    make(rank=4)
+
+
+def test_the_bound_on_the_rank_is_that_of_one_weight_of_a_stack():
+    params = {"w": jnp.ones((2, 6, 4))}
+    lojax.init(jax.random.key(0), params, "w", rank=4, axes=("stack", "in", "out"))
+    text = message(ValueError, lojax.init, jax.random.key(0), params, "w", rank=5, axes=("stack", "in", "out"))
+    assert "m=6 in, n=4 out" in text
+
+
+# --- pairs that do not fit ---
+
+
+def test_a_pair_of_one_init_fits():
+    frozen, lora = make()
+    left, right = check_pair(frozen, lora)
+    assert (
+        list(left)
+        == list(right)
+        == [
+            "layers/0/bias",
+            "layers/0/kernel",
+            "layers/1/bias",
+            "layers/1/kernel",
+            "stats/count",
+        ]
+    )
+
+
+@pytest.mark.parametrize("drop", ["frozen", "lora"])
+def test_a_missing_path_is_named(drop):
+    pair = dict(zip(("frozen", "lora"), make(), strict=True))
+    holder = "lora" if drop == "frozen" else "frozen"
+    pair[drop] = {k: v for k, v in pair[drop].items() if k != "stats"}
+    assert message(ValueError, check_pair, pair["frozen"], pair["lora"]) == (
+        f"frozen and lora have different structure: stats/count is in {holder} but not in {drop}. "
+        "Use the pair that one init (or restore onto the same frozen) returned."
+    )
+
+
+@pytest.mark.parametrize("change", [freeze, lambda tree: tree | {"layers": tuple(tree["layers"])}])
+def test_other_containers_with_the_same_paths_are_refused(change):
+    frozen, lora = make()
+    assert message(ValueError, check_pair, frozen, change(lora)) == (
+        "frozen and lora have the same paths in different containers (such as a dict against a FrozenDict, or a list "
+        "against a tuple). Convert one, or use the pair that one init returned."
+    )
+
+
+def test_an_array_in_both_is_refused():
+    frozen, lora = make()
+    lora["layers"][1]["bias"] = jnp.ones(5)
+    assert message(ValueError, check_pair, frozen, lora) == (
+        "layers/1/bias is an array in both frozen and lora; one of them must hold None there."
+    )
+
+
+def test_an_adapter_without_a_weight_is_refused():
+    frozen, lora = make()
+    frozen["layers"][1]["kernel"] = None
+    assert message(ValueError, check_pair, frozen, lora) == (
+        "layers/1/kernel: lora holds an adapter, but frozen holds no weight there (None)."
+    )
+
+
+def test_a_weight_of_another_shape_than_at_init_is_refused():
+    frozen, lora = make()
+    frozen["layers"][1]["kernel"] = jnp.ones((4, 7))
+    assert message(ValueError, check_pair, frozen, lora) == (
+        "layers/1/kernel: a weight of shape (4, 7) with axes ('in', 'out') needs an adapter of shapes (4, 2) and "
+        "(2, 7), got (4, 2) and (2, 5). Were these params, or this adapter, made for another model?"
+    )
+    frozen["layers"][1]["kernel"] = jnp.ones((2, 4, 5))
+    assert message(ValueError, check_pair, frozen, lora) == (
+        "layers/1/kernel: the weight has shape (2, 4, 5), but its adapter has axes ('in', 'out')."
+    )
+
+
+def test_factors_of_two_ranks_are_refused():
+    frozen, lora = make()
+    lora["layers"][1]["kernel"] = dataclasses.replace(lora["layers"][1]["kernel"], b=jnp.zeros((3, 5)))
+    assert "needs an adapter of shapes (4, 2) and (2, 5), got (4, 2) and (3, 5)" in message(
+        ValueError, check_pair, frozen, lora
+    )

@@ -1,0 +1,272 @@
+"""Adapters that real PEFT wrote compute here what they computed there; what does not fit is refused whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import message
+
+import lojax
+import lojax.peft
+from lojax.adapters.adapter import is_adapter
+from lojax.files import safetensors
+from tests.peft.layouts import EXPERTS, LAYOUTS, ROWS, golden, shaped
+
+FLAT = LAYOUTS["flat"]
+KEY = "base_model.model.layers.0.q.lora_A.weight"
+
+
+def outputs(layout: Any, base: Any, lora: Any, x: Any) -> np.ndarray:
+    frozen = lojax.peft.freeze(base, lora)
+    return np.asarray(lojax.transform(layout.apply, strict=True)(frozen, lora, x))
+
+
+@pytest.mark.parametrize(("case", "name", "layout"), ROWS, ids=[f"{case}-{name}" for case, name, _ in ROWS])
+def test_adapters_of_real_peft_give_its_outputs(case, name, layout):
+    path, tensors, x, y = golden(case)
+    base = layout.base(tensors)
+    lora = lojax.peft.load(path, base, layout.names)
+    before = np.asarray(layout.apply(base, x))
+    assert np.abs(before - y).max() > 0.1, "the adapter does nothing: this would prove nothing"
+    np.testing.assert_allclose(outputs(layout, base, lora, x), y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shapes_are_enough(name):
+    path, tensors, *_ = golden("linear")
+    layout = LAYOUTS[name]
+    from_shapes = lojax.peft.load(path, shaped(layout.shapes), layout.names)
+    from_arrays = lojax.peft.load(path, layout.base(tensors), layout.names)
+    assert jax.tree.structure(from_shapes) == jax.tree.structure(from_arrays)
+
+
+def test_the_adapter_has_the_scale_axes_and_dropout_of_the_config(tmp_path):
+    path = copied("patterns", tmp_path, config={"lora_dropout": 0.25})
+    lora = lojax.peft.load(path, FLAT.base(golden("patterns")[1]), FLAT.names)
+    q, v = lora["layers"]["1"]["q"]["kernel"], lora["layers"]["0"]["v"]["kernel"]
+    assert (q.rank, q.scale, q.dropout, q.axes) == (3, 4 / 3**0.5, 0.25, ("in", "out"))
+    assert (v.rank, v.scale) == (1, 5.0)
+
+
+def test_every_layer_of_a_stack_keeps_its_rank_and_scale():
+    layout = LAYOUTS["scanned"]
+    lora = lojax.peft.load(golden("patterns")[0], layout.base(golden("patterns")[1]), layout.names)
+    q, v = lora["layers"]["q"]["kernel"], lora["layers"]["v"]["kernel"]
+    assert (q.ranks, q.scale) == ((2, 3), (4 / 2**0.5, 4 / 3**0.5))
+    assert (v.ranks, v.scale) == ((1, 2), (5.0, 5 / 2**0.5))
+    assert not q.a[0, :, 2:].any() and not q.b[0, 2:].any() and q.a[1, :, 2].any()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(jnp.bfloat16, jnp.bfloat16), (None, jnp.float32)])
+def test_the_dtype_is_chosen(dtype, expected):
+    path, tensors, *_ = golden("linear")
+    lora = lojax.peft.load(path, FLAT.base(tensors), FLAT.names, dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype(expected)}
+
+
+def test_only_some_layers_of_a_scanned_leaf_are_adapted_and_saved_in_full():
+    path, tensors, *_ = golden("some_layers")
+    layout = LAYOUTS["scanned"]
+    lora = lojax.peft.load(path, layout.base(tensors), layout.names)
+    o = lora["layers"]["o"]["kernel"]
+    assert is_adapter(o) and o.ranks == (0, 2) and o.scale == 1.0
+    assert not o.a[0].any() and not o.b[0].any() and o.a[1].any()
+    text = message(ValueError, lojax.peft.load, partly_saved(path), shaped(layout.shapes), layout.names)
+    assert "holds 1 of its 2 entries" in text and "pass its arrays" in text
+
+
+def partly_saved(path: Path) -> Path:
+    return edited(path, lambda tensors: tensors.pop("base_model.model.layers.0.o.bias"))
+
+
+def test_the_base_embedding_that_peft_saves_beside_its_adapter_must_be_ours(tmp_path):
+    layout = {name: layout for _, name, layout in ROWS}["embedding"]
+    _, tensors, *_ = golden("embedding")
+    base = layout.base(tensors)
+    key = "base_model.model.embed.base_layer.weight"
+    path = edited(copied("embedding", tmp_path), lambda found: found.update({key: tensors["embed.weight"]}))
+    assert is_adapter(lojax.peft.load(path, base, layout.names)["embed"]["embedding"])
+    path = edited(path, lambda found: found.update({key: tensors["embed.weight"] + 1}))
+    assert "embed/embedding differs" in message(ValueError, lojax.peft.load, path, base, layout.names)
+
+
+# --- experts ---
+
+
+def test_experts_of_older_peft_with_in_and_out_exchanged(tmp_path):
+    """PEFT before 0.19 took ``[E, out, in]`` parameters for ``[E, in, out]``: the same update, other tensors."""
+    tensors = golden("experts")[1]
+    base = EXPERTS.base(tensors)
+
+    def exchange(found: dict[str, np.ndarray]) -> None:
+        for module in ("mlp.experts.base_layer", "mlp.experts"):
+            a, b = (f"base_model.model.{module}.lora_{side}.weight" for side in "AB")
+            one, other = found[a].reshape(3, 2, -1), found[b].reshape(-1, 2, 3)
+            found[a], found[b] = other.transpose(2, 1, 0).reshape(6, -1), one.transpose(2, 1, 0).reshape(-1, 6)
+
+    new = lojax.peft.load(copied("experts", tmp_path / "new"), base, EXPERTS.names)
+    old = lojax.peft.load(
+        edited(copied("experts", tmp_path / "old", config={"peft_version": "0.18.1"}), exchange), base, EXPERTS.names
+    )
+    weights = [np.asarray(lojax.merge(base, lora)["experts"]["up"]) for lora in (new, old)]
+    np.testing.assert_allclose(*weights, atol=1e-6)
+
+
+@pytest.mark.parametrize(("version", "exchanged"), [("0.18.1", True), ("0.19.0", False), (None, True)])
+def test_the_version_decides_for_square_experts(tmp_path, version, exchanged):
+    rng = np.random.default_rng(0)
+    base = {"w": jnp.zeros((2, 4, 4))}
+    names = lojax.peft.NameMap.parse("w[expert, in, out] <-> experts.w : experts")
+    a, b = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(4, 6)).astype(np.float32)
+    fields = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_parameters": ["w"], "peft_version": version}
+    written(
+        tmp_path, fields, {"base_model.model.experts.lora_A.weight": a, "base_model.model.experts.lora_B.weight": b}
+    )
+    update = lojax.merge(base, lojax.peft.load(tmp_path, base, names))["w"]
+    spec = "ore,eri->eoi" if exchanged else "ore,eri->eio"  # torch has [E, out, in], JAX [E, in, out]
+    expected = np.einsum(spec, b.reshape(4, 3, 2), a.reshape(2, 3, 4))
+    np.testing.assert_allclose(update, expected, atol=1e-5)
+
+
+def test_where_shapes_do_not_tell_the_first_rule_is_the_innermost_wrapper(tmp_path):
+    """PEFT wraps a module's parameters in the order in which torch registered them; the rules say which that is."""
+    base = {"first": jnp.zeros((2, 4, 4)), "second": jnp.zeros((2, 4, 4))}
+    ordered = lojax.peft.NameMap.parse(
+        "second[expert, in, out] <-> experts.second : experts\nfirst[expert, in, out] <-> experts.first : experts"
+    )
+    fields = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_parameters": ["first", "second"],
+        "peft_version": "0.21",
+    }
+    ones = {f"base_model.model.experts.lora_{side}.weight": np.ones(shape, np.float32) for side, shape in SQUARE}
+    twos = {key.replace("experts.", "experts.base_layer."): 2 * value for key, value in ones.items()}
+    update = lojax.merge(base, lojax.peft.load(written(tmp_path, fields, ones | twos), base, ordered))
+    assert (update["first"] == 1).all() and (update["second"] == 4).all()
+
+
+SQUARE = (("A", (2, 4)), ("B", (4, 2)))
+
+
+def test_two_experts_parameters_are_told_apart_by_shape_whatever_the_order_of_the_rules():
+    path, tensors, x, y = golden("experts")
+    base = EXPERTS.base(tensors)
+    backwards = lojax.peft.NameMap(EXPERTS.names.rules[::-1])
+    np.testing.assert_allclose(outputs(EXPERTS, base, lojax.peft.load(path, base, backwards), x), y, atol=1e-5)
+
+
+# --- what does not fit ---
+
+
+def written(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    (path / "adapter_model.safetensors").unlink(missing_ok=True)
+    shapes = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    safetensors.write(path / "adapter_model.safetensors", shapes, tensors.__getitem__)
+    return path
+
+
+def copied(case: str, path: Path, *, config: dict[str, Any] | None = None) -> Path:
+    shutil.copytree(golden(case)[0], path, dirs_exist_ok=True)
+    fields = json.loads((path / "adapter_config.json").read_text()) | (config or {})
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    return path
+
+
+def edited(path: Path, edit: Any) -> Path:
+    """``path`` with its tensors changed; where it is a golden directory, a copy of it is."""
+    if "golden" in path.parts:
+        import tempfile
+
+        path = shutil.copytree(path, Path(tempfile.mkdtemp()) / "copy")
+    file = safetensors.open_file(path / "adapter_model.safetensors")
+    tensors = {name: file.read(name) for name in file.entries}
+    edit(tensors)
+    return written(path, json.loads((path / "adapter_config.json").read_text()), tensors)
+
+
+def refusal(path: Path, names: Any = FLAT.names) -> str:
+    return message(ValueError, lojax.peft.load, path, FLAT.base(golden("linear")[1]), names)
+
+
+def test_an_adapter_for_another_architecture_is_refused():
+    text = refusal(golden("conv2d")[0])
+    assert "is an adapter for another architecture, or the name map is for another: no key fits the base" in text
+    assert "unexpected: base_model.model.point.lora_A.weight (nearest in the base:" in text
+
+
+def test_every_missing_unexpected_and_misshapen_key_is_listed(tmp_path):
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors["base_model.model.layers.7.q.lora_A.weight"] = tensors.pop("base_model.model.layers.1.q.lora_A.weight")
+        del tensors["base_model.model.layers.1.v.lora_A.weight"], tensors["base_model.model.layers.1.v.lora_B.weight"]
+        tensors["base_model.model.layers.0.o.lora_A.weight"] = np.zeros((2, 5), np.float32)
+        tensors["stray"] = np.zeros(3, np.float32)
+
+    text = refusal(edited(copied("linear", tmp_path), spoil))
+    assert "does not fit the base:" in text
+    assert "unexpected: base_model.model.layers.7.q.lora_A.weight" in text
+    assert "unexpected: base_model.model.layers.1.q.lora_B.weight" in text  # without its partner
+    assert "missing: base_model.model.layers.1.v.lora_A.weight" in text
+    assert (
+        "mis-shaped: base_model.model.layers.0.o.lora_A.weight is (2, 5); layers/0/o/kernel (6, 6) needs (2, 6)" in text
+    )
+    assert "unexpected: stray" in text
+    assert "print(name_map.table(params)) shows" in text
+
+
+def test_a_rank_that_differs_from_the_config_is_refused(tmp_path):
+    text = refusal(copied("linear", tmp_path, config={"r": 4}))
+    assert f"{KEY} has rank 2, adapter_config.json says 4 for layers.0.q" in text
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
+    path = copied("linear", tmp_path)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    text = refusal(path)
+    assert "is a pickle, which can run any code" in text and "safetensors.torch.save_file(torch.load(" in text
+
+
+def test_missing_files_are_named(tmp_path):
+    base = FLAT.base(golden("linear")[1])
+    load = lambda path: message(FileNotFoundError, lojax.peft.load, path, base, FLAT.names)
+    assert "is no directory" in load(tmp_path / "nothing")
+    copied("linear", tmp_path / "dir" / "named")
+    assert "It holds adapters in the subdirectories named: pass one of these" in load(tmp_path / "dir")
+    (tmp_path / "dir" / "named" / "adapter_model.safetensors").unlink()
+    assert "holds no adapter_model.safetensors" in load(tmp_path / "dir" / "named")
+
+
+@pytest.mark.parametrize(
+    ("key", "feature"),
+    [
+        ("base_model.model.layers.0.q.lora_B.bias", "a bias on B"),
+        ("base_model.model.layers.0.q.lora_diag", "KaSA"),
+    ],
+)
+def test_keys_of_unsupported_features_are_named(tmp_path, key, feature):
+    path = edited(copied("linear", tmp_path), lambda tensors: tensors.update({key: np.zeros(6, np.float32)}))
+    text = refusal(path)
+    assert key in text and feature in text
+
+
+def test_a_map_that_does_not_say_which_axes_are_in_is_refused():
+    layout = LAYOUTS["heads"]
+    names = lojax.peft.NameMap.parse("layers/{i}/{m:q,v,o}/kernel <-> layers.{i}.{m}")
+    text = message(ValueError, lojax.peft.load, golden("linear")[0], shaped(layout.shapes), names)
+    assert "does not say which axes are in and out. Spell them, as in kernel[in, out, out]" in text
+
+
+def test_names_that_look_like_paths_are_only_names(tmp_path):
+    key = "base_model.model.../../etc/passwd.lora_A.weight"
+    path = edited(copied("linear", tmp_path), lambda tensors: tensors.update({key: np.zeros((2, 6), np.float32)}))
+    assert f"unexpected: {key}" in refusal(path)
