@@ -22,21 +22,23 @@ MODULES = {
 }
 TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
 
-FOUNDATION = {"adapters", "lowrank", "rewrite"}
+GROUND = {"compat", "text", "types"}
+"""What every part may know: it knows no part."""
+ENGINE = {"adapters", "lowrank", "rewrite"}
 MAY_IMPORT = {
-    "compat": set(),
+    **dict.fromkeys(GROUND, set()),
     "files": set(),
     "adapters": set(),
-    "lowrank": {"adapters", "compat"},
-    "rewrite": {"adapters", "lowrank", "compat"},
-    "nets": FOUNDATION,
-    "training": FOUNDATION,
-    "report": FOUNDATION,
-    "sharding": {"adapters", "compat"},
+    "lowrank": {"adapters"},
+    "rewrite": {"adapters", "lowrank"},
+    "nets": ENGINE,
+    "training": ENGINE,
+    "report": ENGINE,
+    "sharding": {"adapters"},
     "checkpoint": {"adapters", "files"},
     "peft": {"adapters", "files"},
 }
-"""The parts of the package that each part may know."""
+"""The parts of the package that each part may know, besides the ground."""
 
 FRONT = {"__init__", "__main__", "cli", "planner", "wrap"}
 """The front doors: they may know all, and no other part may know them."""
@@ -98,7 +100,7 @@ def test_imports_run_one_way(module):
         return
     assert part in MAY_IMPORT, f"{module} is in no known part: say in MAY_IMPORT what it stands on"
     parts = {part_of(name) for name in lojax_modules(imports(TREES[module], module.rpartition(".")[0])) - {"lojax"}}
-    allowed = MAY_IMPORT[part] | {part}
+    allowed = MAY_IMPORT[part] | {part} | GROUND
     assert parts <= allowed, f"{module} imports {sorted(parts - allowed)}; {part} may know {sorted(allowed)} only"
 
 
@@ -121,12 +123,13 @@ def test_only_public_jax(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_file_above_450_lines_and_no_function_above_80(module):
+def test_no_file_above_450_lines_and_no_function_body_above_60(module):
     assert len(MODULES[module].read_text().splitlines()) <= 450
     for node in ast.walk(TREES[module]):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= 80, f"{node.name} has {length} lines"
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= 60, f"the body of {node.name} has {length} lines"
 
 
 def test_importing_lojax_loads_no_optional_dependency():

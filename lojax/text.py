@@ -1,0 +1,27 @@
+"""Pieces of text that errors and tables share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """A hint with the name closest to a misspelled one, or nothing where none is close.
+
+    >>> suggest("kaimin", ["gaussian", "kaiming"])
+    " Did you mean 'kaiming'?"
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def spec(x: Any) -> str:
+    """The dtype and shape of an array, as JAX prints them.
+
+    >>> import numpy as np
+    >>> spec(np.zeros((2, 3), np.float32))
+    'float32[2,3]'
+    """
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
