@@ -26,7 +26,7 @@ GROUND = {"compat", "text", "types"}
 """What every part may know: it knows no part."""
 ENGINE = {"adapters", "lowrank", "rewrite"}
 MAY_IMPORT = {
-    **dict.fromkeys(GROUND, set()),
+    **{part: set() for part in GROUND},
     "files": set(),
     "adapters": set(),
     "lowrank": {"adapters"},

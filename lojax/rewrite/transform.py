@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import lojax.rewrite.rules  # noqa: F401  (which fills the table)
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
