@@ -116,17 +116,8 @@ def test_no_module_imports_itself_in_a_circle():
 
 PROGRAM_WORDS = {"Jaxpr", "JaxprEqn", "ClosedJaxpr", "Eqn", "Var", "make_jaxpr", "eqns", "invars", "outvars", "eqn"}
 """What only the rewriting of programs speaks of."""
-MATHS = {
-    "dot_general",
-    "matmul",
-    "einsum",
-    "dot",
-    "tensordot",
-    "conv_general_dilated",
-    "ragged_dot_general",
-    "multiply",
-}
-"""What only the maths of a low-rank weight calls, as an attribute of `jnp`, `lax` or `jax.numpy`."""
+MATHS = {"dot_general", "matmul", "einsum", "dot", "tensordot", "conv_general_dilated", "ragged_dot_general"}
+"""What only the maths of a low-rank weight calls, as an attribute of `jnp` or `lax`."""
 
 
 def words(tree):
