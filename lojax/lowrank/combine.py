@@ -36,6 +36,8 @@ def concatenate(values: Sequence[Operand], frozen: FrozenWeight, axis: int) -> L
     has_axis = [tuple(axis in x.dims for x in pair) for pair in pairs if pair is not None]
     if len(set(has_axis)) != 1:
         raise NotFactored("a concatenation of an in axis with an out axis")
+    if len({tuple(frozenset(x.dims) for x in pair) for pair in pairs if pair is not None}) != 1:
+        raise NotFactored("a concatenation of weights whose updates have different forms")
     ranks = [0 if pair is None else pair[0].size(RANK) for pair in pairs]
     stacked = has_axis[0] == (True, True)
     total = max(ranks) if stacked else sum(ranks)
@@ -70,6 +72,17 @@ def _pad_rank(x: NamedArray, start: int, total: int) -> Array:
     padding = [(0, 0, 0)] * x.array.ndim
     padding[x.axis(RANK)] = (start, total - start - x.size(RANK), 0)
     return lax.pad(x.array, jnp.zeros((), x.array.dtype), padding)
+
+
+def add(left: LowRank, right: LowRank, frozen: FrozenWeight) -> LowRank:
+    """The sum of two weights of one shape: their updates are terms of one."""
+    if left.probe:
+        return _combine_probes([left, right], frozen)
+    plain = all(v.dropout is None and v.gain is None and not v.tap for v in (left, right))
+    if not plain or left.shape != right.shape:
+        raise NotFactored("a sum of two adapted weights of different shapes, under dropout, or with DoRA")
+    terms = (*left.terms, *right.terms)
+    return dataclasses.replace(left, frozen=frozen, terms=terms, path=_join_paths([left, right]))
 
 
 def select(

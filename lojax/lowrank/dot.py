@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from lojax.lowrank.factored import add_updates, apply_term, completed, term_bytes, term_flops
 from lojax.lowrank.fused import fused_product
 from lojax.lowrank.named_array import RANK, Name, NamedArray, Precision, multiply_flops
@@ -68,11 +70,14 @@ class Dot:
     def compute(self, value: LowRank, execution: str) -> Product:
         """The product, with the cost of its update."""
         work, strategy = self.choose(value, execution)
+        # JAX may keep these functions for longer than the trace: they must hold shapes and names only, no tracer.
         settings: dict[str, Any] = {"precision": self.precision, "dtype": self.dtype}
+        x_dims, out, shape = self.x_dims, self.out, value.shape
 
         def update(x: Array, term: Term, like: Array, **options: Any) -> Array:
-            term = complete_term(term, value.shape)
-            return apply_term(NamedArray(x, self.x_dims), term, self.out, **settings, like=like, **options).array
+            return apply_term(
+                NamedArray(x, x_dims), complete_term(term, shape), out, **settings, like=jax.typeof(like), **options
+            ).array
 
         if strategy == "fused":
             in_fused = functools.partial(update, opaque=False)
@@ -118,7 +123,10 @@ def dot(
         precision: As in `jax.lax.dot_general`, for the operands in their order.
         dtype: The ``preferred_element_type``.
     """
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
+    # JAX may number axes by NumPy's integers, which do not compare with the tuples that name other axes.
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = (
+        tuple(tuple(int(d) for d in dims) for dims in pair) for pair in dimension_numbers
+    )
     x_sum, w_sum = (rhs_sum, lhs_sum) if weight_on_left else (lhs_sum, rhs_sum)
     x_batch, w_batch = (rhs_batch, lhs_batch) if weight_on_left else (lhs_batch, rhs_batch)
     if not w_sum:

@@ -50,7 +50,9 @@ class Experts:
         """The product, with the cost of its update."""
         ((x_sum, w_sum), (x_batch, _)) = self.numbers.dot_dimension_numbers
         (ragged,), groups = self.numbers.lhs_ragged_dimensions, self.numbers.rhs_group_dimensions
-        if len(value.terms) > 1 or x_batch or len(groups) != 1 or ragged in x_sum:
+        if len(value.terms) > 1:
+            raise NotFactored("experts with a sum of updates")
+        if x_batch or len(groups) != 1 or ragged in x_sum:
             raise NotFactored("a ragged product with batch axes, or ragged over a summed axis")
         group = groups[0]
         if value.gain is not None and set(value.gain.dims) != {*range(value.ndim)} - {*w_sum}:

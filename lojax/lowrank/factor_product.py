@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -43,7 +44,7 @@ def factor_product(
     *,
     precision: Precision = None,
     dtype: Dtype | None = None,
-    like: Array | None = None,
+    like: ShapedArray | None = None,
 ) -> NamedArray:
     """`multiply` with a `FactorTangent` ``y``; where types carry a mesh, `multiply` itself."""
     if not jax.typeof(x.array).sharding.mesh.empty:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 
 from lojax.adapters.matrices import at_least_float32
@@ -116,7 +117,7 @@ def apply_term(
     *,
     precision: Precision = None,
     dtype: Dtype | None = None,
-    like: Array | None = None,
+    like: ShapedArray | None = None,
     tap: Tap = _identity,
     opaque: bool = True,
 ) -> NamedArray:
@@ -128,7 +129,7 @@ def apply_term(
         out: The names of the result's axes.
         precision: As in `jax.lax.dot_general`, for the activation and a factor.
         dtype: The dtype in which the sums are accumulated.
-        like: An array whose dtype and sharding the result takes.
+        like: The type of an array whose dtype and sharding the result takes.
         tap: What happens between the factors.
         opaque: Whether the two products are one to remat policies (see `opaque_product`).
     """
@@ -136,9 +137,10 @@ def apply_term(
     kind = compute_dtype(x.array, dtype)
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in summed and d != RANK] + [RANK]
     settings: dict[str, Any] = {"precision": precision, "dtype": dtype}
+    x_dims = x.dims  # JAX may keep these two functions for longer than the trace: they must hold no tracer
 
-    def project_down(x_: Array, factors: Sequence[NamedArray]) -> list[Array]:
-        return [multiply_factor(NamedArray(x_, x.dims), factors[0], middle, kind, **settings)]
+    def project_down(x: Array, factors: Sequence[NamedArray]) -> list[Array]:
+        return [multiply_factor(NamedArray(x, x_dims), factors[0], middle, kind, **settings)]
 
     def project_up(inner: Array, factor: NamedArray) -> Array:
         y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings, like=like)
@@ -157,7 +159,7 @@ def multiply_factor(
     *,
     precision: Precision = None,
     dtype: Dtype | None = None,
-    like: Array | None = None,
+    like: ShapedArray | None = None,
 ) -> Array:
     """The array of the product of ``x`` with a factor, both in the dtype ``kind``; the rest as in `multiply`."""
     product = factor_product if isinstance(factor, FactorTangent) else multiply

@@ -49,8 +49,10 @@ def fused_product(x: Array, value: LowRank, *, base: Base, update: Update) -> Ar
         The product, as ``base`` gives it.
     """
 
+    path = value.path
+
     def dense(w: FrozenWeight, a: NamedArray, b: NamedArray) -> Array:
-        return LowRank(w, ((a, b),), value.path).dense()
+        return LowRank(w, ((a, b),), path).dense()
 
     # Opaque to remat policies: one that saves products would save ``a b``, of the weight's size, for every layer.
     materialize = jax.custom_jvp(dense)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from lojax.types import Array, Dtype
@@ -80,7 +81,7 @@ def multiply(
     *,
     precision: Precision = None,
     dtype: Dtype | None = None,
-    like: Array | None = None,
+    like: ShapedArray | None = None,
 ) -> NamedArray:
     """The product of ``x`` and ``y`` summed over every shared axis that is not in ``out``.
 
@@ -93,7 +94,7 @@ def multiply(
         out: The names of the result, in order. Axes of only one operand must be among them.
         precision: As in `jax.lax.dot_general`, for ``(x, y)``.
         dtype: The dtype in which the sums are accumulated and returned.
-        like: An array with axes ``out`` whose sharding the result takes on a mesh of explicit axes.
+        like: The type of an array with axes ``out``, whose sharding the result takes on a mesh of explicit axes.
     """
     shared = [d for d in x.dims if d in y.dims]
     batch = [d for d in shared if d in out]
@@ -114,7 +115,7 @@ def multiply(
 
 
 def _explicit_sharding(
-    x: NamedArray, y: NamedArray, dims: Sequence[Name], out: Sequence[Name], like: Array | None
+    x: NamedArray, y: NamedArray, dims: Sequence[Name], out: Sequence[Name], like: ShapedArray | None
 ) -> Sharding | None:
     """On a mesh of explicit axes, the sharding of a product: each axis is sharded as in the operand that has it."""
     shardings = [jax.typeof(z.array).sharding for z in (x, y)]
@@ -125,7 +126,7 @@ def _explicit_sharding(
     for z, sharding in zip((y, x), shardings[::-1], strict=True):
         entries |= {d: e for d, e in zip(z.dims, sharding.spec, strict=True) if e is not None or d not in entries}
     if like is not None:
-        entries |= dict(zip(out, jax.typeof(like).sharding.spec, strict=True))
+        entries |= dict(zip(out, like.sharding.spec, strict=True))
     used: set[str] = set()
     spec = []
     for d in dims:

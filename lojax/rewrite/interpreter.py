@@ -237,24 +237,22 @@ class Interpreter:
         avals = tuple(jax.typeof(x) for x in leaves)
         # An id is safe as a key: the entry holds the jaxpr, so that no other object can get its id.
         key = (id(jaxpr), tree, avals, None if may_stay is None else tuple(may_stay))
-        if key in self._rewritten:
-            self.recorder.replay(self._rewritten[key][3])
-        else:
+        if key not in self._rewritten:
+            uses: list[Use] = []
             out_tree: Any = None
 
             def body(*leaves: Array) -> list[Array]:
                 nonlocal out_tree
-                self.recorder.restart()
-                outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
-                outputs = outputs if may_stay is None else self.dense_outputs(outputs, may_stay)
+                with self.recorder.collect(uses):
+                    outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
+                    outputs = outputs if may_stay is None else self.dense_outputs(outputs, may_stay)
                 flat, out_tree = jax.tree.flatten(outputs)
                 return flat
 
-            with self.recorder.repeated(1):
-                closed = jax.make_jaxpr(body)(*avals)
-                uses = list(self.recorder.uses or ())
-            self._rewritten[key] = (jaxpr, closed, out_tree, uses)
-        return self._rewritten[key][1:3]
+            self._rewritten[key] = (jaxpr, jax.make_jaxpr(body)(*avals), out_tree, uses)
+        _, closed, out_tree, uses = self._rewritten[key]
+        self.recorder.replay(uses)
+        return closed, out_tree
 
 
 def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:

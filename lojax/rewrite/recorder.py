@@ -109,25 +109,22 @@ class Recorder:
         self.uses += [dataclasses.replace(use, path=path, **shares) for path in paths]
 
     @contextmanager
-    def repeated(self, trips: int) -> Iterator[None]:
-        """Uses noted inside happen ``trips`` times; zero for a trial that counts for nothing."""
+    def collect(self, into: list[Use]) -> Iterator[None]:
+        """Uses noted inside go to ``into`` and nowhere else, in place of what an earlier tracing left there.
+
+        JAX may trace the body of a loop or of a branch more than once; `replay` then counts the last tracing.
+        """
         outer, self.uses = self.uses, None if self.uses is None else []
         try:
             yield
         finally:
-            inner, self.uses = self.uses, outer
-            if trips and outer is not None and inner is not None:
-                outer += [dataclasses.replace(u, **{name: getattr(u, name) * trips for name in COUNTS}) for u in inner]
+            into[:] = self.uses or []
+            self.uses = outer
 
-    def restart(self) -> None:
-        """Forgets the uses of an earlier tracing of the same body: JAX may trace it more than once."""
+    def replay(self, uses: Sequence[Use], trips: int = 1) -> None:
+        """Notes the collected uses of a body that runs ``trips`` times."""
         if self.uses is not None:
-            self.uses.clear()
-
-    def replay(self, uses: Sequence[Use]) -> None:
-        """Notes the uses of a body that was traced before."""
-        if self.uses is not None:
-            self.uses += uses
+            self.uses += [dataclasses.replace(u, **{name: getattr(u, name) * trips for name in COUNTS}) for u in uses]
 
 
 def _source_line(eqn: Eqn | str) -> str:

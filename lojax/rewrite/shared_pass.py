@@ -147,9 +147,10 @@ def multiply_group(x: Array, group: Sequence[Member]) -> list[Array]:
 
     def project_up(member: Member) -> Callable[[Array, NamedArray], Array]:
         result: Any = member.eqn.outvars[0].aval
+        out = member.product.out
 
         def up(inner: Array, factor: NamedArray) -> Array:
-            y = multiply_factor(NamedArray(inner, tuple(middle)), factor, member.product.out, kind, **settings)
+            y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings)
             return y.astype(result.dtype)
 
         return up

@@ -243,8 +243,9 @@ def _neg(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
 @rule("add", "sub", "add_any")
 def _add(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     left, right = operands
-    if isinstance(left, LowRank) == isinstance(right, LowRank):
-        raise NotFactored("a sum of two adapted weights")
+    if isinstance(left, LowRank) and isinstance(right, LowRank):
+        right_term = carriers.negate(right) if eqn.primitive.name == "sub" else right
+        return combine.add(left, right_term, _bind_frozen(eqn, operands))
     value = left if isinstance(left, LowRank) else right
     if value.gain is not None:
         raise NotFactored("a sum with a weight under DoRA")

@@ -15,6 +15,7 @@ from lojax.compat import opened, scan_counts, unspecified_sharding
 from lojax.lowrank.named_array import NamedArray
 from lojax.lowrank.value import LowRank
 from lojax.rewrite.interpreter import Interpreter, Value
+from lojax.rewrite.recorder import Use
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.types import Array, Eqn, Jaxpr
 
@@ -69,12 +70,15 @@ def _remat(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     p = eqn.params
     prevent_cse = p["prevent_cse"] if isinstance(p["prevent_cse"], bool) else any(p["prevent_cse"])
 
-    def body(*values: Value) -> list[Value]:
-        interp.recorder.restart()
-        return interp.run(p["jaxpr"], values)
+    uses: list[Use] = []
 
-    with interp.recorder.repeated(1):
-        return list(jax.checkpoint(body, prevent_cse=prevent_cse, policy=p["policy"])(*operands))
+    def body(*values: Value) -> list[Value]:
+        with interp.recorder.collect(uses):
+            return interp.run(p["jaxpr"], values)
+
+    outputs = list(jax.checkpoint(body, prevent_cse=prevent_cse, policy=p["policy"])(*operands))
+    interp.recorder.replay(uses)
+    return outputs
 
 
 @rule("shard_map")
@@ -92,9 +96,11 @@ def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Arr
         dropout = value.dropout and dataclasses.replace(value.dropout, key=PartitionSpec())
         return dataclasses.replace(specs, frozen=jax.tree.map(lambda _: spec, value.frozen), dropout=dropout)
 
+    uses: list[Use] = []
+
     def body(*values: Value) -> tuple[Array, ...]:
-        interp.recorder.restart()
-        return tuple(interp.dense_outputs(interp.run(p["jaxpr"], values)))
+        with interp.recorder.collect(uses):
+            return tuple(interp.dense_outputs(interp.run(p["jaxpr"], values)))
 
     in_specs = tuple(value_specs(v, spec) for v, spec in zip(operands, p["in_specs"], strict=True))
     sharded = jax.shard_map(
@@ -105,8 +111,9 @@ def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Arr
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    with interp.recorder.repeated(1):
-        return list(sharded(*operands))
+    outputs = list(sharded(*operands))
+    interp.recorder.replay(uses)
+    return outputs
 
 
 @rule("cond")
@@ -115,7 +122,7 @@ def _cond(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     index = interp.dense(index, eqn, "a branch is chosen by the weight")
     branches = eqn.params["branches"]
     may_stay = [True] * len(opened(branches[0])[0].outvars)
-    with interp.recorder.repeated(0):  # to see which outputs all branches leave in one low-rank form
+    with interp.recorder.collect([]):  # a trial, to see which outputs all branches leave in one low-rank form
         forms = [interp.rewrite(branch, values, may_stay) for branch in branches]
     outputs = [tree.unflatten(closed.out_avals) for closed, tree in forms]
     may_stay = [len({_form(v) for v in same_output}) == 1 for same_output in zip(*outputs, strict=True)]
@@ -243,15 +250,16 @@ def _scan(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     xs = [_sliced_operand(v, length) for v in operands[num_consts + num_carry :]]
     carries = operands[num_consts : num_consts + num_carry]
 
+    uses: list[Use] = []
+
     def run(carry: list[Value], owns: list[Any]) -> list[Value]:
         ins = [operand.join(operand.shared, own) for operand, own in zip((*consts, *xs), owns, strict=True)]
-        interp.recorder.restart()
         return interp.run(jaxpr, [*ins[:num_consts], *carry, *ins[num_consts:]])
 
     owns = [operand.own for operand in (*consts, *xs)]
 
     def trial(carry: list[Value]) -> list[Any]:
-        with interp.recorder.repeated(0):
+        with interp.recorder.collect([]):
             return jax.eval_shape(lambda c, o: run(c, jax.tree.map(lambda x: x[0], o))[:num_carry], carry, owns)
 
     unchanged, carries = _settle_carries(interp, eqn, jaxpr, carries, num_consts, trial)
@@ -263,19 +271,20 @@ def _scan(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     def body(changing: list[Value], owns: tuple[list[Any], list[Any]]) -> tuple[list[Value], list[Value]]:
         changing_in, own_in = iter(changing), iter(owns[1])
         carry = [c.join(c.shared, next(own_in)) if c else next(changing_in) for c in constant_carries]
-        outputs = run(carry, owns[0])
-        new = [v for v, same in zip(outputs[:num_carry], unchanged, strict=True) if not same]
-        return interp.dense_outputs(new, [_is_low_rank(v) for v in changing]), outputs[num_carry:]
+        with interp.recorder.collect(uses):
+            outputs = run(carry, owns[0])
+            new = [v for v, same in zip(outputs[:num_carry], unchanged, strict=True) if not same]
+            return interp.dense_outputs(new, [_is_low_rank(v) for v in changing]), outputs[num_carry:]
 
-    with interp.recorder.repeated(length):
-        changing, ys = jax.lax.scan(
-            body,
-            _changing_carries(carries, unchanged, jaxpr, num_consts),
-            (owns, constant_owns),
-            length=length,
-            reverse=p["reverse"],
-            unroll=p["unroll"],
-        )
+    changing, ys = jax.lax.scan(
+        body,
+        _changing_carries(carries, unchanged, jaxpr, num_consts),
+        (owns, constant_owns),
+        length=length,
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    interp.recorder.replay(uses, trips=length)
     changing_out = iter(changing)
     finals = [v if same else next(changing_out) for v, same in zip(carries, unchanged, strict=True)]
     return finals + [_stacked_output(y) for y in ys]
@@ -289,7 +298,7 @@ def _while(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     carries = operands[num_cond + num_body :]
 
     def trial(carry: list[Value]) -> list[Any]:
-        with interp.recorder.repeated(0):
+        with interp.recorder.collect([]):
             return jax.eval_shape(lambda c: interp.run(p["body_jaxpr"], [*body_consts, *c]), carry)
 
     unchanged, carries = _settle_carries(interp, eqn, p["body_jaxpr"], carries, num_body, trial)
@@ -298,23 +307,27 @@ def _while(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
         changing_in = iter(changing)
         return [v if same else next(changing_in) for v, same in zip(carries, unchanged, strict=True)]
 
+    cond_uses: list[Use] = []
+    body_uses: list[Use] = []
+
     def cond(state: tuple[Any, list[Value]]) -> Array:
-        interp.recorder.restart()
-        return interp.run(p["cond_jaxpr"], [*cond_consts, *all_carries(state[1])])[0]
+        with interp.recorder.collect(cond_uses):
+            return interp.run(p["cond_jaxpr"], [*cond_consts, *all_carries(state[1])])[0]
 
     def body(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
         trip, changing = state
-        interp.recorder.restart()
         operands = [_with_trip_dropout(v, trip) for v in (*body_consts, *all_carries(changing))]
-        outputs = interp.run(p["body_jaxpr"], operands)
-        new = [v for v, same in zip(outputs, unchanged, strict=True) if not same]
-        return trip if trip is None else trip + 1, interp.dense_outputs(new, [_is_low_rank(v) for v in changing])
+        with interp.recorder.collect(body_uses):
+            outputs = interp.run(p["body_jaxpr"], operands)
+            new = [v for v, same in zip(outputs, unchanged, strict=True) if not same]
+            new = interp.dense_outputs(new, [_is_low_rank(v) for v in changing])
+        return trip if trip is None else trip + 1, new
 
     drops = any(isinstance(v, LowRank) and v.dropout is not None for v in (*body_consts, *carries))
-    with interp.recorder.repeated(1):
-        first_trip = jnp.zeros((), jnp.uint32) if drops else None
-        start = (first_trip, _changing_carries(carries, unchanged, p["body_jaxpr"], num_body))
-        _, changing = jax.lax.while_loop(cond, body, start)
+    first_trip = jnp.zeros((), jnp.uint32) if drops else None
+    start = (first_trip, _changing_carries(carries, unchanged, p["body_jaxpr"], num_body))
+    _, changing = jax.lax.while_loop(cond, body, start)
+    interp.recorder.replay([*cond_uses, *body_uses])  # how many trips there are is not known: one stands for all
     return all_carries(changing)
 
 

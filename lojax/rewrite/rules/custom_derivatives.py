@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lojax.lowrank.value import LowRank, NotFactored, Term
 from lojax.rewrite.interpreter import Interpreter, Value, bind
+from lojax.rewrite.recorder import Use
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.types import Array, Eqn
 
@@ -44,10 +45,12 @@ def _custom_jvp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
         raise NotFactored("DoRA inside a function with its own forward derivative")
     floats = [i for i, v in enumerate(operands) if _is_float(v)]
 
+    uses: list[Use] = []
+
     @jax.custom_jvp
     def call(values: list[Value]) -> list[Array]:
-        interp.recorder.restart()
-        return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], values))
+        with interp.recorder.collect(uses):
+            return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], values))
 
     @call.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -74,8 +77,9 @@ def _custom_jvp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
         half = len(outputs) // 2
         return outputs[:half], outputs[half:]
 
-    with interp.recorder.repeated(1):
-        return list(call(list(operands)))
+    outputs = list(call(list(operands)))
+    interp.recorder.replay(uses)
+    return outputs
 
 
 def _tangent(value: Value, dot: Value) -> Value:
@@ -92,20 +96,26 @@ def _tangent(value: Value, dot: Value) -> Value:
 def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
-    floats = [i for i, v in enumerate(operands) if _is_float(v)]
+    # The first operands are what the user's function closes over: its rule has no cotangent for them.
+    num_consts = eqn.params.get("num_consts", 0)
+    if any(isinstance(v, LowRank) for v in operands[:num_consts]):
+        raise NotFactored("a function with its own derivative closes over the weight")
+    floats = [i for i, v in enumerate(operands) if i >= num_consts and _is_float(v)]
     count = len(eqn.outvars)
     pullback: Any = None
+    uses: list[Use] = []
 
     @jax.custom_vjp
     def call(values: list[Value]) -> list[Array]:
-        interp.recorder.restart()
-        return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], values))
+        with interp.recorder.collect(uses):
+            return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], values))
 
     def forward(values: list[Value]) -> Any:
         def with_pullback(*dense: Array) -> tuple[list[Array], list[Array]]:
             # The pullback is a pytree: its arrays leave the trace as outputs, its structure by `nonlocal`.
             nonlocal pullback
-            outputs, back = jax.vjp(lambda *x: bind(eqn, x), *dense)
+            consts, arguments = dense[:num_consts], dense[num_consts:]
+            outputs, back = jax.vjp(lambda *x: bind(eqn, [*consts, *x]), *arguments)
             residuals, pullback = jax.tree.flatten(back)
             return outputs, residuals
 
@@ -118,7 +128,7 @@ def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
 
         def pull(residuals: list[Array], cotangents: Sequence[Array]) -> list[Array]:
             grads = jax.tree.unflatten(pullback, residuals)(list(cotangents))
-            return [grads[i] for i in floats]
+            return [grads[i - num_consts] for i in floats]
 
         shapes = [jax.typeof(_frozen_part(r)) for r in residuals], [jax.typeof(c) for c in cotangents]
         traced = jax.make_jaxpr(pull)(*shapes)
@@ -129,8 +139,9 @@ def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
         return (cotangents_in,)
 
     call.defvjp(forward, backward)
-    with interp.recorder.repeated(1):
-        return list(call(list(operands)))
+    outputs = list(call(list(operands)))
+    interp.recorder.replay(uses)
+    return outputs
 
 
 def _pull_back(value: Value, cotangent: Array) -> Value:

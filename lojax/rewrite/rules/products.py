@@ -42,7 +42,7 @@ def _dot_general(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
 @rule("reduce_sum")
 def _reduce_sum(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
     """A sum over axes of the weight is its product with ones."""
-    value, axes = operands[0], tuple(eqn.params["axes"])
+    value, axes = operands[0], tuple(int(d) for d in eqn.params["axes"])
     if value.dropout is not None:
         raise NotFactored("a sum over axes of the weight under dropout, which is for an input")
     if value.gain is not None and {*value.gain.dims} & {*axes}:
