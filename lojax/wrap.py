@@ -11,8 +11,8 @@ from flax import nnx
 
 from lojax.adapters.create import create
 from lojax.adapters.paths import flatten
-from lojax.adapters.rule import Rule, as_rules
-from lojax.adapters.targets import checked_bias, plan
+from lojax.adapters.rule import DEFAULTS, Rule, as_rules
+from lojax.adapters.targets import assign_rules, check_bias
 from lojax.lowrank.merge import merge
 from lojax.lowrank.strategy import checked_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
@@ -172,7 +172,7 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), checked_bias(bias))
+    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), check_bias(bias))
 
 
 def init(
@@ -209,22 +209,14 @@ def init(
     ((4, 2), (2, 3), 2.0)
     """
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
-    return _init(key, params, rules, full, excluded, checked_bias(bias), apply_fn, tuple(example_args), {})
+    return _init(key, params, rules, full, excluded, check_bias(bias), apply_fn, tuple(example_args), {})
 
 
 def compile_rules(
-    targets: Any,
-    train: Any,
-    exclude: Any,
-    *,
-    rank: int = 8,
-    scaling: str = "standard",
-    init: str | Callable[..., Any] = "kaiming",
-    variant: str = "lora",
-    **settings: Any,
+    targets: Any, train: Any, exclude: Any, **settings: Any
 ) -> tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]:
     """The rules that ``targets=``, ``train=`` and ``exclude=`` of `wrap` spell."""
-    defaults = Rule((), rank=rank, scaling=scaling, init=init, variant=variant, **settings)
+    defaults = Rule((), **settings).fill(DEFAULTS)
     full, none = Rule((), train="full"), Rule((), train="none")
     return tuple(as_rules(targets, defaults)), tuple(as_rules(train, full)), tuple(as_rules(exclude, none))
 
@@ -240,7 +232,7 @@ def _init(
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    chosen = plan(flatten(params), rules, full=full, exclude=exclude, bias=bias)
-    unseen = [path for path, rule in chosen.items() if rule.train in ("lora", "tokens") and rule.axes is None]
+    plan = assign_rules(flatten(params), rules, full=full, exclude=exclude, bias=bias)
+    unseen = [path for path, rule in plan.items() if rule.train in ("lora", "tokens") and rule.axes is None]
     seen = infer_axes(apply_fn, params, unseen, args, kwargs) if apply_fn and unseen else {}
-    return create(key, params, chosen, seen)
+    return create(key, params, plan, seen)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from helpers import message
 
 import lojax
-from lojax.adapters import task_vectors as prune
+from lojax.adapters import task_vectors
 from lojax.adapters.algebra import METHODS, combine, rescale, resize, subtract
 from lojax.adapters.task_vectors import drop_and_rescale, keep_largest, sum_where_signs_agree
 
@@ -297,7 +297,7 @@ def test_the_numbers_are_those_of_peft(layer, method, majority, peers, monkeypat
         turn = lambda k: k.T if k.ndim == 2 else k.transpose(2, 3, 1, 0).reshape(-1, k.shape[0])
         turned = iter([np.stack([turn(k) for k in kept[i : i + 3]])[:, None] for i in range(0, len(kept), 3)])
         dropped = lambda x, density, key: jnp.where(jnp.asarray(next(turned)), x / jnp.asarray(density, x.dtype), 0.0)
-        monkeypatch.setattr(prune, "drop_and_rescale", dropped)
+        monkeypatch.setattr(task_vectors, "drop_and_rescale", dropped)
     out = combine(trees, weights, method=method, density=density, majority=majority, key=jax.random.key(0))["w"]
     update = np.tensordot(out.a, out.b, 1)
     update = update.T if layer == "linear" else update.transpose(3, 2, 0, 1)
