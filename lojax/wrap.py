@@ -127,16 +127,17 @@ def wrap(
     Args:
         net: A Flax Linen or NNX module, a transformed Haiku function, an Equinox module, a Flax model of
             Hugging Face transformers, or a function ``f(params, *args, **kwargs)``.
-        targets: Which weights to adapt: a glob over paths (``**/`` crosses levels), a compiled regex
-            (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where
-            the first match wins.
+        targets: Which weights to adapt: a glob over paths (``**/`` crosses levels, ``{a,b}`` is either), a compiled
+            regex (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where the
+            first match wins. In a Linen ``variables`` dict globs and regexes stay in ``params``, unless they name
+            another collection.
         rank: The rank ``r`` of the updates.
         alpha: The numerator of the scale ``alpha / r``; None means ``alpha = rank``.
         scaling: ``"standard"`` or ``"rslora"``.
         init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.
         dropout: The rate of dropout on the adapters' inputs.
         variant: The member of the LoRA family.
-        train: Targets of parameters trained in full, such as a head.
+        train: Targets of parameters trained in full, such as a head. They win over a pattern in ``targets``.
         bias: Which biases train in full as well: ``"none"``, ``"all"``, or ``"lora_only"``, those beside an adapted
             weight. A bias is a parameter whose path ends in ``bias`` (or ``b``, as in Haiku).
         exclude: Targets that stay frozen whatever else matches them.

@@ -16,7 +16,7 @@ from lojax.text import suggest
 from lojax.types import Dtype, Leaf, Path
 
 Target = str | re.Pattern[str] | Callable[[Path, Leaf], bool]
-"""A glob (``**/`` crosses levels), a compiled regex (full match), or a predicate (path, leaf)."""
+"""A glob (``**/`` crosses levels, ``{a,b}`` is either), a compiled regex (full match), or a predicate (path, leaf)."""
 
 VARIANTS = ("lora", "dora", "lora-fa")
 """The members of the family that a rule can ask for; see `lojax.Adapter` for what each one holds."""

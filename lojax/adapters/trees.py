@@ -49,6 +49,15 @@ def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tu
     return weights, trained
 
 
+def check_leaf(path: Path, leaf: Leaf) -> None:
+    """Raises a `TypeError` that names the path unless ``leaf`` is an array, a shape, or a number."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, (int, float, complex)):
+        raise TypeError(
+            f"{path} is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
+            "it to the net another way."
+        )
+
+
 def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
     if weight is None:
         raise ValueError(f"{path}: lora holds an adapter, but frozen holds no weight there (None).")

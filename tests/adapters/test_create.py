@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax.core import freeze
 
 import lojax
@@ -76,3 +77,19 @@ def test_the_bound_on_the_rank_is_that_of_one_weight_of_a_stack():
     lojax.init(jax.random.key(0), params, "w", rank=4, axes=("stack", "in", "out"))
     text = message(ValueError, lojax.init, jax.random.key(0), params, "w", rank=5, axes=("stack", "in", "out"))
     assert "m=6 in, n=4 out" in text
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
+
+
+def test_statistics_of_a_linen_net_do_not_train_with_its_scales():
+    x = jnp.ones((2, 3))
+    variables = jax.eval_shape(Normed().init, jax.random.key(0), x)
+    model = lojax.wrap(Normed(), "**/kernel", rank=2, train="**/BatchNorm_0/*")
+    frozen, lora = jax.eval_shape(model.init, jax.random.key(0), variables, x)
+    assert lora["batch_stats"]["BatchNorm_0"] == {"mean": None, "var": None}
+    assert frozen["params"]["BatchNorm_0"] == {"bias": None, "scale": None}
+    assert frozen["batch_stats"]["BatchNorm_0"]["mean"].shape == lora["params"]["BatchNorm_0"]["scale"].shape == (4,)

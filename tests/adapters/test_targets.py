@@ -69,6 +69,18 @@ def full(targets):
         ("**/layer_[02]/*", "params/layer_1/kernel", False),
         ("**/layer_[!02]/*", "params/layer_1/kernel", True),
         ("**/layer_[!02]/*", "params/layer_0/kernel", False),
+        ("**/{query,value}/kernel", "params/value/kernel", True),
+        ("**/{query,value}/kernel", "params/key/kernel", False),
+        ("**/layer_{0,1[02]}/*", "params/layer_12/kernel", True),
+        ("**/layer_{0,1[02]}/*", "params/layer_11/kernel", False),
+        ("{encoder/**,head}/{kernel,bias}", "encoder/a/b/bias", True),
+        ("{encoder/**,head}/{kernel,bias}", "head/kernel", True),
+        ("{encoder/**,head}/{kernel,bias}", "head/a/kernel", False),
+        ("a{,_norm}/{x,{y,z}}", "a_norm/z", True),
+        ("a{,_norm}/{x,{y,z}}", "a/x", True),
+        ("a,b", "a,b", True),
+        ("a}", "a}", True),
+        ("odd{name/kernel", "odd{name/kernel", True),
         ("a.b/kernel", "axb/kernel", False),
         ("a.b/kernel", "a.b/kernel", True),
         ("", "kernel", False),
@@ -76,6 +88,12 @@ def full(targets):
 )
 def test_glob(glob, path, expected):
     assert matches(glob, path, None) is expected
+
+
+def test_a_brace_that_stays_open_is_an_error():
+    assert message(ValueError, compile_glob, "**/{query,value/kernel") == (
+        "Target '**/{query,value/kernel' opens a brace that it does not close. Write alternatives as {a,b}."
+    )
 
 
 def segments_match(glob: list[str], path: list[str]) -> bool:
@@ -235,6 +253,44 @@ def test_an_empty_tree_says_so():
     )
 
 
+@pytest.mark.parametrize(
+    ("target", "globs"),
+    [
+        ("query", "'**/query/kernel'"),
+        ("query/kernel", "'**/query/kernel'"),
+        ("kernel", "'**/kernel'"),
+        ("layer_1", "'**/layer_1/query/kernel' or '**/layer_1/value/kernel'"),
+        ("params", "'**/params/**/embedding' or '**/params/**/kernel'"),
+    ],
+)
+def test_a_bare_name_suggests_the_globs_that_it_means(target, globs):
+    text = message(ValueError, assign_rules, PARAMS, [lora(target)])
+    assert text.startswith(f"Target {target!r} matches none of the 11 parameters. Did you mean {globs}? The nearest")
+
+
+def test_a_bare_name_in_train_means_vectors_too():
+    text = message(ValueError, assign_rules, PARAMS, [lora("**/query/kernel")], full=[full("head")])
+    assert "Did you mean '**/head/kernel' or '**/head/bias'?" in text
+
+
+def test_a_tree_that_is_one_array_says_so():
+    text = message(ValueError, assign_rules, {"": struct(3, 3)}, [lora("**/kernel")])
+    assert text.endswith("The nearest paths:\n  (the tree is a single array)")
+
+
+@pytest.mark.parametrize("leaf", ["bert", b"x", object(), len])
+def test_a_leaf_that_is_not_an_array_is_named(leaf):
+    text = message(TypeError, assign_rules, PARAMS | {"params/name": leaf}, [lora("**/query/kernel")])
+    assert text == (
+        f"params/name is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
+        "it to the net another way."
+    )
+
+
+def test_a_number_is_a_leaf():
+    assert set(assign_rules(PARAMS | {"params/factor": 0.5}, [], full=[full("**/factor")])) == {"params/factor"}
+
+
 def test_nearest_compares_words_and_not_lengths():
     paths = ["params/head/kernel", "params/encoder/layer_0/attention/self/query/kernel"]
     assert nearest("**/qurey/kernel", paths, 1) == paths[1:]
@@ -268,12 +324,92 @@ def test_a_wholly_hidden_rule_is_a_contradiction():
     )
 
 
-def test_targets_against_train_have_no_order_so_any_overlap_is_a_contradiction():
-    assert message(ValueError, assign_rules, PARAMS, [lora("**/kernel")], full=[full("params/head/*")]) == (
-        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule('**/kernel', rank=2)), train= "
-        "trains it in full (Rule('params/head/*', train='full')). Narrow one of them, or say which wins: put "
-        "lojax.Rule('params/head/kernel', train=\"full\") first in targets=."
+@pytest.mark.parametrize("target", ["**/kernel", re.compile(".*/kernel"), lambda path, leaf: path.endswith("kernel")])
+def test_train_wins_over_a_pattern_in_targets(target):
+    """As PEFT's modules_to_save win over its target_modules."""
+    chosen = assign_rules(PARAMS, [lora(target)], full=[full("params/head/*")])
+    assert chosen["params/head/kernel"].train == chosen["params/head/bias"].train == "full"
+    assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY | VALUE
+
+
+def test_train_against_the_very_path_in_targets_is_a_contradiction():
+    rules = [lora(["params/head/kernel", "**/query/kernel"])]
+    assert message(ValueError, assign_rules, PARAMS, rules, full=[full("params/head/*")]) == (
+        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule(['params/head/kernel', "
+        "'**/query/kernel'], rank=2)), train= trains it in full (Rule('params/head/*', train='full')). Take it out of "
+        "one of them."
     )
+
+
+def test_a_target_that_train_takes_wholly_is_a_contradiction():
+    rules = [lora("**/query/kernel"), lora("**/head/kernel")]
+    assert message(ValueError, assign_rules, PARAMS, rules, full=[full("params/head/*")]) == (
+        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule('**/head/kernel', rank=2)), "
+        "train= trains it in full (Rule('params/head/*', train='full')). Take it out of one of them."
+    )
+
+
+@pytest.mark.parametrize("where", ["full", "rules"])
+def test_a_rule_whose_every_match_is_excluded_is_an_error(where):
+    rules, trained = [lora("**/query/kernel")], []
+    (trained if where == "full" else rules).append((full if where == "full" else lora)("**/head/kernel"))
+    excluded = Rule(["**/layer_0/**", "**/head/*"], train="none")
+    assert message(ValueError, assign_rules, PARAMS, rules, full=trained, exclude=[excluded]) == (
+        f"{(trained or rules)[-1]} trains nothing: exclude= or an earlier rule freezes all that it matches, such as "
+        "params/head/kernel. Remove it, or narrow the other."
+    )
+
+
+def test_a_full_rule_that_an_earlier_rule_freezes_wholly_is_an_error():
+    rules = [Rule("**/head/*", train="none"), lora("**/query/kernel")]
+    text = message(ValueError, assign_rules, PARAMS, rules, full=[full("params/head/*")])
+    assert text.startswith("Rule('params/head/*', train='full') trains nothing: exclude= or an earlier rule freezes")
+
+
+# --- collections ---
+
+
+BATCH_NORM = {
+    "batch_stats/BatchNorm_0/mean": struct(4),
+    "batch_stats/BatchNorm_0/var": struct(4),
+    "params/BatchNorm_0/scale": struct(4),
+    "params/BatchNorm_0/bias": struct(4),
+    "params/Dense_0/kernel": struct(4, 4),
+}
+NORM = {"params/BatchNorm_0/scale", "params/BatchNorm_0/bias"}
+STATS = {"batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var"}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("**/BatchNorm_0/*", NORM),
+        ("*/BatchNorm_0/*", NORM),
+        (re.compile(r".*/BatchNorm_0/\w+"), NORM),
+        ("batch_stats/**", STATS),
+        ("**batch_stats/*/mean", {"batch_stats/BatchNorm_0/mean"}),
+        ("batch_stats/*/mean", {"batch_stats/BatchNorm_0/mean"}),
+        ("{params,batch_stats}/BatchNorm_0/*", NORM | STATS),
+        (re.compile("batch_stats/.*"), STATS),
+        (lambda path, leaf: "BatchNorm" in path, NORM | STATS),
+    ],
+)
+def test_patterns_stay_in_params_unless_they_name_another_collection(target, expected):
+    chosen = assign_rules(BATCH_NORM, [lora("**/kernel")], full=[full(target)])
+    assert {path for path, rule in chosen.items() if rule.train == "full"} == expected
+
+
+def test_a_pattern_that_matches_only_in_another_collection_says_how_to_name_it():
+    text = message(ValueError, assign_rules, BATCH_NORM, [lora("**/kernel")], full=[full("**/mean")])
+    assert text == (
+        "Target '**/mean' matches nothing in params, where patterns stay. It matches batch_stats/BatchNorm_0/mean: to "
+        "mean that collection, name it, as in 'batch_stats/**/mean'."
+    )
+
+
+def test_a_tree_without_collections_has_no_such_borders():
+    params = {"params": struct(3), "head/mean": struct(4), "other/mean": struct(3)}
+    assert set(assign_rules(params, [], full=[full("**/mean")])) == {"head/mean", "other/mean"}
 
 
 def test_an_explicit_rule_in_targets_settles_an_overlap_with_train():
