@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from typing import Any
 
 import jax
+from flax import serialization
 from flax.core import meta
+from jax import export
 
 from lojax.adapters.axes import Axes, positions
 from lojax.adapters.metadata import rebox, unbox
@@ -114,6 +118,27 @@ class Adapter:
             return "tokens"
         return "dora" if self.magnitude is not None else "lora-fa" if self.frozen_a else "lora"
 
+    def __repr__(self) -> str:
+        along = array_axes(self.axes)
+        if not self.arrays or any(len(getattr(x, "shape", "")) != len(along[name]) for name, x in self.arrays.items()):
+            return self._repr_of_fields()  # a map over trees put something else here, such as labels or a leading axis
+        shape = ", ".join("?" if size is None else str(size) for size in self.weight_shape)
+        parts = [f"({shape})"]
+        if self.a is not None:
+            parts += [f"ranks={self.ranks}" if self.ranks else f"rank={self.rank}"]
+            parts += [f"scale={self.scale}" if isinstance(self.scale, tuple) else f"alpha={self.scale * self.rank:g}"]
+        if self.tokens:
+            parts += [f"{len(self.tokens)} token rows"]
+        parts += [str(next(iter(self.arrays.values())).dtype)]
+        parts += [self.variant] if self.variant in ("dora", "lora-fa") else []
+        parts += [f"dropout={self.dropout:g}"] if self.dropout else []
+        return f"Adapter({', '.join(parts)})"
+
+    def _repr_of_fields(self) -> str:
+        shown = (f for f in dataclasses.fields(self) if not (f.name in ARRAYS and getattr(self, f.name) is None))
+        changed = (f.name for f in shown if f.name in ARRAYS or getattr(self, f.name) != f.default)
+        return f"Adapter({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
+
 
 ARRAYS: dict[str, tuple[str, ...]] = {
     field.name: field.metadata["axes"] for field in dataclasses.fields(Adapter) if "axes" in field.metadata
@@ -168,3 +193,48 @@ def scale_update(adapter: Adapter, factor: float) -> Adapter:
     scale = tuple(s * factor for s in scale) if isinstance(scale, tuple) else scale * factor
     rows = None if adapter.rows is None else rebox(adapter.rows, unbox(adapter.rows) * factor)
     return dataclasses.replace(adapter, scale=scale, rows=rows)
+
+
+# --- registration with the libraries that write pytrees ---
+
+
+def _to_state_dict(adapter: Adapter) -> dict[str, Any]:
+    """The arrays by field. As everywhere in Flax, what is static (scale, axes) comes from the target on reading."""
+    return {name: serialization.to_state_dict(getattr(adapter, name)) for name in adapter.arrays}
+
+
+def _from_state_dict(adapter: Adapter, state: dict[str, Any]) -> Adapter:
+    if state.keys() != adapter.arrays.keys():
+        raise ValueError(
+            f"What was written holds the arrays {', '.join(state)}, and the target {', '.join(adapter.arrays)}. "
+            "Read it into an adapter of the same variant; lojax.save writes adapters that need no target."
+        )
+    fields = {name: serialization.from_state_dict(getattr(adapter, name), state[name], name) for name in state}
+    for name, value in fields.items():
+        shape, expected = unbox(value).shape, adapter.arrays[name].shape
+        if shape != expected:
+            raise ValueError(f"What was written for {name} has shape {shape}, and the target's has {expected}.")
+    return dataclasses.replace(adapter, **fields)
+
+
+_STATIC = [field for field in dataclasses.fields(Adapter) if field.metadata.get("static")]
+
+
+def _serialize_static(values: tuple[Any, ...]) -> bytes:
+    fields = dict(zip((field.name for field in _STATIC), values, strict=True))
+    return json.dumps(fields, default=float).encode()
+
+
+def _deserialize_static(data: bytes) -> tuple[Any, ...]:
+    fields = json.loads(data)
+    values = (fields.get(field.name, field.default) for field in _STATIC)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
+serialization.register_serialization_state(Adapter, _to_state_dict, _from_state_dict)
+export.register_pytree_node_serialization(
+    Adapter,
+    serialized_name="lojax.Adapter",
+    serialize_auxdata=_serialize_static,
+    deserialize_auxdata=_deserialize_static,
+)
