@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lojax.adapters.create import create
+from lojax.adapters.create import check_key, create
 from lojax.adapters.paths import flatten
 from lojax.adapters.rule import DEFAULTS, Rule, as_rules
 from lojax.adapters.targets import assign_rules, check_bias
@@ -55,6 +55,7 @@ class Model:
         Raises:
             ValueError: A target matches nothing, a rank is too large, or rules contradict.
         """
+        check_key(key)
         self.net.check(params)
         apply_fn = self.net.apply if args or kwargs else None
         return _init(key, params, self.rules, self.full, self.exclude, self.bias, apply_fn, args, kwargs)
@@ -209,6 +210,7 @@ def init(
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
+    check_key(key)
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
     return _init(key, params, rules, full, excluded, check_bias(bias), apply_fn, tuple(example_args), {})
 

@@ -45,6 +45,9 @@ class Adapter:
         tokens: The ``k`` rows of the embedding that train.
         ranks: The rank of each entry of the stack, where they differ. The columns of ``a`` and the rows of ``b``
             above it are zero, get no gradient and stay zero.
+        requested_rank: The rank that was asked for, where it was above min(m, n) and so was lowered to that.
+        moved_base: The initialization that took the start of the update out of the frozen weight (``"pissa"``,
+            ``"lora_ga"``). The adapter then belongs to that weight, not to the pretrained one. None for the others.
         frozen_a: Whether ``a`` stays as it is (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): no gradient reaches
             it, and the input of the weight is not kept for the backward pass. `lojax.optimizer` does not update it.
     """
@@ -60,6 +63,8 @@ class Adapter:
     rows: Leaf = dataclasses.field(default=None, metadata={"axes": ("tokens", "out")})
     tokens: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     ranks: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    requested_rank: int | None = dataclasses.field(default=None, metadata={"static": True})
+    moved_base: str | None = dataclasses.field(default=None, metadata={"static": True})
     frozen_a: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

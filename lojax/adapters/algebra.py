@@ -232,7 +232,18 @@ def _combine_leaf(path: Path, adapters: Sequence[Adapter], weights: Sequence[flo
         rank = settings.rank or max(adapter.rank for adapter in adapters)
         a, b = truncate_rank(a, b, rank)
         a, b = pad_rank(a, rank, 2), pad_rank(b, rank, 1)
-    return with_factors(adapters[0], a, b, 1.0)
+    combined = with_factors(adapters[0], a, b, 1.0)
+    return dataclasses.replace(combined, moved_base=_moved_base(adapters, weights))
+
+
+def _moved_base(adapters: Sequence[Adapter], weights: Sequence[float]) -> str | None:
+    """The base that the result belongs to: the pretrained one again where what was taken out of it cancels.
+
+    With ``s a0 b0`` taken out of W0, ``(W0 - s a0 b0) + s a b`` is W0 and the difference of two such adapters.
+    """
+    moved = [(adapter.moved_base, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    total = sum(weight for name, weight in moved if name)
+    return next((name for name, _ in moved if name), None) if total else None
 
 
 def _concatenate_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Array, Array]:

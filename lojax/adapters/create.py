@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
@@ -16,6 +17,7 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
 from lojax.adapters.rule import Rule
 from lojax.adapters.targets import layer_of
+from lojax.text import spec
 from lojax.types import Array, Dtype, Key, Leaf, Params, Path, Shape
 
 
@@ -49,6 +51,14 @@ def create(
     return map_paths(freeze, params), lora
 
 
+def check_key(key: object) -> None:
+    """Raises unless ``key`` is a PRNG key, old or new style: a key that was forgotten shifts all other arguments."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        got = f"an array {spec(key)}" if hasattr(key, "shape") else f"a {type(key).__name__}"
+        raise TypeError(f"init takes a PRNG key first: init(jax.random.key(0), params, ...). Got {got} in its place.")
+
+
 def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None) -> tuple[Adapter, Leaf]:
     """A fresh adapter for the weight ``leaf`` at ``path``, and the frozen weight that goes with it."""
     weight = unbox(leaf)
@@ -60,8 +70,17 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
         assert rule.init is not None and rule.dropout is not None  # as_rules fills them in
         site = _site(path, weight, axes, rule, dtype)
         a, b, new_weight = initializer(rule.init)(key, site)
-        ranks = site.ranks if site.uneven else None
-        adapter = Adapter(a, b, site.scale, axes, rule.dropout, ranks=ranks, frozen_a=rule.variant == "lora-fa")
+        adapter = Adapter(
+            a,
+            b,
+            site.scale,
+            axes,
+            dropout=rule.dropout,
+            ranks=site.ranks if site.uneven else None,
+            requested_rank=site.requested_rank if site.requested_rank > site.rank else None,
+            moved_base=None if new_weight is weight else str(rule.init),
+            frozen_a=rule.variant == "lora-fa",
+        )
         leaf = rebox(leaf, new_weight)
         if rule.variant == "dora":
             adapter = dataclasses.replace(adapter, magnitude=_magnitude(path, weight, axes, dtype))
@@ -76,14 +95,24 @@ def _site(path: Path, weight: Array, axes: Axes, rule: Rule, dtype: Dtype) -> Si
     """The weight with the ranks and scales that its rule gives it."""
     shape = tuple(weight.shape)
     m, n = size(axes, shape, "in"), size(axes, shape, "out")
-    ranks = _ranks(path, shape, axes, rule)
-    if max(ranks) > min(m, n):
+    requested, limit = _ranks(path, shape, axes, rule), min(m, n)
+    if max(requested) > limit and rule._exact_rank:
         raise ValueError(
-            f"{path}: rank={max(ranks)} is above min(m, n) = {min(m, n)} (shape {shape}, axes {axes}: m={m} in, "
-            f"n={n} out). Choose a rank of at most {min(m, n)}, or train the weight in full."
+            f"{path}: rank={max(requested)} is above min(m, n) = {limit} (shape {shape}, axes {axes}: m={m} in, "
+            f"n={n} out). Choose a rank of at most {limit}, or train the weight in full."
         )
-    scales = tuple(rule.scale(r) for r in ranks)
-    return Site(path, weight, axes, ranks, scales[0] if len(set(scales)) == 1 else scales, dtype)
+    # The scale is that of the requested rank: lowering it takes no direction away, so the strength should stay too.
+    scales = tuple(rule.scale(r) for r in requested)
+    return Site(
+        path,
+        weight,
+        axes,
+        ranks=tuple(min(r, limit) for r in requested),
+        requested_rank=max(requested),
+        scale=scales[0] if len(set(scales)) == 1 else scales,
+        dtype=dtype,
+        init=rule.init,
+    )
 
 
 def _ranks(path: Path, shape: Shape, axes: Axes, rule: Rule) -> tuple[int, ...]:
@@ -110,8 +139,9 @@ def _ranks(path: Path, shape: Shape, axes: Axes, rule: Rule) -> tuple[int, ...]:
 def _magnitude(path: Path, weight: Array, axes: Axes, dtype: Dtype) -> Array:
     """The length of each column of the pretrained weight."""
     squares = column_squares(weight, axes)
-    if not isinstance(squares, Tracer) and not bool(jnp.all(squares > 0)):
-        count = int(jnp.sum(squares == 0))
+    usable = jnp.isfinite(squares) & (squares > 0)
+    if not isinstance(usable, Tracer) and not bool(usable.all()):
+        count = int(jnp.sum(~usable))
         raise ValueError(
             f"{path}: {count} of the {squares.size} columns of the weight are zero or not finite: DoRA divides "
             "by their length. Use the plain variant for this weight, or train it in full."

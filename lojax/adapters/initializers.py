@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lojax.adapters.adapter import array_shapes
 from lojax.adapters.axes import Axes, size
@@ -27,6 +28,10 @@ OVERSAMPLES = 10
 """Columns beyond the rank that the randomized SVD works with (Halko et al. 2011, §4.2: 5 to 10 are enough)."""
 
 
+DrawA = Callable[..., Array]
+"""``(key, shape, dtype, *, fan_in, rank) -> a``: what a user's own ``init=`` function is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """A weight to adapt: all that an initialization may look at.
@@ -36,16 +41,20 @@ class Site:
         weight: The weight itself, out of its box.
         axes: The role of each of its axes.
         ranks: The rank of each entry of its stack; one number for a weight without a stack.
+        requested_rank: The largest rank that was asked for; above that of ``ranks`` where it was lowered.
         scale: The factor on the update, or one for each entry of the stack.
         dtype: The dtype of the factors.
+        init: The initialization that was asked for, for errors.
     """
 
     path: Path
     weight: Array
     axes: Axes
     ranks: tuple[int, ...]
+    requested_rank: int
     scale: float | tuple[float, ...]
     dtype: Dtype
+    init: str | DrawA | None
 
     @property
     def rank(self) -> int:
@@ -71,8 +80,6 @@ class Site:
 
 Initializer = Callable[[Key, Site], tuple[Array, Array, Leaf]]
 """``(key, site) -> (a, b, weight)``. The key is consumed."""
-DrawA = Callable[..., Array]
-"""``(key, shape, dtype, *, fan_in, rank) -> a``: what a user's own ``init=`` function is."""
 Factorize = Callable[[Key, Array, Site], tuple[Array, Array]]
 """``(key, w [m, n], site) -> (a [m, r], b [r, n])`` for one matrix, in the dtype of ``w``."""
 
@@ -135,9 +142,8 @@ def orthogonal(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
     """
     rank = site.rank
     if rank % 2:
-        raise ValueError(
-            f'{site.path}: init="orthogonal" needs an even rank, got {rank}. Choose {rank + 1}, or "kaiming".'
-        )
+        even = rank + 1 if rank < min(w.shape) else rank - 1
+        raise ValueError(f'{site.path}: init="orthogonal" needs an even rank, got {rank}. Choose {even}, or "kaiming".')
     basis_key, a_key, b_key = jax.random.split(key, 3)
     basis = jnp.linalg.qr(jax.random.normal(basis_key, (rank, rank), w.dtype))[0]
     a = jax.random.normal(a_key, (w.shape[0], rank // 2), w.dtype) @ basis[0::2] / 10
@@ -195,11 +201,12 @@ def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> In
     """
 
     def initialize(key: Key, site: Site) -> tuple[Array, Array, Leaf]:
-        if site.uneven:
+        if site.uneven or isinstance(site.scale, tuple):
             raise ValueError(
-                f"{site.path}: an init that factorizes the weight gives every entry of a stack the same rank, "
-                f"got {site.ranks}."
+                f"{site.path}: init={site.init!r} gives every entry of a stack the same rank, got {site.ranks}."
             )
+        if subtract:
+            _check_finite(site)
         matrices = as_matrices(site.weight, site.axes)
         keys = jax.random.split(key, matrices.shape[0])
         with jax.default_matmul_precision("highest"):
@@ -212,6 +219,15 @@ def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> In
         return a, b, subtract_update(site.weight, a, b, site.one_scale, site.axes)
 
     return initialize
+
+
+def _check_finite(site: Site) -> None:
+    finite = jnp.isfinite(site.weight)
+    if not isinstance(finite, Tracer) and not bool(finite.all()):
+        raise ValueError(
+            f"{site.path}: {int((~finite).sum())} of the {finite.size} entries of the weight are not finite, and "
+            f'init={site.init!r} factorizes it. Repair the weight, or use init="kaiming".'
+        )
 
 
 # --- by name ---

@@ -76,7 +76,8 @@ def with_factors(adapter: Adapter, a: Array, b: Array, scale: float) -> Adapter:
     stack = len(positions(adapter.axes, "stack"))
     new_a = a.reshape(*old_a.shape[:-1], a.shape[-1]).astype(old_a.dtype)
     new_b = b.reshape(*old_b.shape[:stack], b.shape[1], *old_b.shape[stack + 1 :]).astype(old_b.dtype)
-    return dataclasses.replace(adapter, a=rebox(adapter.a, new_a), b=rebox(adapter.b, new_b), scale=scale)
+    a, b = rebox(adapter.a, new_a), rebox(adapter.b, new_b)
+    return dataclasses.replace(adapter, a=a, b=b, scale=scale, requested_rank=None)
 
 
 def unify_scale_and_rank(adapter: Adapter) -> Adapter:

@@ -31,8 +31,9 @@ class Rule:
 
     Attributes:
         targets: A glob, a compiled regex, a predicate ``(path, leaf) -> bool``, or several of them.
-        rank: The rank ``r`` of the update, from 1 to min(m, n); or, for a weight with a stack axis (scanned
-            layers, experts), one rank for each entry of the stack, 0 for none.
+        rank: The rank ``r`` of the update, at least 1; or, for a weight with a stack axis (scanned layers, experts),
+            one rank for each entry of the stack, 0 for none. Above min(m, n) it is lowered to that, with the scale as
+            asked, unless the rule gives it to a single weight: that is an error.
         alpha: The numerator of the scale; ``None`` everywhere means ``alpha = rank``.
         scaling: ``"standard"`` (``alpha / r``) or ``"rslora"`` (``alpha / sqrt(r)``).
         init: How the adapter starts. ``"kaiming"`` (uniform, PEFT's default), ``"gaussian"`` (std ``1/r``), or a
@@ -65,12 +66,13 @@ class Rule:
     dtype: Dtype | None = None
     layers: Sequence[int] | None = None
     tokens: Sequence[int] | None = None
+    _exact_rank: bool = dataclasses.field(default=False, repr=False, compare=False)  # no rank but this one will do
 
     def __repr__(self) -> str:
         changed = (
             f"{f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)[1:]
-            if getattr(self, f.name) != f.default
+            if f.repr and getattr(self, f.name) != f.default
         )
         return f"Rule({', '.join([repr(self.targets), *changed])})"
 
@@ -126,6 +128,8 @@ def as_rules(targets: object, defaults: Rule) -> list[Rule]:
             entry = dataclasses.replace(defaults, targets=entry)
         elif entry.train == "lora" != defaults.train:
             raise ValueError(f"{entry} trains an adapter: its place is in targets=, not in train= or exclude=.")
+        else:
+            entry = dataclasses.replace(entry, _exact_rank=entry.rank is not None)
         rules.append(_check(entry.fill(defaults)))
     return rules
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import re
@@ -96,6 +97,8 @@ def assign_rules(
         new_paths = [path for path in paths if path not in plan]
         if not new_paths:
             _raise_hidden(rule, paths[0], plan[paths[0]])
+        if rule._exact_rank and len(paths) > 1:  # a rank for many weights, the smallest of which may not have it
+            rule = dataclasses.replace(rule, _exact_rank=False)
         plan |= dict.fromkeys(new_paths, rule)
     plan |= _full_training(plan, full, matched, excluded)
     for path in find_biases(params, plan, bias):

@@ -179,4 +179,6 @@ def _start_at(adapter: Adapter, shape: Shape, columns: Array, ranks: tuple[int, 
     a = columns[:, :, :rank].reshape(shapes["a"])
     if uneven:
         a = zero_above_rank(a, ranks, adapter.axes)
-    return dataclasses.replace(adapter, a=a.astype(dtype), b=jnp.zeros(shapes["b"], dtype), ranks=uneven)
+    requested_rank = adapter.requested_rank if rank == adapter.rank else None
+    a, b = a.astype(dtype), jnp.zeros(shapes["b"], dtype)
+    return dataclasses.replace(adapter, a=a, b=b, ranks=uneven, requested_rank=requested_rank)

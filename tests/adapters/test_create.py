@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from flax import linen as nn
 from flax.core import freeze
 
@@ -64,19 +68,105 @@ def test_axes_of_the_wrong_length_name_the_path():
     assert text.startswith("layers/0/kernel: axes ('in', 'in', 'out') describe 3 axes")
 
 
-def test_a_rank_above_both_sides_names_them():
-    assert message(ValueError, make, rank=5) == (
+# --- a rank above min(m, n) ---
+
+
+def test_a_rank_above_min_m_n_is_lowered_visibly():
+    frozen, lora = make(rank=5, alpha=10)
+    small, large = lora["layers"][0]["kernel"], lora["layers"][1]["kernel"]
+    assert (small.rank, small.requested_rank, small.a.shape, small.b.shape) == (4, 5, (6, 4), (4, 4))
+    assert (large.rank, large.requested_rank) == (4, 5)
+    assert small.scale == large.scale == 2.0, "the scale that was asked for, alpha / 5, as for every other weight"
+    assert "layers/0/kernel  (6, 4)  5 → 4" in str(lojax.summary(frozen, lora))
+    assert [row.rank for row in lojax.summary(frozen, lora).rows if row.rank] == [4, 4]
+    fits = make(rank=4)[1]["layers"][0]["kernel"]
+    assert (fits.rank, fits.requested_rank) == (4, None)
+
+
+@pytest.mark.parametrize("target", ["layers/0/kernel", "**/0/kernel", re.compile("layers/0/kernel")])
+def test_a_rank_asked_for_that_very_weight_is_an_error(target):
+    rules = [Rule(target, rank=5), "**/1/kernel"]
+    assert message(ValueError, lojax.init, jax.random.key(0), PARAMS, rules, rank=2) == (
         "layers/0/kernel: rank=5 is above min(m, n) = 4 (shape (6, 4), axes ('in', 'out'): m=6 in, n=4 out). "
         "Choose a rank of at most 4, or train the weight in full."
     )
-    make(rank=4)
+
+
+def test_a_rule_for_many_weights_or_without_a_rank_of_its_own_is_lowered():
+    for targets in (Rule("**/kernel", rank=5), [Rule("layers/0/kernel", dropout=0.1), "**/1/kernel"]):
+        lora = lojax.init(jax.random.key(0), PARAMS, targets, rank=5)[1]
+        assert {layer["kernel"].rank for layer in lora["layers"]} == {4}
 
 
 def test_the_bound_on_the_rank_is_that_of_one_weight_of_a_stack():
     params = {"w": jnp.ones((2, 6, 4))}
-    lojax.init(jax.random.key(0), params, "w", rank=4, axes=("stack", "in", "out"))
-    text = message(ValueError, lojax.init, jax.random.key(0), params, "w", rank=5, axes=("stack", "in", "out"))
-    assert "m=6 in, n=4 out" in text
+    lora = lojax.init(jax.random.key(0), params, "w", rank=5, axes=("stack", "in", "out"))[1]
+    assert (lora["w"].rank, lora["w"].requested_rank) == (4, 5)
+    rule = Rule("w", rank=(5, 1), axes=("stack", "in", "out"))
+    assert "m=6 in, n=4 out" in message(ValueError, lojax.init, jax.random.key(0), params, rule)
+
+
+def test_a_lowered_rank_is_gone_once_the_rank_is_chosen_anew():
+    lora = make(rank=5, train=())[1]
+    assert lojax.resize(lora, 3)["layers"][0]["kernel"].requested_rank is None
+    assert lojax.combine([lora, lora], [1.0, 1.0])["layers"][0]["kernel"].requested_rank is None
+
+
+# --- starts that move the weight ---
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "milora", "olora"])
+def test_an_adapter_says_that_its_start_moved_the_weight(init):
+    weight = jax.random.normal(jax.random.key(1), (6, 4))
+    params, other = {"w": weight}, {"w": 2 * weight}
+    _, lora = lojax.init(jax.random.key(0), params, "w", rank=2, init=init)
+    _, again = lojax.init(jax.random.key(0), other, "w", rank=2, init=init)
+    assert lora["w"].moved_base == init
+    assert lojax.rescale(lora, 0.5)["w"].moved_base == lojax.resize(lora, 1)["w"].moved_base == init
+    assert lojax.combine([lora, again], [0.5, 0.5])["w"].moved_base == init
+    assert lojax.subtract(again, lora)["w"].moved_base is None, "which goes with the weight as it was"
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_an_adapter_whose_start_adds_nothing_goes_with_the_weight_as_it_is(init):
+    assert lojax.init(jax.random.key(0), {"w": jnp.ones((6, 4))}, "w", rank=2, init=init)[1]["w"].moved_base is None
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "milora", "olora"])
+def test_a_weight_that_is_not_finite_cannot_be_factorized(init, bad):
+    params = {"w": jnp.ones((6, 4)).at[1, 2].set(bad)}
+    assert message(ValueError, lojax.init, jax.random.key(0), params, "w", rank=2, init=init) == (
+        f"w: 1 of the 24 entries of the weight are not finite, and init={init!r} factorizes it. Repair the weight, or "
+        'use init="kaiming".'
+    )
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 0.0])
+def test_dora_needs_columns_of_a_finite_length_above_zero(bad):
+    params = {"w": jnp.ones((4, 3)).at[:, 1].set(bad)}
+    text = message(ValueError, lojax.init, jax.random.key(0), params, "w", rank=2, variant="dora")
+    assert text.startswith("w: 1 of the 3 columns of the weight are zero or not finite")
+
+
+# --- the key ---
+
+
+@pytest.mark.parametrize("key", [PARAMS, 0, None, jnp.ones((2, 3)), np.int32(1)])
+def test_a_forgotten_key_is_named(key):
+    model = lojax.wrap(lambda params, x: x @ params["layers"][0]["kernel"], "**/0/kernel", rank=2)
+    for init in (model.init, lambda *args: lojax.init(*args, "**/0/kernel")):
+        text = message(TypeError, init, key, jnp.ones((2, 6)))
+        assert text.startswith("init takes a PRNG key first: init(jax.random.key(0), params, ...). Got ")
+
+
+def test_every_kind_of_key_is_one():
+    for key in (jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(0, impl="rbg"), np.zeros(2, np.uint32)):
+        lojax.init(key, PARAMS, "**/0/kernel", rank=2)
+    jax.jit(lambda key: lojax.init(key, PARAMS, "**/0/kernel", rank=2))(jax.random.key(0))
+
+
+# --- Linen ---
 
 
 class Normed(nn.Module):
