@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.metadata import box_arrays, is_box, rebox, unbox
+from lojax.adapters.adapter import Adapter, box_arrays, is_adapter
+from lojax.adapters.metadata import is_box, rebox, unbox
 from lojax.adapters.paths import is_leaf, map_paths, path_of
 from lojax.adapters.targets import nearest
 from lojax.checkpoint.manifest import AdapterEntry, Array, Record, stored_name

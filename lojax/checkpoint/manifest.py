@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from lojax.adapters.adapter import Adapter
-from lojax.adapters.axes import array_shapes, check, positions
+from lojax.adapters.adapter import Adapter, array_shapes
+from lojax.adapters.axes import check, positions
 
 FORMAT, VERSION = "lojax-adapter", 1
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
