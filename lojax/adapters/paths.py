@@ -6,13 +6,14 @@ adapters and ``None`` count as leaves, so `frozen`, `lora` and `params` have the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import is_box
+from lojax.types import Leaf, Params, Path
 
 
 def is_leaf(node: Any) -> bool:
@@ -40,6 +41,28 @@ def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of ``tree`` by path, ``None`` and boxes and adapters included."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_of(keys): leaf for keys, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[Path | tuple[str | int, ...], Leaf]) -> Params:
+    """Nested dicts with these leaves: the reverse of `flatten` for a tree of dicts with string keys.
+
+    Args:
+        leaves: The leaves by path, or by a tuple of keys where those are not the path split at ``/``. The leaf at
+            the empty tuple is the whole tree.
+
+    >>> unflatten({"layer/kernel": 1, ("layer", 0): 2})
+    {'layer': {'kernel': 1, 0: 2}}
+    """
+    root: dict[str | int, Any] = {}
+    for path, leaf in leaves.items():
+        keys = path.split("/") if isinstance(path, str) else path
+        if not keys:
+            return leaf
+        node = root
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+        node[keys[-1]] = leaf
+    return root
 
 
 def map_paths(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
