@@ -35,6 +35,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lojax.checkpoint.manifest import StoredFile
 from lojax.files.filesystem import hash_file, new_hash, parse_json, sync_directory
 
 MANIFEST = "adapter.json"
@@ -75,7 +76,7 @@ def remove_leftovers(directory: Path) -> None:
             Path(entry.path).unlink(missing_ok=True)
 
 
-def take_inventory(folder: Path) -> dict[str, dict[str, Any]]:
+def take_inventory(folder: Path) -> dict[str, StoredFile]:
     """The size and BLAKE2b of every file in ``folder``. Each file is flushed to disk."""
     files = {}
     for parent, _, names in os.walk(folder):
@@ -83,23 +84,22 @@ def take_inventory(folder: Path) -> dict[str, dict[str, Any]]:
             file = Path(parent, name)
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
-            entry = {"bytes": file.stat().st_size, "blake2b": hash_file(file)}
-            files[file.relative_to(folder).as_posix()] = entry
+            files[file.relative_to(folder).as_posix()] = StoredFile(file.stat().st_size, hash_file(file))
         sync_directory(parent)
     sync_directory(folder.parent)
     return dict(sorted(files.items()))
 
 
-def check_inventory(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def check_inventory(folder: Path, files: Mapping[str, StoredFile]) -> None:
     """Raises unless every file in ``files`` is in ``folder``, with the recorded size and content."""
     for name, expected in files.items():
         file = folder / name
         if file.is_symlink() or not file.is_file():
             raise FileNotFoundError(f"{file}: missing from the checkpoint. {_REMEDY}")
         size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise ValueError(f"{file}: {size} bytes, expected {expected['bytes']}: cut short or overwritten. {_REMEDY}")
-        if hash_file(file) != expected["blake2b"]:
+        if size != expected.bytes:
+            raise ValueError(f"{file}: {size} bytes, expected {expected.bytes}: cut short or overwritten. {_REMEDY}")
+        if hash_file(file) != expected.blake2b:
             raise ValueError(f"{file}: the content differs from what was saved (BLAKE2b). {_REMEDY}")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,27 +16,23 @@ from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.checkpoint.codec import check_paths
 from lojax.checkpoint.digest import digests
-from lojax.checkpoint.manifest import Manifest
+from lojax.checkpoint.manifest import BaseEntry, Manifest
 from lojax.text import spec
 from lojax.types import Leaf, Params, Path, Shape
 
 _REMEDY = "Load the right base, or pass check_base=False to use this one all the same."
 
 
-def fingerprint(frozen: Params, adapted: Iterable[Path]) -> dict[Path, Any]:
+def fingerprint(frozen: Params, adapted: Iterable[Path]) -> dict[Path, BaseEntry | None]:
     """The fingerprint of ``frozen``, with the content of the weights at the ``adapted`` paths.
 
     Returns:
-        ``{path: {"spec": "float32[768,768]", "content": digest}}``, plain data. Only adapted weights
-        have ``content``; a path where ``frozen`` holds None has None.
+        The entries by path; None where ``frozen`` holds None.
     """
     leaves = flatten(frozen)
     contents = _contents(leaves, adapted)
-    entries: dict[Path, Any] = {}
-    for path, leaf in leaves.items():
-        text = describe_leaf(leaf)
-        entries[path] = text and {"spec": text} | ({"content": contents[path]} if path in contents else {})
-    return entries
+    specs = {path: describe_leaf(leaf) for path, leaf in leaves.items()}
+    return {path: BaseEntry(text, contents.get(path)) if text else None for path, text in specs.items()}
 
 
 def describe_leaf(leaf: Leaf) -> str | None:
@@ -75,12 +70,13 @@ def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
                 f"{path}: was trained in full, so frozen must hold None there, but it holds {got}. "
                 "Pass the frozen tree that model.init returned, with the targets of the save."
             )
-        expected = (base.get(path) or {}).get("spec", got)
+        entry = base.get(path)
+        expected = got if entry is None else entry.spec
         if got != expected:
             raise ValueError(
                 f"{path}: the adapter in {directory} was trained on {expected}, but frozen holds {got}. {_REMEDY}"
             )
-    expected_contents = {path: entry["content"] for path, entry in base.items() if entry and "content" in entry}
+    expected_contents = {path: entry.content for path, entry in base.items() if entry and entry.content}
     for path, content in _contents(leaves, expected_contents).items():
         if content != expected_contents[path]:
             raise ValueError(

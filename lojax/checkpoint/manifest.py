@@ -1,19 +1,20 @@
 """The manifest, ``adapter.json``: entries for people and programs, each checked when it is read.
 
-Every entry is plain data. Names in it are only ever looked up, never opened as files, imported or run.
+Every entry is plain data, and its type is that of a field below: what is declared here is what is written, and what
+is read is of the declared type. Names in it are only ever looked up, never opened as files, imported or run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,14 +27,21 @@ from lojax.types import Shape
 FORMAT, VERSION = "lojax-adapter", 2
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 _DTYPE = re.compile(r"bool|u?int\d+|b?float\d+(_\w+)?|complex\d+")
-_HINTS = typing.get_type_hints(Adapter)
 _ALWAYS_WRITTEN = ("scale", "axes", "dropout")
 _FOR_READERS = ("rank", "alpha", "scaling", "weight")
 
 STATIC_FIELDS = {field.name: field.default for field in dataclasses.fields(Adapter) if field.metadata.get("static")}
-"""The fields of `Adapter` that are written as JSON, with their defaults; any whose type is plain."""
+"""The fields of `Adapter` that are written as JSON, with their defaults."""
 ARRAY_FIELDS = tuple(field.name for field in dataclasses.fields(Adapter) if field.name not in STATIC_FIELDS)
 """The fields of `Adapter` that are written as arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """The size of a file, and its BLAKE2b (see `lojax.files.filesystem.hash_file`)."""
+
+    bytes: int
+    blake2b: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +58,25 @@ class StoredArray:
     dtype: str
     box: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if any(not 0 <= size < 1 << 48 for size in self.shape) or not _DTYPE.fullmatch(self.dtype):
+            raise ValueError(f"{self.dtype!r} of shape {self.shape} is not an array")
+        jnp.dtype(self.dtype)
+        if self.box and not (_is_of(str, self.box["kind"]) and _is_of(tuple, self.box.get("names", []))):
+            raise TypeError(f"the box is {self.box}")
+
     @property
     def bytes(self) -> int:
         """The size of its data."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
-    def to_json(self) -> dict[str, Any]:
-        """The entry in the file."""
-        fields = {"shape": list(self.shape), "dtype": self.dtype}
-        return fields | ({"box": self.box} if self.box else {})
 
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any], path: str) -> StoredArray:
-        """The reverse of `to_json`."""
-        shape = tuple(expect_type(int, size, "a size") for size in expect_type(list, entry["shape"], "shape"))
-        dtype = expect_type(str, entry["dtype"], "dtype")
-        if any(not 0 <= size < 1 << 48 for size in shape) or not _DTYPE.fullmatch(dtype):
-            raise ValueError(f"{dtype!r} of shape {shape} is not an array")
-        jnp.dtype(dtype)
-        box = expect_type((dict, types.NoneType), entry.get("box"), "box")
-        if box is not None:
-            expect_type(str, box["kind"], "the kind of a box")
-            expect_type(list, box.get("names", []), "the names of a box")
-        return cls(shape, dtype, box)
+@dataclasses.dataclass(frozen=True)
+class BaseEntry:
+    """A parameter of the base: its dtype and shape, and the digest of its content where it carries an adapter."""
+
+    spec: str
+    content: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +103,8 @@ class AdapterEntry:
     def to_json(self) -> dict[str, Any]:
         """The entry in the file. Alpha is for readers: it is the value for which scale = alpha / rank."""
         scale = self.static["scale"]
-        static = {
-            name: list(value) if isinstance(value, tuple) else value
+        written = {
+            name: value
             for name, value in self.static.items()
             if value != STATIC_FIELDS[name] or name in _ALWAYS_WRITTEN
         }
@@ -108,65 +112,65 @@ class AdapterEntry:
             "rank": self.rank,
             "alpha": scale * self.rank if isinstance(scale, float) else None,
             "scaling": "scale = alpha / rank",
-            **static,
+            **to_plain(written),
             "weight": list(self.weight),
-            **{name: array.to_json() for name, array in self.arrays.items()},
+            **to_plain(self.arrays),
         }
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], path: str) -> AdapterEntry:
         """The reverse of `to_json`."""
-        arrays = {name: StoredArray.from_json(value, path) for name, value in entry.items() if isinstance(value, dict)}
+        arrays = {name: parse(StoredArray, value, name) for name, value in entry.items() if isinstance(value, dict)}
         written = {name: value for name, value in entry.items() if name not in arrays and name not in _FOR_READERS}
         if unknown := sorted({*written, *arrays} - {*STATIC_FIELDS, *ARRAY_FIELDS}):
             raise ValueError(f"{unknown[0]!r} is not a field of lojax.Adapter: perhaps a newer lojax wrote it")
-        static: dict[str, Any] = {
-            name: parse_field(_HINTS[name], written[name], name) if name in written else default
+        hints = _hints(Adapter)
+        static = {
+            name: parse(hints[name], written[name], name)
+            if name in written or default is dataclasses.MISSING
+            else default
             for name, default in STATIC_FIELDS.items()
         }
-        weight = tuple(expect_type((int, types.NoneType), size, "a size") for size in entry["weight"])
-        static["axes"] = check(static["axes"], [size or 0 for size in weight], path)
+        weight = [size or 0 for size in parse(tuple[int | None, ...], entry["weight"], "weight")]
+        check(static["axes"], weight, path)
         if ("a" in arrays) != ("b" in arrays) or not arrays:
             raise KeyError("b" if "a" in arrays else "a")
         if ("rows" in arrays) != (static["tokens"] is not None):
             raise ValueError("rows and tokens go together")
-        sizes = tuple(size or 0 for size in weight)
-        expected = array_shapes(static["axes"], sizes, entry["rank"], len(static["tokens"] or ()))
+        expected = array_shapes(static["axes"], weight, entry["rank"], len(static["tokens"] or ()))
         for name, array in arrays.items():
             if array.shape != expected[name]:
                 raise ValueError(f"{name} has shape {array.shape}; rank, axes and weight give {expected[name]}")
         return cls(static, arrays)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of ``adapter.json``.
+    """All of ``adapter.json``, in the order of the file.
 
     Attributes:
-        arrays: The folder of the arrays.
-        files: Size and BLAKE2b of each file in it.
+        saved: When, UTC.
+        software: Versions of the libraries that wrote it.
+        metadata: The user's.
         adapters: The adapters by path.
         full: The parameters trained in full, by path.
         other: The paths that hold None in `lora`: what stays frozen.
         keys: The keys of each path that does not simply split at ``/`` into strings.
         base: The fingerprint of the base (see `lojax.checkpoint.fingerprint`) where ``frozen`` was given, else None.
-        metadata: The user's.
-        software: Versions of the libraries that wrote it.
-        saved: When, UTC.
+        arrays: The folder of the arrays.
+        files: The files in it.
     """
 
-    arrays: str
-    files: Mapping[str, Mapping[str, Any]]
+    saved: str = dataclasses.field(default_factory=lambda: _now())
+    software: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+    metadata: Mapping[str, Any]
     adapters: Mapping[str, AdapterEntry]
     full: Mapping[str, StoredArray]
     other: tuple[str, ...]
     keys: Mapping[str, tuple[str | int, ...]]
-    base: Mapping[str, Any] | None
-    metadata: Mapping[str, Any]
-    software: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
-    saved: str = dataclasses.field(
-        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    )
+    base: Mapping[str, BaseEntry | None] | None
+    arrays: str
+    files: Mapping[str, StoredFile]
 
     @property
     def stored(self) -> dict[str, tuple[str, str | None, StoredArray]]:
@@ -182,20 +186,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the file, less the checksum."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "saved": self.saved,
-            "software": self.software,
-            "metadata": self.metadata,
-            "adapters": {path: entry.to_json() for path, entry in self.adapters.items()},
-            "full": {path: array.to_json() for path, array in self.full.items()},
-            "other": self.other,
-            "keys": self.keys,
-            "base": self.base,
-            "arrays": self.arrays,
-            "files": self.files,
-        }
+        fields = {field.name: to_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"format": FORMAT, "version": VERSION, **fields}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], file: Path) -> Manifest:
@@ -212,37 +204,25 @@ class Manifest:
                 f"{file}: format version {version!r}; this lojax reads versions 1 to {VERSION}. "
                 "It was written by a newer lojax: update lojax to read it."
             )
-        with _locate_errors(file, "the file"):
-            fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            fields["other"] = tuple(expect_type(str, path, "a path") for path in fields["other"])
-            if not re.fullmatch(r"arrays-\d{1,18}", expect_type(str, fields["arrays"], "arrays")):
-                raise ValueError(f"'arrays' is {fields['arrays']!r}, expected a name such as 'arrays-1'")
-        for name, parse in _PARSERS.items():
-            if name == "base" and fields[name] is None:
-                continue
-            with _locate_errors(file, name):
-                entries = expect_type(dict, fields[name], name)
-            fields[name] = {}
-            for path, entry in entries.items():
-                with _locate_errors(file, path):
-                    fields[name][path] = parse(entry, path)
-        manifest = cls(**fields)
-        with _locate_errors(file, "the file"):
-            if len(set(manifest.paths)) != len(manifest.paths):
-                raise ValueError("a path occurs twice")
-            if manifest.base and (unknown := manifest.base.keys() - {*manifest.paths}):
-                raise ValueError(f"'base' holds {min(unknown)!r}, which is not a path of the adapter")
+        try:
+            manifest = cls(**_parse_fields(cls, value))
+            _check_names(manifest)
+        except _MALFORMED as error:
+            raise ValueError(f"{file} is not as lojax writes it: {_reason(error)}. Nothing was loaded.") from error
         return manifest
 
 
-@contextlib.contextmanager
-def _locate_errors(file: Path, entry: str) -> Iterator[None]:
-    """Turns what Python says of a malformed entry into an error that says which entry it is."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{file}: {entry!r} is not as lojax writes it: {reason}. Nothing was loaded.") from error
+def _check_names(manifest: Manifest) -> None:
+    if not re.fullmatch(r"arrays-\d{1,18}", manifest.arrays):
+        raise ValueError(f"'arrays' is {manifest.arrays!r}, expected a name such as 'arrays-1'")
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
+            raise ValueError(f"{name!r}: a file name must stay inside the folder of the arrays")
+    if len(set(manifest.paths)) != len(manifest.paths):
+        raise ValueError("a path occurs twice")
+    if unknown := sorted({*(manifest.base or {})} - {*manifest.paths}):
+        raise ValueError(f"'base' holds {unknown[0]!r}, which is not a path of the adapter")
 
 
 def stored_name(path: str, field: str | None) -> str:
@@ -263,70 +243,96 @@ def _quote(part: str) -> str:
     return re.sub(r"[^\w.~@+=:,-]", lambda m: "".join(f"%{byte:02X}" for byte in m[0].encode()), part, flags=re.ASCII)
 
 
-def _parse_file(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    expect_type(int, entry["bytes"], "bytes")
-    expect_type(str, entry["blake2b"], "blake2b")
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
-        raise ValueError("a file name must stay inside the folder of the arrays")
-    return entry
+def to_plain(value: Any) -> Any:
+    """``value`` in the types of JSON; fields of a dataclass that are None are left out.
+
+    >>> to_plain({"w": StoredArray((2, 3), "int8")})
+    {'w': {'shape': [2, 3], 'dtype': 'int8'}}
+    """
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return to_plain({name: item for name, item in fields.items() if item is not None})
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _parse_keys(keys: Any, path: str) -> tuple[str | int, ...]:
-    return tuple(expect_type((int, str), key, "a key in 'keys'") for key in expect_type(list, keys, "'keys'"))
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""What Python raises where an entry is not of the expected form."""
 
 
-def _parse_base(entry: Any, path: str) -> Mapping[str, Any] | None:
-    for text in () if entry is None else (entry["spec"], entry.get("content", "")):
-        expect_type(str, text, "an entry of 'base'")
-    return entry
-
-
-_PARSERS = {
-    "files": _parse_file,
-    "adapters": AdapterEntry.from_json,
-    "full": StoredArray.from_json,
-    "keys": _parse_keys,
-    "base": _parse_base,
-}
-"""How the entries of a field of `Manifest` are parsed, each with its name."""
-
-
-def expect_type(kind: type | tuple[type, ...], value: Any, what: str) -> Any:
-    """``value``, or an error that calls it ``what``, where it is not of this type. A bool is not a number."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{what} is {value!r}")
-    return value
-
-
-def parse_field(hint: Any, value: Any, name: str) -> Any:
-    """A value read from JSON as the type that a field declares: a tuple for a list, a float for 2.
+def parse(hint: Any, value: Any, name: str) -> Any:
+    """The reverse of `to_plain`: a value read from JSON as the declared type, a tuple for a list, a float for 2.
 
     Args:
-        hint: The declared type: a plain class, ``Literal``, ``tuple[X, ...]``, or a union of these.
+        hint: A plain class, a dataclass, ``Literal``, ``tuple[X, ...]``, ``Mapping[str, X]``, or a union of these.
         value: What the file holds.
-        name: The field, for the error.
+        name: What it is called in errors.
 
-    >>> parse_field(float | tuple[float, ...], [1, 0.5], "scale")
+    >>> parse(float | tuple[float, ...], [1, 0.5], "scale")
     (1.0, 0.5)
     """
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
-        for option in arguments:
-            with contextlib.suppress(TypeError):
-                return parse_field(option, value, name)
+        options = [option for option in arguments if _is_of(option, value)]
+        if not options:
+            raise TypeError(f"{name} is {value!r}")
+        return parse(options[0], value, name)
+    if hint is not Any and not _is_of(hint, value):
         raise TypeError(f"{name} is {value!r}")
     if kind is tuple:
-        return tuple(parse_field(arguments[0], item, name) for item in expect_type(list, value, name))
-    if kind is typing.Literal:
-        if value not in arguments:
-            raise ValueError(f"{name} holds {value!r}, expected one of {', '.join(map(repr, arguments))}")
-        return value
-    if hint is float:
-        if not math.isfinite(expect_type((int, float), value, name)):
-            raise ValueError(f"{name} is {value}")
-        return float(value)
-    return expect_type(hint, value, name)
+        return tuple(parse(arguments[0], item, name) for item in value)
+    if kind is Mapping:
+        return {key: _parse_entry(arguments[1], item, key) for key, item in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        from_json = getattr(hint, "from_json", None)
+        return from_json(value, name) if from_json else hint(**_parse_fields(hint, value))
+    if kind is typing.Literal and value not in arguments:
+        raise ValueError(f"{name} holds {value!r}, expected one of {', '.join(map(repr, arguments))}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    return float(value) if hint is float else value
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value read from JSON has the outer form of a declared type. A bool is not a number."""
+    form = typing.get_origin(hint) or hint
+    if dataclasses.is_dataclass(form) or form is Mapping:
+        return isinstance(value, dict)
+    if isinstance(value, bool):
+        return form is bool
+    return isinstance(value, {tuple: list, float: (int, float), typing.Literal: str}.get(form, form))
+
+
+def _parse_entry(hint: Any, value: Any, key: str) -> Any:
+    try:
+        return parse(hint, value, key)
+    except _MALFORMED as error:
+        raise ValueError(f"{key!r}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _parse_fields(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that the file holds; those without a default value must be there."""
+    return {
+        field.name: _parse_entry(_hints(kind)[field.name], value[field.name], field.name)
+        for field in dataclasses.fields(kind)
+        if field.name in value or field.default is dataclasses.MISSING
+    }
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:

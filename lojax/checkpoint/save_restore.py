@@ -107,7 +107,9 @@ def save(
     adapted = [path for path, leaf in leaves.items() if is_adapter(leaf)]
     base = None if frozen is None else fingerprint.fingerprint(frozen, adapted)
     adapters, full, other = describe_leaves(leaves)
-    manifest = Manifest("", {}, adapters, full, other, keys, base, metadata)
+    manifest = Manifest(
+        metadata=metadata, adapters=adapters, full=full, other=other, keys=keys, base=base, arrays="", files={}
+    )
     steps = _write(directory, snapshot(arrays), manifest)
     if wait or jax.process_count() > 1:  # JAX's barriers between devices belong to the main thread
         next(steps)
@@ -264,7 +266,7 @@ def _restore(
 
 def _check_size(directory: Path, manifest: Manifest) -> None:
     declared = sum(array.bytes for _, _, array in manifest.stored.values())
-    stored = sum(file["bytes"] for file in manifest.files.values())
+    stored = sum(file.bytes for file in manifest.files.values())
     if declared > 64 * stored + (1 << 30):  # zeros compress to nothing, so less would refuse a fresh adapter
         file = directory / files.MANIFEST
         raise ValueError(f"{file}: declares arrays of {declared:,} bytes, but their files hold {stored:,}. Refused.")

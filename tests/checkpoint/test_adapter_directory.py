@@ -22,6 +22,7 @@ from lojax.checkpoint.adapter_directory import (
     remove_leftovers,
     take_inventory,
 )
+from lojax.checkpoint.manifest import StoredFile
 
 
 def test_as_local_path(monkeypatch, tmp_path):
@@ -46,7 +47,7 @@ def test_an_inventory_holds_every_file_and_is_checked_against_it(tmp_path):
     (tmp_path / "meta").write_bytes(b"")
     inventory = take_inventory(tmp_path)
     blake2b = hashlib.blake2b(b"numbers", digest_size=16).hexdigest()
-    assert list(inventory) == ["d/data", "meta"] and inventory["d/data"] == {"bytes": 7, "blake2b": blake2b}
+    assert list(inventory) == ["d/data", "meta"] and inventory["d/data"] == StoredFile(7, blake2b)
     check_inventory(tmp_path, inventory)
     (tmp_path / "d" / "data").write_bytes(b"numbert")
     text = message(ValueError, check_inventory, tmp_path, inventory)

@@ -44,7 +44,9 @@ def _every_field() -> lojax.Adapter:
 
 def _manifest(lora):
     leaves, keys = flatten_with_keys(lora)
-    return Manifest("arrays-1", {}, *describe_leaves(leaves), keys, None, {}), collect_arrays(leaves)
+    entries = dict(zip(("adapters", "full", "other"), describe_leaves(leaves), strict=True))
+    manifest = Manifest(**entries, keys=keys, base=None, metadata={}, arrays="arrays-1", files={})
+    return manifest, collect_arrays(leaves)
 
 
 def test_every_field_of_an_adapter_comes_back_through_the_file(tmp_path):

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lojax
 from lojax.checkpoint.digest import digest
 from lojax.checkpoint.fingerprint import describe_leaf, fingerprint
+from lojax.checkpoint.manifest import BaseEntry
 from tests.checkpoint import checkpoint_cases as cases
 
 
@@ -21,11 +22,11 @@ def test_fingerprint_is_plain_data():
     found = fingerprint(frozen, ["params/layer_0/query/kernel"])
     kernel = frozen["params"]["layer_0"]["query"]["kernel"]
     assert found == {
-        "params/embed/table": {"spec": "bfloat16[5,4]"},
+        "params/embed/table": BaseEntry("bfloat16[5,4]"),
         "params/head/bias": None,
         "params/head/kernel": None,
-        "params/layer_0/query/kernel": {"spec": "float32[16,8]", "content": digest(np.asarray(kernel))},
-        "params/layer_0/value/kernel": {"spec": "float32[16,8]"},
+        "params/layer_0/query/kernel": BaseEntry("float32[16,8]", digest(np.asarray(kernel))),
+        "params/layer_0/value/kernel": BaseEntry("float32[16,8]"),
     }
 
 
