@@ -16,10 +16,10 @@ from flax import serialization
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten
-from lojax.checkpoint.adapter_directory import POINTER
-from lojax.checkpoint.save_restore import read_record, restore, save
+from lojax.checkpoint.adapter_directory import MANIFEST
+from lojax.checkpoint.save_restore import read_manifest, restore, save
 from lojax.files import safetensors
-from lojax.files.atomic_directory import refuse_existing, whole_directory
+from lojax.files.atomic_directory import atomic_directory, refuse_existing
 from lojax.peft.config import read_config
 from lojax.peft.model_families import name_map, name_maps
 from lojax.peft.name_map import NameMap
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     names = (
         NameMap.parse(Path(args.map).read_text(encoding="utf-8")) if Path(args.map).is_file() else name_map(args.map)
     )
-    if (args.source / POINTER).is_file():
-        kept = read_record(args.source).metadata.get("peft_config")
+    if (args.source / MANIFEST).is_file():
+        kept = read_manifest(args.source).metadata.get("peft_config")
         options: dict[str, Any] = {"base_model_name_or_path": args.base, "task_type": args.task}
         lora = restore(args.source)
         rows = [path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.tokens is not None]
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
                 "a PEFT adapter does not say how the JAX tree is laid out; pass --params with the JAX base."
             )
         lora = load(args.source, params_of(args.params), names)
-        with whole_directory(args.target, overwrite=args.overwrite) as fresh:
+        with atomic_directory(args.target, overwrite=args.overwrite) as fresh:
             save(fresh, lora, metadata={"peft_config": dict(config.fields)})
     print(f"{args.source} -> {args.target}")
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 
 from lojax.cli.progress import watcher
 from lojax.files import safetensors
-from lojax.files.atomic_directory import refuse_existing, whole_directory
+from lojax.files.atomic_directory import atomic_directory, refuse_existing
 from lojax.peft.patch import Patch, patches
 
 SUMMARY = "merge a PEFT adapter into the safetensors of its base"
@@ -50,7 +50,7 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, e
     if len(entries) < sum(len(file.entries) for file in files):
         raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
     found = patches(adapter, {name: (entry.dtype, entry.shape) for name, entry in entries.items()}, experts=experts)
-    with whole_directory(target, overwrite=overwrite) as fresh:
+    with atomic_directory(target, overwrite=overwrite) as fresh:
         for file in files:
             _merge_file(file, found, fresh / file.path.name)
         for extra in _others(base, {file.path.name for file in files}):

@@ -17,14 +17,14 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def whole_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory beside ``target`` to write into; it takes the name ``target`` when all went well.
 
     Raises:
         FileExistsError: ``target`` exists, and ``overwrite`` is False.
 
     >>> with tempfile.TemporaryDirectory() as root:
-    ...     with whole_directory(Path(root, "out")) as fresh:
+    ...     with atomic_directory(Path(root, "out")) as fresh:
     ...         _ = (fresh / "file").write_text("text")
     ...     [path.name for path in Path(root).rglob("*")]
     ['out', 'file']

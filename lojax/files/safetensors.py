@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from lojax.files.filesystem import hash_file, new_hash, parse_json
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -44,8 +47,9 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DIGEST = "lojax_sha256"
-"""The metadata key under which `write` may leave a digest of the data, which `open_file` checks."""
+DIGEST = "lojax_blake2b"
+"""The metadata key under which `write_all` leaves the hash of the data (`b2sum -l 128`), which `open_file` checks."""
+_OLD_DIGEST = "lojax_sha256"  # written before there was a CHANGELOG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not safetensors, is cut short, or its header contradicts itself or the
-            file; or the data differs from the digest that `write` left.
+            file; or the data differs from the hash that `write_all` left.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -100,11 +104,14 @@ def open_file(path: str | os.PathLike[str]) -> File:
     header = _parse(path, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its __metadata__ is no map of strings")
+        raise _damaged(path, "its __metadata__ is not a map of strings")
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     _check_layout(path, entries, 8 + length, size)
-    if DIGEST in metadata and _digest_file(path, 8 + length) != metadata[DIGEST]:
-        raise _damaged(path, "its data differs from the digest stored with it: bytes were changed after it was written")
+    for name, algorithm in ((DIGEST, new_hash), (_OLD_DIGEST, hashlib.sha256)):
+        if name in metadata and hash_file(path, 8 + length, algorithm) != metadata[name]:
+            raise _damaged(
+                path, "its data differs from the hash stored with it: bytes were changed after it was written"
+            )
     return File(path, entries, metadata)
 
 
@@ -113,16 +120,9 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
-        if twice:
-            raise _damaged(path, f"its header holds {sorted(twice)[0]!r} twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise _damaged(path, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -130,22 +130,24 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
-    def is_sizes(value: Any) -> bool:
-        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
         raise _damaged(path, f"tensor {name!r} lacks a dtype, shape or data_offsets")
-    shape, offsets = fields["shape"], fields["data_offsets"]
-    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"tensor {name!r} has shape {shape} and data_offsets {offsets}")
-    if fields["dtype"] not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"{path}: tensor {name!r} has dtype {fields['dtype']!r}; lojax reads {known}.")
-    dtype = DTYPES[fields["dtype"]]
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        got = f"shape {shape} of {fields['dtype']} in {offsets[1] - offsets[0]:,} bytes"
-        raise _damaged(path, f"tensor {name!r} claims {got}")
+    shape, offsets, dtype_name = fields["shape"], fields["data_offsets"], fields["dtype"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        got = f"shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(offsets)}"
+        raise _damaged(path, f"tensor {name!r} has {got}")
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        got = f"dtype {reprlib.repr(dtype_name)}"
+        raise ValueError(f"{path}: tensor {name!r} has {got}; lojax reads {', '.join(DTYPES)}.")
+    dtype, size = DTYPES[dtype_name], offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.itemsize != size:
+        raise _damaged(path, f"tensor {name!r} claims shape {shape} of {dtype_name} in {size:,} bytes")
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether ``value`` is a list of sizes that an array can have. Others would take long to multiply and to print."""
+    return isinstance(value, list) and len(value) <= 32 and all(type(n) is int and 0 <= n < 1 << 128 for n in value)
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
@@ -156,12 +158,6 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int
         end = entry.stop
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end:,}, the file at {size:,}")
-
-
-def _digest_file(path: Path, start: int) -> str:
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write(
@@ -201,16 +197,20 @@ def write(
             array = produce(name)
             if (array.dtype, array.shape) != shapes[name]:
                 raise ValueError(f"{name} was announced as {shapes[name]}, and came as {array.dtype} {array.shape}.")
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            del array  # before the next one is made
+            stream.write(_bytes_of(array))
+            del array  # so that only one is in memory while the next is made
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes tensors that are at hand, with a digest of their bytes in the header's metadata."""
-    digest = hashlib.sha256()
+    """Writes tensors that are at hand, with a hash of their bytes in the header's metadata."""
+    value = new_hash()
     for array in tensors.values():
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        value.update(_bytes_of(array))
     shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-    write(path, shapes, tensors.__getitem__, metadata={**metadata, DIGEST: digest.hexdigest()})
+    write(path, shapes, tensors.__getitem__, metadata={**metadata, DIGEST: value.hexdigest()})
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -18,7 +18,7 @@ from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
 from lojax.files import safetensors
-from lojax.files.atomic_directory import refuse_existing, whole_directory
+from lojax.files.atomic_directory import atomic_directory, refuse_existing
 from lojax.peft import factors, magnitudes, tokens
 from lojax.peft.config import CONFIG, Config, check_config
 from lojax.peft.factors import Cell
@@ -94,7 +94,7 @@ def save(
     if Config(fields).exchanges_experts:
         fields["peft_version"] = "0.19.0"  # the first whose layout of experts is the one written here
     check_config(fields, "config=")
-    with whole_directory(target, overwrite=overwrite) as fresh:
+    with atomic_directory(target, overwrite=overwrite) as fresh:
         safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -56,10 +58,10 @@ def test_every_dtype_goes_through(tmp_path):
     [
         (b"{nonsense}", "its header is not JSON"),
         (b"[1, 2]  ", "its header is not a JSON object"),
-        (b'{"a":1,"a":2}', "its header holds 'a' twice"),
+        (b'{"a":1,"a":2}', "its header is not JSON (the name 'a' occurs twice)"),
         (b"\xff\xfe{}", "its header is not JSON"),
         (b"[" * 100_000, "its header is not JSON"),
-        ({"__metadata__": {"x": 1}}, "its __metadata__ is no map of strings"),
+        ({"__metadata__": {"x": 1}}, "its __metadata__ is not a map of strings"),
         ({"a": 3}, "tensor 'a' lacks a dtype, shape or data_offsets"),
         ({"a": tensor([4], 0, 12)}, "tensor 'a' claims shape [4] of F32 in 12 bytes"),
         ({"a": tensor([-4], 0, 16)}, "tensor 'a' has shape [-4]"),
@@ -69,6 +71,8 @@ def test_every_dtype_goes_through(tmp_path):
         ({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, "tensor 'b' starts at byte"),
         ({"a": tensor([2], 0, 8)}, "its tensors end at byte"),
         ({"a": tensor([4], 0, 16, "F33")}, "tensor 'a' has dtype 'F33'; lojax reads BOOL"),
+        ({"a": tensor([4], 0, 16, [])}, "tensor 'a' has dtype []; lojax reads BOOL"),
+        ({"a": tensor([1] * 1000, 0, 4)}, "tensor 'a' has shape [1, 1, 1, 1, 1, 1, ...] and"),
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path, header, reason):
@@ -81,6 +85,34 @@ def test_a_cut_file_is_refused(tmp_path, kept):
     data = (tmp_path / "x").read_bytes()
     (tmp_path / "x").write_bytes(data[:kept])
     assert "is not a whole safetensors file" in message(ValueError, safetensors.open_file, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" + b",".join(b'"k":%d' % i for i in range(100_000)) + b"}",
+        b'{"a":{"dtype":"F32","data_offsets":[0,16],"shape":[' + b",".join([b"9" * 4000] * 1500) + b"]}}",
+        b'{"a":{"dtype":"F32","data_offsets":[0,16],"shape":[' + b",".join([b"9" * 18] * 300_000) + b"]}}",
+    ],
+    ids=["one key 100,000 times", "sizes of 4,000 digits", "300,000 axes"],
+)
+def test_hostile_headers_are_refused_in_linear_time(tmp_path, header):
+    """Each took minutes: a count for each key, and the product of the sizes."""
+    file = raw(tmp_path / "x", header)
+    start = time.process_time()
+    assert str(file) in message(ValueError, safetensors.open_file, file)
+    assert time.process_time() - start < 5
+
+
+def test_the_hash_of_older_files_is_still_checked(tmp_path):
+    data = TENSORS["a"].tobytes()
+    for text, same in ((hashlib.sha256(data).hexdigest(), True), ("0" * 64, False)):
+        header = {"__metadata__": {"lojax_sha256": text}, "a": tensor([2, 3], 0, 24)}
+        file = raw(tmp_path / "x", header, data)
+        if same:
+            np.testing.assert_array_equal(safetensors.open_file(file).read("a"), TENSORS["a"])
+        else:
+            assert "bytes were changed after it was written" in message(ValueError, safetensors.open_file, file)
 
 
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
