@@ -6,10 +6,11 @@ write a class and list it in `EXTRAS`; `lojax.peft.patch` has what it does to a 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,46 +28,52 @@ Placed = Sequence[tuple[TorchParameter, np.ndarray]]
 """Tensors of a file, each with the weight of its module."""
 
 
-class Extra(Protocol):
-    """A kind of tensor. ``suffix`` ends its keys; ``field`` is the field of `Adapter` that holds it."""
+class Extra(abc.ABC):
+    """A kind of tensor.
 
-    suffix: str
-    field: str
+    Attributes:
+        suffix: What its keys end with.
+        field: The field of `Adapter` that holds it.
+        needs_factors: Whether it stands beside A and B, or in their place.
+    """
 
-    def misfit(self, module: str, weights: Sequence[TorchParameter], config: Config, has_factors: bool) -> str | None:
-        """Why a file may not hold this tensor for a module with these weights; None where it may."""
-        ...
+    suffix: ClassVar[str]
+    field: ClassVar[str]
+    needs_factors: ClassVar[bool]
 
-    def expected(
-        self, weights: Sequence[TorchParameter], factored: set[str], present: set[str], config: Config
+    @abc.abstractmethod
+    def misfit(self, weight: TorchParameter, config: Config) -> str | None:
+        """Why a weight cannot have this tensor; None where the config promises it."""
+
+    def missing(
+        self, weights: Iterable[TorchParameter], present: Collection[TorchParameter], config: Config
     ) -> list[TorchParameter]:
-        """The weights for which the config promises this tensor; ``factored`` and ``present`` are names."""
-        ...
+        """The weights that lack the tensor, of those that may have it."""
+        names = {weight.name for weight in present}
+        return [weight for weight in weights if weight.name not in names and not self.misfit(weight, config)]
 
+    @abc.abstractmethod
     def torch_shape(self, weight: TorchParameter, config: Config) -> Shape:
         """The shape of the tensor."""
-        ...
 
+    @abc.abstractmethod
     def add(self, adapter: Adapter | None, tensors: Placed, leaf: Leaf, config: Config, dtype: Dtype | None) -> Adapter:
         """The adapter of a leaf with the tensors of its modules, whose shapes are checked, in its ``field``."""
-        ...
 
+    @abc.abstractmethod
     def to_torch(self, weight: TorchParameter, adapter: Adapter, leaf: Leaf) -> np.ndarray:
         """The tensor for one module; raises where PEFT cannot express it. ``leaf``: the base weight, if known."""
-        ...
 
     def is_idle(self, weight: TorchParameter, tensor: np.ndarray, leaf: Leaf) -> bool:
         """Whether the tensor leaves the base as it is."""
-        ...
+        return False
 
-    def config_fields(
-        self, adapters: Mapping[Path, Adapter], parameters: Mapping[Path, Sequence[TorchParameter]]
-    ) -> dict[str, Any]:
+    @abc.abstractmethod
+    def config_fields(self, adapters: Mapping[Path, Adapter], modules: Mapping[Path, str]) -> dict[str, Any]:
         """What the config says of it; raises where PEFT has no word for these adapters together."""
-        ...
 
 
-class _Magnitude:
+class _Magnitude(Extra):
     """DoRA's magnitude, ``[*stack, *out]`` in an adapter.
 
     PEFT scales every output: ``w' = m * (w + s b a) / |w + s b a|``, the length taken over all axes but out and held
@@ -79,16 +86,10 @@ class _Magnitude:
 
     suffix = ".lora_magnitude_vector"
     field = "magnitude"
+    needs_factors = True
 
-    def misfit(self, module: str, weights: Sequence[TorchParameter], config: Config, has_factors: bool) -> str | None:
-        if not config["use_dora"]:
-            return f"adapter_config.json says use_dora={config['use_dora']}"
-        return None if has_factors else f"{module} has no lora_A and lora_B beside it"
-
-    def expected(
-        self, weights: Sequence[TorchParameter], factored: set[str], present: set[str], config: Config
-    ) -> list[TorchParameter]:
-        return [w for w in weights if w.name in factored] if config["use_dora"] else []
+    def misfit(self, weight: TorchParameter, config: Config) -> str | None:
+        return None if config["use_dora"] else f"adapter_config.json says use_dora={config['use_dora']}"
 
     def torch_shape(self, weight: TorchParameter, config: Config) -> Shape:
         return self._shape(weight, math.prod(weight.sizes("out")))
@@ -145,9 +146,7 @@ class _Magnitude:
         rounding = max(1e-6, float(jnp.finfo(tensor.dtype).eps))
         return np.allclose(tensor.astype(np.float32).ravel(), own.ravel(), rtol=rounding)
 
-    def config_fields(
-        self, adapters: Mapping[Path, Adapter], parameters: Mapping[Path, Sequence[TorchParameter]]
-    ) -> dict[str, Any]:
+    def config_fields(self, adapters: Mapping[Path, Adapter], modules: Mapping[Path, str]) -> dict[str, Any]:
         factored = {path: adapter for path, adapter in adapters.items() if adapter.a is not None}
         dora = [path for path, adapter in factored.items() if adapter.magnitude is not None]
         plain = [path for path, adapter in factored.items() if adapter.magnitude is None]
@@ -167,7 +166,7 @@ def _column_lengths(leaf: Leaf, axes: Axes) -> np.ndarray | None:
     return np.sqrt(np.asarray(column_squares(jnp.asarray(weight), axes), np.float32))
 
 
-class _TokenRows:
+class _TokenRows(Extra):
     """Trained rows of an embedding: PEFT stores the new rows (though it calls them ``delta``), we what is added.
 
     They stand in the place of A and B, ``[k, *out]`` in an adapter.
@@ -175,27 +174,26 @@ class _TokenRows:
 
     suffix = ".token_adapter.trainable_tokens_delta"
     field = "rows"
+    needs_factors = False
 
-    def misfit(self, module: str, weights: Sequence[TorchParameter], config: Config, has_factors: bool) -> str | None:
-        tokens = config.tokens(module)
+    def misfit(self, weight: TorchParameter, config: Config) -> str | None:
+        tokens = config.tokens(weight.module)
         if not tokens:
-            return f"adapter_config.json names no trainable_token_indices for {module}"
-        if len(weights) != 1 or not is_table(weights[0]):
-            leaves = ", ".join(f"{weight.path} as a {weight.kind} weight" for weight in weights) or "nothing"
-            return f"token rows are of an embedding, and the name map has {leaves} there"
-        if has_factors:
-            return f"{module} has an adapter too, which PEFT does not allow"
-        if max(tokens) >= _vocabulary(weights[0]):
-            embedding = f"{weights[0].path} {weights[0].shape}"
-            return f"adapter_config.json trains row {max(tokens)}; {embedding} has {_vocabulary(weights[0])}"
+            return f"adapter_config.json names no trainable_token_indices for {weight.module}"
+        if not is_table(weight):
+            return f"token rows are of an embedding, and the name map has {weight.path} as a {weight.kind} weight there"
+        if max(tokens) >= _vocabulary(weight):
+            return (
+                f"adapter_config.json trains row {max(tokens)}; {weight.path} {weight.shape} has {_vocabulary(weight)}"
+            )
         return None
 
-    def expected(
-        self, weights: Sequence[TorchParameter], factored: set[str], present: set[str], config: Config
+    def missing(
+        self, weights: Iterable[TorchParameter], present: Collection[TorchParameter], config: Config
     ) -> list[TorchParameter]:
-        if present and not isinstance(config["trainable_token_indices"], dict):
-            return []  # a bare list is about the embedding that the file holds rows of
-        return [weight for weight in weights if is_table(weight) and config.tokens(weight.module)]
+        # a bare list of rows is about the embedding that the file holds rows of, whichever that is
+        is_settled = present and not isinstance(config["trainable_token_indices"], dict)
+        return [] if is_settled else super().missing(weights, present, config)
 
     def torch_shape(self, weight: TorchParameter, config: Config) -> Shape:
         return len(config.tokens(weight.module) or ()), _features(weight)
@@ -228,13 +226,8 @@ class _TokenRows:
         base = _base_rows(weight, adapter.tokens, leaf, "PEFT stores whole rows, not what was added to them")
         return (base + np.asarray(unbox(adapter.rows), np.float32)).reshape(len(adapter.tokens), _features(weight))
 
-    def is_idle(self, weight: TorchParameter, tensor: np.ndarray, leaf: Leaf) -> bool:
-        return False
-
-    def config_fields(
-        self, adapters: Mapping[Path, Adapter], parameters: Mapping[Path, Sequence[TorchParameter]]
-    ) -> dict[str, Any]:
-        rows = {parameters[p][0].module: list(x.tokens) for p, x in adapters.items() if x.tokens is not None}
+    def config_fields(self, adapters: Mapping[Path, Adapter], modules: Mapping[Path, str]) -> dict[str, Any]:
+        rows = {modules[path]: list(x.tokens) for path, x in adapters.items() if x.tokens is not None}
         return {"trainable_token_indices": rows or None}
 
 
@@ -257,12 +250,10 @@ def _base_rows(weight: TorchParameter, tokens: Sequence[int], leaf: Leaf, why: s
     if not hasattr(table, "__array__"):
         raise ValueError(f"{weight.path}: {why}; pass the array of the embedding, not its shape.")
     (axis,) = weight.own_axes("in")
-    # a few rows of a table that may lie on many devices: gathered there, not copied whole to the host
-    rows = (
-        jnp.take(table, jnp.array(tokens), axis=axis)
-        if isinstance(table, jax.Array)
-        else np.take(np.asarray(table), tokens, axis=axis)
-    )
+    if isinstance(table, jax.Array):  # which may be sharded over many devices: only the rows come to the host
+        rows = jnp.take(table, jnp.array(tokens), axis=axis)
+    else:
+        rows = np.take(np.asarray(table), tokens, axis=axis)
     return np.moveaxis(np.asarray(rows, np.float32), axis, 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,12 +106,6 @@ class Contents:
     full: list[tuple[TorchParameter, str]]
     extras: dict[str, list[tuple[TorchParameter, str]]]
 
-    def shapes(self, config: Config) -> Iterable[tuple[TorchParameter, str, Shape]]:
-        """The shape that each key must have, but for the factors."""
-        yield from ((parameter, key, full_shape(parameter)) for parameter, key in self.full)
-        for extra in EXTRAS:
-            yield from ((p, key, extra.torch_shape(p, config)) for p, key in self.extras[extra.field])
-
 
 def match_keys(file: safetensors.File, table: Table, config: Config) -> Contents:
     """The contents of a file, all of its keys checked.
@@ -128,8 +122,10 @@ def match_keys(file: safetensors.File, table: Table, config: Config) -> Contents
     unexpected += [key for name, key in keys.full.items() if name not in table.parameters]
     contents = Contents(pairs, full, {extra.field: [] for extra in EXTRAS})
     misfits = _place_extras(keys.extras, contents, weights, config)
-    problems = [*_misshapen_factors(pairs, shapes, config)]
-    problems += [_misshapen(p, key, shapes[key], s) for p, key, s in contents.shapes(config) if shapes[key] != s]
+    expected = [(p, key, full_shape(p)) for p, key in full]
+    expected += [(w, key, e.torch_shape(w, config)) for e in EXTRAS for w, key in contents.extras[e.field]]
+    problems = _misshapen_factors(pairs, shapes, config)
+    problems += [_misshapen(p, key, shapes[key], want) for p, key, want in expected if shapes[key] != want]
     problems += misfits
     problems += _list_keys("unexpected", unexpected, [tensor_keys.PREFIX + name for name in table.parameters])
     unexpected_keys = set(unexpected)
@@ -152,27 +148,33 @@ def _place_extras(
     adapted = {weight.module: weight for weight, *_ in contents.factors if not weight.is_experts}
     misfits = []
     for key in keys:
-        has_factors = key.module in adapted
-        module_weights = [adapted[key.module]] if has_factors else weights.get(key.module, ())
-        reason = key.extra.misfit(key.module, module_weights, config, has_factors)
-        if reason:
+        weight = adapted.get(key.module) or next(iter(weights.get(key.module, ())), None)
+        if weight is None:
+            reason = f"the name map has no weight of {key.module}"
+        elif key.extra.needs_factors and key.module not in adapted:
+            reason = f"{key.module} has no lora_A and lora_B beside it"
+        elif not key.extra.needs_factors and key.module in adapted:
+            reason = f"{key.module} has an adapter too, which PEFT does not allow"
+        else:
+            reason = key.extra.misfit(weight, config)
+        if weight is None or reason:
             misfits.append(f"  unexpected: {key.key} ({reason})")
         else:
-            contents.extras[key.extra.field].append((module_weights[0], key.key))
+            contents.extras[key.extra.field].append((weight, key.key))
     return misfits
 
 
 def _missing(contents: Contents, weights: Mapping[str, Sequence[TorchParameter]], config: Config) -> list[str]:
     """The keys that the config asks for and the file lacks."""
     every = [weight for group in weights.values() for weight in group]
-    names = {weight.name for weight, *_ in contents.factors}
-    unadapted = [w for w in every if w.name not in names and _is_wanted(w, config)]
+    factored = [weight for weight, *_ in contents.factors]
+    names = {weight.name for weight in factored}
+    unadapted = [weight for weight in every if weight.name not in names and _is_wanted(weight, config)]
     missing = [key for weight in unadapted for key in tensor_keys.factor_keys(weight)]
-    factored = names | {weight.name for weight in unadapted}
     for extra in EXTRAS:
-        present = {weight.name for weight, _ in contents.extras[extra.field]}
-        expected = extra.expected(every, factored, present, config)
-        missing += [tensor_keys.extra_key(extra, weight) for weight in expected if weight.name not in present]
+        candidates = [*factored, *unadapted] if extra.needs_factors else every
+        present = [weight for weight, _ in contents.extras[extra.field]]
+        missing += [tensor_keys.extra_key(extra, weight) for weight in extra.missing(candidates, present, config)]
     return missing
 
 

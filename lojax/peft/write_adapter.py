@@ -249,8 +249,9 @@ def _fields(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    leaf_modules = {parameter.path: parameter.module for parameter in table.parameters.values()}
     for extra in EXTRAS:
-        fields |= extra.config_fields(adapters, table.by_path())
+        fields |= extra.config_fields(adapters, leaf_modules)
     return fields
 
 
