@@ -1,8 +1,8 @@
 """The safetensors file format: eight bytes of length, a JSON header, and the raw bytes of the tensors.
 
 Everything the header claims is checked against the file before a byte of data is used, so a damaged or
-hostile file is an error and never a large allocation. Tensors are read one at a time, and written as a
-stream, so a model passes through in the memory of its largest tensor.
+hostile file is an error and never a large allocation, in time linear in its size. Tensors are read one at a
+time, and written as a stream, so a model passes through in the memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from lojax.files.naming import naming
+from lojax.text import printable
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -45,7 +48,12 @@ DTYPES: dict[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DIGEST = "lojax_sha256"
-"""The metadata key under which `write` may leave a digest of the data, which `open_file` checks."""
+"""The metadata key under which `write_all` leaves a digest of the data, which `open_file` checks."""
+HEADER_DIGEST = "lojax_header_sha256"
+"""The metadata key under which `write` leaves a digest of the rest of the header, which `open_file` checks."""
+MAX_AXES = 64
+MAX_DIGITS = 40
+"""Of an integer in a header; those of a real file have 20 at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +106,20 @@ def open_file(path: str | os.PathLike[str]) -> File:
             raise _damaged(path, f"its header claims {length:,} bytes of a file of {size:,}")
         text = stream.read(length)
     header = _parse(path, text)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its __metadata__ is no map of strings")
+        raise _damaged(path, "its __metadata__ is not a map of strings")
+    if HEADER_DIGEST in metadata and _digest_header(header) != metadata[HEADER_DIGEST]:
+        raise _damaged(path, f"its header differs from the digest stored with it: {_CHANGED}")
+    header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     _check_layout(path, entries, 8 + length, size)
     if DIGEST in metadata and _digest_file(path, 8 + length) != metadata[DIGEST]:
-        raise _damaged(path, "its data differs from the digest stored with it: bytes were changed after it was written")
+        raise _damaged(path, f"its data differs from the digest stored with it: {_CHANGED}")
     return File(path, entries, metadata)
+
+
+_CHANGED = "bytes were changed after it was written"
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -114,37 +128,49 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()
-        if twice:
-            raise _damaged(path, f"its header holds {sorted(twice)[0]!r} twice")
-        return dict(pairs)
+        members: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in members:
+                raise _damaged(path, f"its header holds {_quoted(key)} twice")
+            members[key] = value
+        return members
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:  # thousands of digits take quadratic time to multiply, and Python refuses 4,300
+            raise _damaged(path, f"its header holds a number of {len(digits):,} digits")
+        return int(digits)
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=integer)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from None
+        raise _damaged(path, f"its header is not JSON ({printable(error)})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     return header
 
 
+def _quoted(value: object) -> str:
+    return printable(repr(value))
+
+
 def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
-    def is_sizes(value: Any) -> bool:
+    def is_sizes(value: object) -> bool:
         return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
+    tensor = f"tensor {_quoted(name)}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise _damaged(path, f"tensor {name!r} lacks a dtype, shape or data_offsets")
+        raise _damaged(path, f"{tensor} lacks a dtype, shape or data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"tensor {name!r} has shape {shape} and data_offsets {offsets}")
-    if fields["dtype"] not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"{path}: tensor {name!r} has dtype {fields['dtype']!r}; lojax reads {known}.")
+        raise _damaged(path, f"{tensor} has shape {_quoted(shape)} and data_offsets {_quoted(offsets)}")
+    if len(shape) > MAX_AXES:  # the product of thousands of sizes takes quadratic time
+        raise _damaged(path, f"{tensor} has {len(shape):,} axes, of which NumPy has {MAX_AXES} at most")
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+        raise ValueError(f"{path}: {tensor} has dtype {_quoted(fields['dtype'])}; lojax reads {', '.join(DTYPES)}.")
     dtype = DTYPES[fields["dtype"]]
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        got = f"shape {shape} of {fields['dtype']} in {offsets[1] - offsets[0]:,} bytes"
-        raise _damaged(path, f"tensor {name!r} claims {got}")
+        claim = f"shape {_quoted(shape)} of {fields['dtype']} in {offsets[1] - offsets[0]:,} bytes"
+        raise _damaged(path, f"{tensor} claims {claim}")
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
@@ -152,7 +178,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise _damaged(path, f"tensor {name!r} starts at byte {entry.start:,}, not at {end:,}")
+            raise _damaged(path, f"tensor {_quoted(name)} starts at byte {entry.start:,}, not at {end:,}")
         end = entry.stop
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end:,}, the file at {size:,}")
@@ -162,6 +188,24 @@ def _digest_file(path: Path, start: int) -> str:
     with open(path, "rb") as stream:
         stream.seek(start)
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest_header(header: Mapping[str, Any]) -> str:
+    """The digest of a header but for the digest itself."""
+    metadata = {key: value for key, value in header.get("__metadata__", {}).items() if key != HEADER_DIGEST}
+    canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_from_lojax(path: Path) -> bool:
+    """Whether `write` made a file, by its header alone."""
+    try:
+        with open(path, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            metadata = _parse(path, stream.read(min(length, MAX_HEADER))).get("__metadata__", {})
+    except (OSError, ValueError, struct.error):
+        return False
+    return isinstance(metadata, dict) and bool({DIGEST, HEADER_DIGEST} & metadata.keys())
 
 
 def write(
@@ -178,14 +222,26 @@ def write(
         path: The file; it must not exist.
         shapes: The dtype and shape of every tensor.
         produce: Returns the tensor of a name; called once for each, in order.
-        metadata: Strings to keep in the header.
+        metadata: Strings to keep in the header; digests among them are of another file, and are left out.
         watch: Wraps the iteration, for a progress bar.
 
     Raises:
         FileExistsError: ``path`` exists.
+        OSError: The disk is full, or anything else went wrong with the file; the error names it.
         ValueError: ``produce`` returned another dtype or shape than announced.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST)}
+    _write(Path(path), shapes, produce, strings, watch)
+
+
+def _write(
+    path: Path,
+    shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    produce: Callable[[str], np.ndarray],
+    metadata: dict[str, str],
+    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> None:
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         if dtype not in NAMES:
@@ -193,9 +249,10 @@ def write(
         stop = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
+    metadata[HEADER_DIGEST] = _digest_header(header)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as stream:
+    with naming(path), open(path, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in watch(shapes):
             array = produce(name)
@@ -213,4 +270,4 @@ def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], m
     for array in tensors.values():
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-    write(path, shapes, tensors.__getitem__, metadata={**metadata, DIGEST: digest.hexdigest()})
+    _write(Path(path), shapes, tensors.__getitem__, {**metadata, DIGEST: digest.hexdigest()})
