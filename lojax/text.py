@@ -25,3 +25,14 @@ def spec(x: Any) -> str:
     'float32[2,3]'
     """
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Text out of a file, safe to print: control characters are escaped, and the end of a long one is left out.
+
+    >>> printable("layer\\x1b[31m")
+    'layer\\\\x1b[31m'
+    """
+    whole = str(text)
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[:limit])
+    return safe if len(whole) <= limit else f"{safe}... ({len(whole):,} characters)"

@@ -19,7 +19,7 @@ import lojax.peft
 from lojax import Rule
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten
-from lojax.peft.factors import full_to_torch
+from lojax.peft.full_parameters import full_to_torch
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[1]
@@ -153,9 +153,9 @@ def with_their_start(lora: Any, start: Any) -> Any:
 def distance(params: Any, names: Any, state: dict[str, Any]) -> float:
     """The largest difference of a parameter from PEFT's merged one, over its largest entry or 1."""
     leaves, worst = flatten(params), 0.0
-    for name, slot in names.table(params).slots.items():
+    for name, parameter in names.table(params).parameters.items():
         theirs = state[name].detach().numpy()
-        ours = full_to_torch(slot, np.asarray(leaves[slot.path]))
+        ours = full_to_torch(parameter, np.asarray(leaves[parameter.path]))
         worst = max(worst, float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())))
     return worst
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,16 +14,18 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from lojax.adapters.adapter import is_adapter
-from lojax.adapters.paths import flatten
+from lojax.adapters.paths import flatten, unflatten
 from lojax.checkpoint.adapter_directory import MANIFEST
 from lojax.checkpoint.save_restore import read_manifest, restore, save
+from lojax.cli.target import check_target
 from lojax.files import safetensors
-from lojax.files.atomic_directory import atomic_directory, refuse_existing
+from lojax.files.atomic_directory import atomic_directory
 from lojax.peft.config import read_config
 from lojax.peft.model_families import name_map, name_maps
 from lojax.peft.name_map import NameMap
 from lojax.peft.read_adapter import freeze, load
 from lojax.peft.write_adapter import save as save_peft
+from lojax.types import ArrayLike, Params, Shape
 
 SUMMARY = "turn a lojax adapter into a PEFT one, or the reverse"
 
@@ -47,32 +48,44 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts."""
-    refuse_existing(args.target, overwrite=args.overwrite)
-    names = (
-        NameMap.parse(Path(args.map).read_text(encoding="utf-8")) if Path(args.map).is_file() else name_map(args.map)
-    )
+    check_target(args.target, overwrite=args.overwrite)
+    is_file = Path(args.map).is_file()
+    names = NameMap.parse(Path(args.map).read_text(encoding="utf-8")) if is_file else name_map(args.map)
+    params = None if args.params is None else read_params(args.params)
     if (args.source / MANIFEST).is_file():
-        kept = read_manifest(args.source).metadata.get("peft_config")
-        options: dict[str, Any] = {"base_model_name_or_path": args.base, "task_type": args.task}
-        lora = restore(args.source)
-        rows = [path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.tokens is not None]
-        if rows and args.params is None:
-            raise ValueError(
-                f"{rows[0]} has token rows, what is added to some rows of the embedding, and PEFT stores whole rows; "
-                "pass --params with the JAX base."
-            )
-        frozen = None if args.params is None else freeze(params_of(args.params), lora)
-        save_peft(args.target, lora, frozen, names, config=kept, overwrite=args.overwrite, **options)
+        _to_peft(args, names, params)
     else:
-        config = read_config(args.source)
-        if args.params is None:
-            raise ValueError(
-                "a PEFT adapter does not say how the JAX tree is laid out; pass --params with the JAX base."
-            )
-        lora = load(args.source, params_of(args.params), names)
-        with atomic_directory(args.target, overwrite=args.overwrite) as fresh:
-            save(fresh, lora, metadata={"peft_config": dict(config.fields)})
+        _from_peft(args, names, params)
     print(f"{args.source} -> {args.target}")
+
+
+def _to_peft(args: argparse.Namespace, names: NameMap, params: Params | None) -> None:
+    lora = restore(args.source)
+    rows = [path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.tokens is not None]
+    if rows and params is None:
+        raise ValueError(
+            f"{rows[0]} has token rows, what is added to some rows of the embedding, and PEFT stores whole rows; "
+            "pass --params with the JAX base."
+        )
+    save_peft(
+        args.target,
+        lora,
+        None if params is None else freeze(params, lora),
+        names,
+        base_model_name_or_path=args.base,
+        task_type=args.task,
+        config=read_manifest(args.source).metadata.get("peft_config"),
+        overwrite=args.overwrite,
+    )
+
+
+def _from_peft(args: argparse.Namespace, names: NameMap, params: Params | None) -> None:
+    config = read_config(args.source)
+    if params is None:
+        raise ValueError("a PEFT adapter does not say what the JAX tree looks like; pass --params with the JAX base.")
+    lora = load(args.source, params, names)
+    with atomic_directory(args.target, overwrite=args.overwrite) as fresh:
+        save(fresh, lora, metadata={"peft_config": dict(config.fields)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +95,15 @@ class Stored:
     They are for few leaves: an embedding with token rows of its own, a weight under DoRA.
     """
 
-    shape: tuple[int, ...]
-    dtype: Any
-    read: Callable[[], Any]
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], ArrayLike]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
 
 
-def params_of(path: Path) -> Any:
+def read_params(path: Path) -> Params:
     """A parameter tree in a file, its leaves `Stored`.
 
     Args:
@@ -98,7 +111,7 @@ def params_of(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
-        ValueError: It is of no kind that lojax reads.
+        ValueError: It is not a file that lojax reads.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -109,23 +122,24 @@ def params_of(path: Path) -> Any:
         return jax.tree.map(lambda leaf: Stored(np.shape(leaf), leaf.dtype, lambda: leaf), tree)
     if path.suffix == ".safetensors":
         file = safetensors.open_file(path)
-        return _nested({name: _of_file(file, name) for name in file.entries})
-    raise ValueError(f"{path} is no orbax directory, .msgpack or .safetensors.")
+        return unflatten({name.replace(".", "/"): _stored(file, name) for name in file.entries})
+    raise ValueError(f"{path} is not an orbax directory, .msgpack or .safetensors.")
 
 
-def _of_file(file: safetensors.File, name: str) -> Stored:
+def _stored(file: safetensors.File, name: str) -> Stored:
     entry = file.entries[name]
     return Stored(entry.shape, entry.dtype, lambda: file.read(name))
 
 
-def _orbax(path: Path) -> Any:
+def _orbax(path: Path) -> Params:
     with ocp.StandardCheckpointer() as reader:
-        found = reader.metadata(path)
-    found = getattr(found, "item_metadata", found)
-    tree = getattr(found, "tree", found)
+        metadata = reader.metadata(path)
+    # orbax wraps the tree in one or two more layers, by version
+    metadata = getattr(metadata, "item_metadata", metadata)
+    tree = getattr(metadata, "tree", metadata)
 
     @functools.cache
-    def restored() -> list[Any]:
+    def restored() -> list[np.ndarray]:
         """All of it, read once and only if something is needed: on the host, whatever devices wrote it."""
         shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
         with ocp.StandardCheckpointer() as reader:
@@ -135,14 +149,3 @@ def _orbax(path: Path) -> Any:
     return structure.unflatten(
         Stored(leaf.shape, leaf.dtype, lambda i=i: restored()[i]) for i, leaf in enumerate(leaves)
     )
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.replace(".", "/").split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lojax.adapters.adapter import Adapter, is_adapter
 from lojax.adapters.axes import positions
+from lojax.adapters.matrices import factor_matrices, unify_scale_and_rank
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.checkpoint.adapter_directory import MANIFEST
 from lojax.checkpoint.save_restore import read_manifest, restore
 from lojax.files import safetensors
-from lojax.peft.config import read_config
+from lojax.peft.config import Config, read_config
 from lojax.peft.read_adapter import weights_file
-from lojax.peft.tensor_keys import Extra, Factor, read_key
+from lojax.peft.tensor_keys import WRAPPER, FactorPair, read_keys
 from lojax.report.table import table
+from lojax.types import Shape
 
 SUMMARY = "show what an adapter directory holds"
 
@@ -65,13 +67,12 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """As shown."""
+        rank = "full" if self.rank is None else str(self.rank)
+        scale = "" if self.scale is None else f"{self.scale:.4g}"
         norm = effective = ""
         if self.values is not None:
             norm = f"{np.sqrt((self.values**2).sum()):.4g}"
-            effective = f"{np.mean([effective_rank(v) for v in self.values]):.2f}"
-        rank, scale = (
-            ("full", "") if self.rank is None else (str(self.rank), "" if self.scale is None else f"{self.scale:.4g}")
-        )
+            effective = f"{np.mean([effective_rank(values) for values in self.values]):.2f}"
         return self.name, self.shape, rank, scale, f"{self.parameters:,}", norm, effective
 
 
@@ -90,9 +91,9 @@ def effective_rank(values: np.ndarray) -> float:
 
 def singular_values(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
     """Those of ``scale * a @ b`` for ``a`` ``[..., m, r]`` and ``b`` ``[..., r, n]``, the product never formed."""
-    left = np.linalg.qr(a.astype(np.float64), mode="r")
-    right = np.linalg.qr(np.swapaxes(b, -1, -2).astype(np.float64), mode="r")
-    values = np.linalg.svd(left @ np.swapaxes(right, -1, -2), compute_uv=False)
+    r_a = np.linalg.qr(a.astype(np.float64), mode="r")
+    r_b = np.linalg.qr(np.swapaxes(b, -1, -2).astype(np.float64), mode="r")
+    values = np.linalg.svd(r_a @ np.swapaxes(r_b, -1, -2), compute_uv=False)
     return np.atleast_2d(abs(scale) * values).reshape(-1, values.shape[-1])
 
 
@@ -111,62 +112,50 @@ def _ours(directory: Path) -> tuple[list[Row], dict[str, str]]:
 def _row(path: str, adapter: Adapter) -> Row:
     if adapter.a is None:
         return Row(path, str(unbox(adapter.rows).shape), None, None, adapter.parameters, None)
-    a, b = np.asarray(unbox(adapter.a)), np.asarray(unbox(adapter.b))
     stack = len(positions(adapter.axes, "stack"))
-    ins, outs = a.shape[stack:-1], b.shape[stack + 1 :]
-    r = adapter.rank
-    flat = a.reshape(-1, math.prod(ins), r), b.reshape(-1, r, math.prod(outs))
-    return Row(
-        path,
-        _shape(a.shape[:stack], ins, outs),
-        r,
-        None if isinstance(adapter.scale, tuple) else adapter.scale,
-        adapter.parameters,
-        singular_values(flat[0], flat[1] * np.reshape(adapter.scale, (-1, 1, 1)), 1.0),
-    )
+    a_shape, b_shape = unbox(adapter.a).shape, unbox(adapter.b).shape
+    shape = _shape_text(a_shape[:stack], a_shape[stack:-1], b_shape[stack + 1 :])
+    scale = None if isinstance(adapter.scale, tuple) else adapter.scale
+    plain = unify_scale_and_rank(adapter)
+    a, b = factor_matrices(plain)
+    values = singular_values(np.asarray(a), np.asarray(b), plain.one_scale)
+    return Row(path, shape, adapter.rank, scale, adapter.parameters, values)
 
 
-def _shape(stack: Any, ins: Any, outs: Any) -> str:
+def _shape_text(stack: Sequence[int], ins: Shape, outs: Shape) -> str:
     times = "".join(f"{n} x " for n in stack)
     return f"{times}{'*'.join(map(str, ins))} -> {'*'.join(map(str, outs))}"
+
+
+def _factor_row(file: safetensors.File, pair: FactorPair, config: Config) -> Row:
+    a, b = file.read(pair.a), file.read(pair.b)
+    rank = config.rank(pair.module) if config["target_parameters"] else a.shape[0]
+    experts = max(a.shape[0] // rank, 1)
+    scale = config.scale(pair.module, rank)
+    flat_a = a.reshape(experts, rank, -1).swapaxes(1, 2)
+    flat_b = b.reshape(b.shape[0], rank, experts).transpose(2, 1, 0)
+    values = singular_values(flat_a, flat_b, scale)
+    shape = _shape_text([experts] if experts > 1 else [], a.shape[1:], b.shape[:1])
+    return Row(pair.module + WRAPPER * pair.depth, shape, rank, scale, a.size + b.size, values)
 
 
 def _peft(directory: Path) -> tuple[list[Row], dict[str, str]]:
     config = read_config(directory)
     file = safetensors.open_file(weights_file(directory))
-    read = {key: read_key(key, str(file.path)) for key in file.entries}
-    sides = {(k.module, k.nested, k.side): k for k in read.values() if isinstance(k, Factor)}
-    rows = []
-    for (module, nested, side), factor in sides.items():
-        partner = sides.get((module, nested, "B"))
-        if side == "B":
-            continue
-        if partner is None:
-            raise ValueError(f"{file.path}: {factor.key} has no lora_B beside it.")
-        a, b = file.read(factor.key), file.read(partner.key)
-        rank = config.rank(module) if config["target_parameters"] else a.shape[0]
-        experts = max(a.shape[0] // rank, 1)
-        scale = config.scale(module, rank)
-        ins, outs = a.shape[1:], b.shape[:1]
-        flat_a = a.reshape(experts, rank, -1).swapaxes(1, 2)
-        flat_b = b.reshape(b.shape[0], rank, experts).transpose(2, 1, 0)
-        values = singular_values(flat_a, flat_b, scale)
-        name = module + ".base_layer" * nested
-        rows.append(
-            Row(name, _shape([experts] if experts > 1 else [], ins, outs), rank, scale, a.size + b.size, values)
+    keys = read_keys(file)
+    for key in keys.single:
+        raise ValueError(
+            f"{file.path}: {key} has no lora_{'B' if 'A' in key.rpartition('lora_')[2] else 'A'} beside it."
         )
-    for key, name in read.items():
-        if isinstance(name, str):
-            shape = file.entries[key].shape
-            rows.append(Row(name, str(shape), None, None, math.prod(shape), None))
-        elif isinstance(name, Extra):
-            shape = file.entries[key].shape
-            rows.append(Row(f"{name.module} {name.kind}", str(shape), None, None, math.prod(shape), None))
-        elif name is None:
-            raise ValueError(f"{file.path}: {key} is no key of PEFT.")
-    facts = {"kind": f"PEFT adapter (peft {config['peft_version'] or 'of unknown version'})"}
-    facts |= {
+    for key in keys.foreign:
+        raise ValueError(f"{file.path}: {key} is not a key of PEFT.")
+    rows = [_factor_row(file, pair, config) for pair in keys.pairs]
+    full = [*keys.full.items(), *((f"{key.module} {key.extra.field}", key.key) for key in keys.extras)]
+    for name, key in full:
+        shape = file.entries[key].shape
+        rows.append(Row(name, str(shape), None, None, math.prod(shape), None))
+    return rows, {
+        "kind": f"PEFT adapter (peft {config['peft_version'] or 'of unknown version'})",
         "base": str(config["base_model_name_or_path"] or "not recorded"),
         "task": str(config["task_type"] or "none"),
     }
-    return rows, facts

@@ -34,9 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         modules[args.command].run(args)
     except (OSError, ValueError) as error:
-        text = f"lojax {args.command}: {error}"
-        for spelled, here in (("pass overwrite=True", "pass --overwrite"), ("with experts=", "with --experts")):
-            text = text.replace(spelled, here)
-        print(text, file=sys.stderr)
+        print(f"lojax {args.command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,10 +8,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
+import numpy as np
+
 from lojax.cli.progress import watcher
+from lojax.cli.target import check_target
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory, refuse_existing
-from lojax.peft.patch import Patch, patches
+from lojax.peft.patch import Patches, patches
 
 SUMMARY = "merge a PEFT adapter into the safetensors of its base"
 INDEX = "model.safetensors.index.json"
@@ -30,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merges."""
+    check_target(args.target, overwrite=args.overwrite)
     merge(args.base, args.adapter, args.target, overwrite=args.overwrite, experts=args.experts)
     print(f"{args.base} + {args.adapter} -> {args.target}")
 
@@ -49,23 +53,24 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, e
     entries = {name: entry for file in files for name, entry in file.entries.items()}
     if len(entries) < sum(len(file.entries) for file in files):
         raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
-    found = patches(adapter, {name: (entry.dtype, entry.shape) for name, entry in entries.items()}, experts=experts)
+    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    changes = patches(adapter, specs, experts=experts)
     with atomic_directory(target, overwrite=overwrite) as fresh:
         for file in files:
-            _merge_file(file, found, fresh / file.path.name)
+            _merge_file(file, changes, fresh / file.path.name)
         for extra in _others(base, {file.path.name for file in files}):
             shutil.copyfile(extra, fresh / extra.name)
 
 
-def _merge_file(file: safetensors.File, found: dict[str, Patch], target: Path) -> None:
-    def produce(name: str) -> object:
+def _merge_file(file: safetensors.File, changes: Patches, target: Path) -> None:
+    def merged(name: str) -> np.ndarray:
         tensor = file.read(name)
-        if name in found:
-            found[name].apply(tensor)
+        for patch in changes.get(name, ()):
+            patch.apply(tensor)
         return tensor
 
-    shapes = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
-    safetensors.write(target, shapes, produce, metadata=file.metadata, watch=watcher(file.path.name))  # type: ignore
+    specs = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+    safetensors.write(target, specs, merged, metadata=file.metadata, watch=watcher(file.path.name))
 
 
 def weight_files(base: Path) -> list[Path]:
@@ -73,24 +78,24 @@ def weight_files(base: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: There are none, or one that the index names is missing.
-        ValueError: The index is no JSON of the right form, or names a file outside its directory.
+        ValueError: The index is not of the right form, or names a file outside its directory.
     """
     if base.is_file():
         return [base]
     index = base / INDEX
     if not index.is_file():
-        found = sorted(base.glob("model.safetensors")) or sorted(base.glob("*.safetensors"))
-        if len(found) == 1:
-            return found
-        what = "several .safetensors files and no index" if found else "no .safetensors file"
+        files = sorted(base.glob("model.safetensors")) or sorted(base.glob("*.safetensors"))
+        if len(files) == 1:
+            return files
+        what = "several .safetensors files and no index" if files else "no .safetensors file"
         raise FileNotFoundError(f"{base} holds {what}; pass the file itself.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of safetensors files: {error!r}.") from None
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}.") from None
     for name in names:
         if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{index} names {name!r}, which is no plain file name. It could lead out of {base}.")
+            raise ValueError(f"{index} names {name!r}, which is not a plain file name. It could lead out of {base}.")
         if not (base / name).is_file():
             raise FileNotFoundError(f"{index} names {name}, which is not in {base}.")
     return [base / name for name in names]

@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lojax.text import printable
+
+MAX_DIGITS = 40
+"""Of an integer in JSON; those of a real file have 20 at most."""
+
 
 def hash_file(file: Path, start: int = 0, algorithm: Callable[[], Any] | None = None) -> str:
     """The hash of a file from byte ``start`` on: BLAKE2b of 128 bits, which ``b2sum -l 128`` prints, or another."""
@@ -49,7 +54,12 @@ def parse_json(text: bytes) -> Any:
     ValueError: the name 'r' occurs twice
     """
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique_names, parse_constant=_refuse_constant)
+        return json.loads(
+            text.decode(),
+            object_pairs_hook=_unique_names,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_short_integer,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -58,9 +68,15 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"the name {name!r} occurs twice")
+            raise ValueError(f"the name {printable(repr(name))} occurs twice")
         fields[name] = value
     return fields
+
+
+def _parse_short_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:  # thousands of digits take quadratic time to multiply, and Python refuses 4,300
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _refuse_constant(constant: str) -> Any:

@@ -1,8 +1,8 @@
 """The safetensors file format: eight bytes of length, a JSON header, and the raw bytes of the tensors.
 
 Everything the header claims is checked against the file before a byte of data is used, so a damaged or
-hostile file is an error and never a large allocation. Tensors are read one at a time, and written as a
-stream, so a model passes through in the memory of its largest tensor.
+hostile file is an error and never a large allocation, in time linear in its size. Tensors are read one at a
+time, and written as a stream, so a model passes through in the memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import reprlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from lojax.files.filesystem import hash_file, new_hash, parse_json
+from lojax.files.naming import naming
+from lojax.text import printable
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -49,7 +50,10 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DIGEST = "lojax_blake2b"
 """The metadata key under which `write_all` leaves the hash of the data (`b2sum -l 128`), which `open_file` checks."""
-_OLD_DIGEST = "lojax_sha256"  # written before there was a CHANGELOG
+HEADER_DIGEST = "lojax_header_blake2b"
+"""The metadata key under which `write` leaves the hash of the rest of the header, which `open_file` checks."""
+_OLD_DIGEST = "lojax_sha256"  # the hash of the data as lojax 0.1.0 wrote it
+MAX_AXES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not safetensors, is cut short, or its header contradicts itself or the
-            file; or the data differs from the hash that `write_all` left.
+            file; or the data differs from the hash that `write` left.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -102,17 +106,21 @@ def open_file(path: str | os.PathLike[str]) -> File:
             raise _damaged(path, f"its header claims {length:,} bytes of a file of {size:,}")
         text = stream.read(length)
     header = _parse(path, text)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its __metadata__ is not a map of strings")
+    if HEADER_DIGEST in metadata and _digest_header(header) != metadata[HEADER_DIGEST]:
+        raise _damaged(path, f"its header differs from the hash stored with it: {_CHANGED}")
+    header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     _check_layout(path, entries, 8 + length, size)
     for name, algorithm in ((DIGEST, new_hash), (_OLD_DIGEST, hashlib.sha256)):
         if name in metadata and hash_file(path, 8 + length, algorithm) != metadata[name]:
-            raise _damaged(
-                path, "its data differs from the hash stored with it: bytes were changed after it was written"
-            )
+            raise _damaged(path, f"its data differs from the hash stored with it: {_CHANGED}")
     return File(path, entries, metadata)
+
+
+_CHANGED = "bytes were changed after it was written"
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -123,41 +131,63 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = parse_json(text)
     except ValueError as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from None
+        raise _damaged(path, f"its header is not JSON ({printable(error)})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     return header
 
 
+def _quoted(value: object) -> str:
+    return printable(repr(value))
+
+
 def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
+    def is_sizes(value: object) -> bool:
+        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+    tensor = f"tensor {_quoted(name)}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise _damaged(path, f"tensor {name!r} lacks a dtype, shape or data_offsets")
-    shape, offsets, dtype_name = fields["shape"], fields["data_offsets"], fields["dtype"]
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        got = f"shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(offsets)}"
-        raise _damaged(path, f"tensor {name!r} has {got}")
-    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        got = f"dtype {reprlib.repr(dtype_name)}"
-        raise ValueError(f"{path}: tensor {name!r} has {got}; lojax reads {', '.join(DTYPES)}.")
-    dtype, size = DTYPES[dtype_name], offsets[1] - offsets[0]
-    if math.prod(shape) * dtype.itemsize != size:
-        raise _damaged(path, f"tensor {name!r} claims shape {shape} of {dtype_name} in {size:,} bytes")
+        raise _damaged(path, f"{tensor} lacks a dtype, shape or data_offsets")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"{tensor} has shape {_quoted(shape)} and data_offsets {_quoted(offsets)}")
+    if len(shape) > MAX_AXES:  # the product of thousands of sizes takes quadratic time
+        raise _damaged(path, f"{tensor} has {len(shape):,} axes, of which NumPy has {MAX_AXES} at most")
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+        raise ValueError(f"{path}: {tensor} has dtype {_quoted(fields['dtype'])}; lojax reads {', '.join(DTYPES)}.")
+    dtype = DTYPES[fields["dtype"]]
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        claim = f"shape {_quoted(shape)} of {fields['dtype']} in {offsets[1] - offsets[0]:,} bytes"
+        raise _damaged(path, f"{tensor} claims {claim}")
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
-
-
-def _are_sizes(value: Any) -> bool:
-    """Whether ``value`` is a list of sizes that an array can have. Others would take long to multiply and to print."""
-    return isinstance(value, list) and len(value) <= 32 and all(type(n) is int and 0 <= n < 1 << 128 for n in value)
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise _damaged(path, f"tensor {name!r} starts at byte {entry.start:,}, not at {end:,}")
+            raise _damaged(path, f"tensor {_quoted(name)} starts at byte {entry.start:,}, not at {end:,}")
         end = entry.stop
     if end != size:
         raise _damaged(path, f"its tensors end at byte {end:,}, the file at {size:,}")
+
+
+def _digest_header(header: Mapping[str, Any]) -> str:
+    """The hash of a header but for the hash itself."""
+    metadata = {key: value for key, value in header.get("__metadata__", {}).items() if key != HEADER_DIGEST}
+    canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
+    return new_hash(canonical.encode()).hexdigest()
+
+
+def is_from_lojax(path: Path) -> bool:
+    """Whether `write` made a file, by its header alone."""
+    try:
+        with open(path, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            metadata = _parse(path, stream.read(min(length, MAX_HEADER))).get("__metadata__", {})
+    except (OSError, ValueError, struct.error):
+        return False
+    return isinstance(metadata, dict) and bool({DIGEST, HEADER_DIGEST, _OLD_DIGEST} & metadata.keys())
 
 
 def write(
@@ -174,14 +204,26 @@ def write(
         path: The file; it must not exist.
         shapes: The dtype and shape of every tensor.
         produce: Returns the tensor of a name; called once for each, in order.
-        metadata: Strings to keep in the header.
+        metadata: Strings to keep in the header; hashes among them are of another file, and are left out.
         watch: Wraps the iteration, for a progress bar.
 
     Raises:
         FileExistsError: ``path`` exists.
+        OSError: The disk is full, or anything else went wrong with the file; the error names it.
         ValueError: ``produce`` returned another dtype or shape than announced.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST, _OLD_DIGEST)}
+    _write(Path(path), shapes, produce, strings, watch)
+
+
+def _write(
+    path: Path,
+    shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    produce: Callable[[str], np.ndarray],
+    metadata: dict[str, str],
+    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> None:
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         if dtype not in NAMES:
@@ -189,28 +231,25 @@ def write(
         stop = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
+    metadata[HEADER_DIGEST] = _digest_header(header)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as stream:
+    with naming(path), open(path, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in watch(shapes):
             array = produce(name)
             if (array.dtype, array.shape) != shapes[name]:
                 raise ValueError(f"{name} was announced as {shapes[name]}, and came as {array.dtype} {array.shape}.")
-            stream.write(_bytes_of(array))
-            del array  # so that only one is in memory while the next is made
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes tensors that are at hand, with a hash of their bytes in the header's metadata."""
-    value = new_hash()
+    digest = new_hash()
     for array in tensors.values():
-        value.update(_bytes_of(array))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-    write(path, shapes, tensors.__getitem__, metadata={**metadata, DIGEST: value.hexdigest()})
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    _write(Path(path), shapes, tensors.__getitem__, {**metadata, DIGEST: digest.hexdigest()})

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what each field means for the maths, honoured or refused by name."""
+"""``adapter_config.json``: what each field means for the maths, honored or refused by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,6 @@ REFUSED = {
 }
 """Fields that change the maths in a way that lojax does not compute, and how."""
 
-HONOURED = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "bias",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "target_parameters",
-    "modules_to_save",
-    "trainable_token_indices",
-    "init_lora_weights",
-)
 HARMLESS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -96,10 +76,10 @@ class Config:
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self["modules_to_save"] or ()):
             return False
-        wanted = self["target_modules"]
-        if isinstance(wanted, str) or wanted is None:
-            return wanted not in (None, "all-linear") and _matches(wanted, module)
-        return _matches(wanted, module) and self._layer_chosen(module, exact=module in wanted)
+        targets = self["target_modules"]
+        if isinstance(targets, str) or targets is None:
+            return targets not in (None, "all-linear") and _matches(targets, module)
+        return _matches(targets, module) and (module in targets or self._transforms_layer_of(module))
 
     def targets_parameter(self, name: str) -> bool:
         """Whether the config asks for an adapter on a parameter through ``target_parameters``."""
@@ -110,10 +90,10 @@ class Config:
 
         A bare list is about the embedding that the file holds rows of: PEFT asks the model which one that is.
         """
-        chosen = self["trainable_token_indices"]
-        if isinstance(chosen, list):
-            return tuple(chosen) or None
-        return next((tuple(rows) for name, rows in (chosen or {}).items() if rows and module.endswith(name)), None)
+        tokens = self["trainable_token_indices"]
+        if isinstance(tokens, list):
+            return tuple(tokens) or None
+        return next((tuple(rows) for name, rows in (tokens or {}).items() if rows and module.endswith(name)), None)
 
     @property
     def exchanges_experts(self) -> bool:
@@ -121,23 +101,22 @@ class Config:
         version = [int(n) for n in str(self["peft_version"] or "0.0").split(".")[:2] if n.isdigit()]
         return version < [0, 19]
 
-    def _layer_chosen(self, module: str, exact: bool) -> bool:
-        layers = self["layers_to_transform"]
-        if exact or layers is None or layers == []:
+    def _transforms_layer_of(self, module: str) -> bool:
+        layers, patterns = self["layers_to_transform"], self["layers_pattern"] or []
+        if layers is None or layers == []:
             return True
-        patterns = self["layers_pattern"] or []
-        named = [rf"(?:^|.*?\.){name}" for name in ([patterns] if isinstance(patterns, str) else patterns)]
-        for start in named or [r".*?\.[^.]*"]:
-            found = re.match(rf"{start}\.(\d+)\.", module)
-            if found:
-                return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+        names = [patterns] if isinstance(patterns, str) else patterns
+        for start in [rf"(?:^|.*?\.){name}" for name in names] or [r".*?\.[^.]*"]:
+            match = re.match(rf"{start}\.(\d+)\.", module)
+            if match:
+                return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
         return False
 
 
-def _matches(wanted: Any, module: str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted or ())
+def _matches(targets: str | Sequence[str] | None, module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in targets or ())
 
 
 def read_config(directory: Path) -> Config:
@@ -149,7 +128,7 @@ def read_config(directory: Path) -> Config:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(_no_config(directory))
+        raise FileNotFoundError(_missing_text(directory))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -160,12 +139,12 @@ def read_config(directory: Path) -> Config:
     return Config(fields)
 
 
-def _no_config(directory: Path) -> str:
+def _missing_text(directory: Path) -> str:
     if not directory.is_dir():
-        return f"{directory} is no directory. Pass the directory that holds {CONFIG}."
-    named = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-    hint = f" It holds adapters in the subdirectories {', '.join(named)}: pass one of these." if named else ""
-    return f"{directory} holds no {CONFIG}, so it is no PEFT adapter.{hint}"
+        return f"{directory} is not a directory. Pass the directory that holds {CONFIG}."
+    adapters = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    hint = f" It holds adapters in the subdirectories {', '.join(adapters)}: pass one of these." if adapters else ""
+    return f"{directory} holds no {CONFIG}, so it is not a PEFT adapter.{hint}"
 
 
 def check_config(fields: Mapping[str, Any], where: str) -> None:
@@ -181,9 +160,9 @@ def check_config(fields: Mapping[str, Any], where: str) -> None:
             f"{where}: init_lora_weights={init!r} changed the base weights, so this adapter does not belong to the "
             "original base. Save it with path_initial_model_for_weight_conversion= in PEFT, which makes it plain LoRA."
         )
-    for name, valid in _VALID.items():
-        if name in fields and not valid(fields[name]):
-            raise ValueError(f"{where}: {name}={fields[name]!r} is no valid value.")
+    for name, is_valid in HONORED.items():
+        if name in fields and not is_valid(fields[name]):
+            raise ValueError(f"{where}: {name}={fields[name]!r} is not a valid value.")
     if "r" not in fields:
         raise ValueError(f"{where} lacks the rank, r.")
     if fields.get("use_dora") and fields.get("target_parameters"):
@@ -192,7 +171,7 @@ def check_config(fields: Mapping[str, Any], where: str) -> None:
             "parameters. Adapt them with plain LoRA, in an adapter of their own."
         )
     _check_patterns(fields, where)
-    unknown = sorted(n for n, v in fields.items() if v and n not in (*HONOURED, *HARMLESS, *REFUSED))
+    unknown = sorted(n for n, v in fields.items() if v and n not in KNOWN)
     if unknown:
         warnings.warn(f"{where}: unknown fields {', '.join(unknown)} are kept, and not acted on.", stacklevel=3)
 
@@ -204,44 +183,60 @@ def _check_patterns(fields: Mapping[str, Any], where: str) -> None:
         try:
             re.compile(regex)
         except re.error as error:
-            raise ValueError(f"{where}: {regex!r} is no regular expression ({error}).") from None
+            raise ValueError(f"{where}: {regex!r} is not a regular expression ({error}).") from None
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _is_rank(value: Any) -> bool:
+def _is_rank(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_tokens(value: Any) -> bool:
-    def is_rows(rows: Any) -> bool:
+def _is_tokens(value: object) -> bool:
+    def is_rows(rows: object) -> bool:
         return isinstance(rows, list) and all(type(i) is int and i >= 0 for i in rows) and len({*rows}) == len(rows)
 
     return value is None or is_rows(value) or (isinstance(value, dict) and all(map(is_rows, value.values())))
 
 
-_VALID = {
+def _is_layers(value: object) -> bool:
+    layers = value if isinstance(value, list) else [value]
+    return value is None or all(type(layer) is int for layer in layers)
+
+
+def _is_regex_or_names(value: object) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+HONORED: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda v: True,  # checked first, by itself
+    "init_lora_weights": lambda v: True,
     "r": _is_rank,
     "lora_alpha": _is_number,
     "lora_dropout": lambda v: _is_number(v) and 0 <= v < 1,
     "rank_pattern": lambda v: v is None or (isinstance(v, dict) and all(_is_rank(n) for n in v.values())),
     "alpha_pattern": lambda v: v is None or (isinstance(v, dict) and all(_is_number(n) for n in v.values())),
     "bias": lambda v: v in (None, "none", "all", "lora_only"),
-    "target_modules": lambda v: isinstance(v, str) or _is_names(v),
-    "exclude_modules": lambda v: isinstance(v, str) or _is_names(v),
+    "target_modules": _is_regex_or_names,
+    "exclude_modules": _is_regex_or_names,
     "modules_to_save": _is_names,
     "target_parameters": _is_names,
-    "layers_to_transform": lambda v: (
-        v is None or type(v) is int or (isinstance(v, list) and all(type(i) is int for i in v))
-    ),
-    "layers_pattern": lambda v: isinstance(v, str) or _is_names(v),
-    "use_rslora": lambda v: v is None or isinstance(v, bool),
-    "use_dora": lambda v: v is None or isinstance(v, bool),
+    "layers_to_transform": _is_layers,
+    "layers_pattern": _is_regex_or_names,
+    "use_rslora": _is_flag,
+    "use_dora": _is_flag,
+    "fan_in_fan_out": lambda v: True,  # shapes and the name map tell
     "trainable_token_indices": _is_tokens,
 }
+"""The fields that lojax acts on, and whether a value is one that they can have."""
+KNOWN = {*HONORED, *HARMLESS, *REFUSED}

@@ -1,7 +1,6 @@
-"""Between the factors of an adapter and the tensors of PEFT: orientation, heads, stacks, parts, experts.
+"""The factors of an adapter as PEFT's tensors A and B, and back: orientation, heads, stacks, parts, experts.
 
-Letters: ``m`` in, ``n`` out, ``r`` rank, ``E`` experts. A *cell* is the update of one torch parameter in
-JAX order: ``a`` ``[*expert, *in, r]``, ``b`` ``[*expert, r, *out]``, and DoRA's magnitude ``[*out]``.
+Letters: ``m`` in, ``n`` out, ``r`` rank, ``E`` experts.
 """
 
 from __future__ import annotations
@@ -9,36 +8,45 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.axes import positions
-from lojax.adapters.matrices import at_least_float32
 from lojax.adapters.metadata import unbox
-from lojax.peft import magnitudes
-from lojax.peft.name_map import Slot, roles
+from lojax.peft.name_map import TorchParameter, group_by
+from lojax.types import Dtype, Shape
 
 RANK = "r"
+"""Stands for the rank where the axes of a factor are listed."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """The update ``scale * a @ b`` of one torch parameter, and its magnitude where it is a DoRA one."""
+class TorchUpdate:
+    """The update ``scale * a @ b`` of one torch parameter, in the order of JAX.
+
+    Attributes:
+        a: ``[*expert, *in, r]``.
+        b: ``[*expert, r, *out]``.
+        scale: The LoRA scale.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
-    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
         """The rank ``r``."""
         return self.a.shape[-1]
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether both factors are zero, as they are in entries of a stack without an adapter."""
+        return not self.a.any() and not self.b.any()
 
-def weight_shape(adapter: Adapter) -> tuple[int, ...]:
+
+def weight_shape(adapter: Adapter) -> Shape:
     """The shape of the weight that an adapter fits.
 
     >>> weight_shape(Adapter(np.ones((5, 2)), np.ones((2, 3, 4)), 1.0, ("in", "out", "out")))
@@ -50,242 +58,161 @@ def weight_shape(adapter: Adapter) -> tuple[int, ...]:
     return tuple(sizes[i] for i in range(len(adapter.axes)))
 
 
-def sizes(slot: Slot, role: str) -> tuple[int, ...]:
-    """The sizes of the axes with this role, of this slot's part of the leaf."""
-    assert slot.axes is not None
-    found = []
-    for axis, here in enumerate(slot.axes):
-        part = slot.entry.get(axis)
-        if here == role and not isinstance(part, int):
-            found.append(part.stop - part.start if isinstance(part, slice) else slot.shape[axis])
-    return tuple(found)
-
-
-def torch_shapes(slot: Slot, rank: int, *, exchanged: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of PEFT's A and B for a slot, with ``rank`` for one expert.
+def torch_shapes(parameter: TorchParameter, rank: int, *, exchanged: bool = False) -> tuple[Shape, Shape]:
+    """The shapes of PEFT's A and B for a parameter, with ``rank`` for one expert.
 
     ``exchanged``: with in and out exchanged, as PEFT before 0.19 had them for experts ``[E, out, in]``.
     """
-    roles(slot)
-    ins, outs = sizes(slot, "in"), sizes(slot, "out")
-    if exchanged and slot.kind == "experts":
+    ins, outs = parameter.sizes("in"), parameter.sizes("out")
+    if exchanged and parameter.kind == "experts":
         ins, outs = outs, ins
-    if slot.kind == "conv":
+    if parameter.kind == "conv":
         *window, features = ins
         return (rank, features, *window), (*outs, rank, *[1] * len(window))
-    experts = math.prod(sizes(slot, "expert"))
+    experts = math.prod(parameter.sizes("expert"))
     return (experts * rank, math.prod(ins)), (math.prod(outs), rank * experts)
 
 
-def cell_to_torch(slot: Slot, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-    """PEFT's A and B (see `torch_shapes`) of a cell."""
-    r = cell.rank
-    if slot.kind == "conv":
-        window = cell.a.ndim - 2
-        a = cell.a.transpose(window + 1, window, *range(window))
-        return a, cell.b.T.reshape(*cell.b.T.shape, *[1] * window)
-    experts = math.prod(sizes(slot, "expert")) if slot.axes else 1
-    a, b = cell.a.reshape(experts, -1, r), cell.b.reshape(experts, r, -1)
+def rank_in_file(parameter: TorchParameter, shape: Shape) -> int:
+    """The rank that a tensor A of this shape has, for one expert; 0 where it has none."""
+    experts = math.prod(parameter.sizes("expert")) if parameter.is_experts else 1
+    return shape[0] // experts if shape and experts else 0
+
+
+def to_torch(parameter: TorchParameter, update: TorchUpdate) -> tuple[np.ndarray, np.ndarray]:
+    """PEFT's A and B (see `torch_shapes`) of an update."""
+    r = update.rank
+    if parameter.kind == "conv":
+        window = update.a.ndim - 2
+        a = update.a.transpose(window + 1, window, *range(window))
+        return a, update.b.T.reshape(*update.b.T.shape, *[1] * window)
+    experts = math.prod(parameter.sizes("expert")) if parameter.axes else 1
+    a, b = update.a.reshape(experts, -1, r), update.b.reshape(experts, r, -1)
+    # PEFT has the expert as the slow axis of A's rows, and as the fast axis of B's columns
     return a.transpose(0, 2, 1).reshape(experts * r, -1), b.transpose(2, 1, 0).reshape(-1, r * experts)
 
 
-def cell_from_torch(
-    slot: Slot,
-    a: np.ndarray,
-    b: np.ndarray,
-    scale: float,
-    *,
-    magnitude: np.ndarray | None = None,
-    exchanged: bool = False,
-) -> Cell:
-    """The cell of PEFT's A and B (see `torch_shapes`) and magnitude; their shapes are already checked."""
-    if magnitude is not None:
-        magnitude = magnitude.reshape(sizes(slot, "out"))
-    if slot.kind == "conv":
+def from_torch(
+    parameter: TorchParameter, a: np.ndarray, b: np.ndarray, scale: float, *, exchanged: bool = False
+) -> TorchUpdate:
+    """The update that PEFT's A and B are (see `torch_shapes`); their shapes are already checked."""
+    if parameter.kind == "conv":
         window = a.ndim - 2
-        return Cell(a.transpose(*range(2, window + 2), 1, 0), b.reshape(b.shape[:2]).T, scale, magnitude)
-    experts = sizes(slot, "expert")
+        return TorchUpdate(a.transpose(*range(2, window + 2), 1, 0), b.reshape(b.shape[:2]).T, scale)
+    experts = parameter.sizes("expert")
     count = math.prod(experts)
     r = a.shape[0] // count
-    a, b = (
-        a.reshape(count, r, -1).transpose(0, 2, 1),
-        b.reshape(-1, r, count).transpose(2, 1, 0),
-    )  # [E, m, r], [E, r, n]
+    a = a.reshape(count, r, -1).transpose(0, 2, 1)  # [E, m, r]
+    b = b.reshape(-1, r, count).transpose(2, 1, 0)  # [E, r, n]
     if exchanged:
         a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
-    a, b = a.reshape(*experts, *sizes(slot, "in"), r), b.reshape(*experts, r, *sizes(slot, "out"))
-    return Cell(a, b, scale, magnitude)
+    a, b = a.reshape(*experts, *parameter.sizes("in"), r), b.reshape(*experts, r, *parameter.sizes("out"))
+    return TorchUpdate(a, b, scale)
 
 
-def read_cell(slot: Slot, adapter: Adapter) -> Cell | None:
-    """The cell of one slot out of the adapter of its leaf; None where its entry of the stack has rank 0.
+def read_update(parameter: TorchParameter, adapter: Adapter) -> TorchUpdate:
+    """The update of one torch parameter out of the adapter of its leaf; of rank 1 and zero where its rank is 0.
 
     Where the adapter has one update across modules that torch keeps apart (a fused kernel adapted as one),
     each module gets its part of it: they share ``a`` (or ``b``). Ranks that differ among the experts of one torch
-    parameter become the largest of them. A magnitude that trains on an entry of rank 0 gets factors of zeros beside
-    it, of rank 1: there is no magnitude without them.
+    parameter become the largest of them.
 
     Raises:
-        ValueError: The adapter's axes contradict the map's, or its magnitude is not one that PEFT has.
+        ValueError: The axes of the adapter contradict the map.
     """
     stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
     if stack:
-        roles(slot)  # raises if the map says nothing of stacks
-    rank, scale, factor = _entry_settings(slot, adapter, stack)
-    if not rank and adapter.magnitude is None:
-        return None
-    a, a_dims = _take(np.asarray(unbox(adapter.a)), [*stack, *ins, RANK], slot)
-    b, b_dims = _take(np.asarray(unbox(adapter.b)), [*stack, RANK, *outs], slot)
-    experts = b_dims.index(RANK)
-    kept = slice(max(rank, 1))
-    a, b = a[..., kept], b[(slice(None),) * experts + (kept,)]
-    if isinstance(factor, np.ndarray):
-        b = b * factor.reshape(*factor.shape, *[1] * (b.ndim - experts)).astype(b.dtype)
-    magnitude = None
-    if adapter.magnitude is not None:
-        magnitude, _ = _take(np.asarray(unbox(adapter.magnitude)), [*stack, *outs], slot)
-        _check_magnitude(slot, adapter)
-    cell = Cell(a, b, scale, magnitude)
-    if slot.axes is None:
-        return cell
-    expected = [_left(slot, "in"), _left(slot, "out")]
-    got = [[d for d in dims if d != RANK and d not in _left(slot, "expert")] for dims in (a_dims, b_dims)]
+        parameter.roles()  # raises if the map says nothing of stacks
+    scale, expert_scales = _entry_scale(parameter, adapter)
+    a, a_axes = _take(adapter.a, [*stack, *ins, RANK], parameter)
+    b, b_axes = _take(adapter.b, [*stack, RANK, *outs], parameter)
+    experts = b_axes.index(RANK)
+    # what is above the rank of an entry is zero
+    within_rank = slice(max(entry_rank(parameter, adapter), 1))
+    a, b = a[..., within_rank], b[(slice(None),) * experts + (within_rank,)]
+    if expert_scales is not None:
+        b = b * expert_scales.reshape(*expert_scales.shape, *[1] * (b.ndim - experts)).astype(b.dtype)
+    if parameter.axes is None:
+        return TorchUpdate(a, b, scale)
+    expected = [parameter.own_axes("in"), parameter.own_axes("out")]
+    without = (RANK, *parameter.own_axes("expert"))
+    got = [[axis for axis in axes if axis not in without] for axes in (a_axes, b_axes)]
     if got == expected:
-        return cell
-    if got == expected[::-1] and magnitude is None:  # adapted from the other end, as a tied head is
-        return Cell(np.moveaxis(b, experts, -1), np.moveaxis(a, -1, experts), scale)
+        return TorchUpdate(a, b, scale)
+    if got == expected[::-1] and adapter.arrays.keys() == {"a", "b"}:  # adapted from the other end, as a tied head is
+        return TorchUpdate(np.moveaxis(b, experts, -1), np.moveaxis(a, -1, experts), scale)
     raise ValueError(
-        f"{slot.path}: the adapter has axes {adapter.axes}, the name rule {slot.text!r} says {slot.axes}. "
-        "Correct the rule, or adapt the weight with axes= as the rule says."
+        f"{parameter.path}: the adapter has axes {adapter.axes}, the name rule {parameter.rule!r} says "
+        f"{parameter.axes}. Correct the rule, or adapt the weight with axes= as the rule says."
     )
 
 
-def _entry_settings(slot: Slot, adapter: Adapter, stack: tuple[int, ...]) -> tuple[int, float, np.ndarray | float]:
-    """The rank and scale of a slot, and what each of its experts has on top of the scale."""
-    lengths = unbox(adapter.a).shape[: len(stack)]
-    at = tuple(slot.entry.get(i, slice(None)) for i in stack)
-    ranks = np.broadcast_to(np.reshape(adapter.ranks or adapter.rank, lengths if adapter.ranks else ()), lengths)[at]
+def entry_rank(parameter: TorchParameter, adapter: Adapter) -> int:
+    """The rank of an adapter at a parameter's entry of the stack: the largest of its experts."""
+    ranks = adapter.rank if adapter.ranks is None else np.reshape(adapter.ranks, _stack_shape(adapter))
+    return int(np.max(np.broadcast_to(ranks, _stack_shape(adapter))[_stack_index(parameter, adapter)]))
+
+
+def _entry_scale(parameter: TorchParameter, adapter: Adapter) -> tuple[float, np.ndarray | None]:
+    """The scale of a parameter, and what each of its experts has on top of it, if they differ."""
     if not isinstance(adapter.scale, tuple):
-        return int(np.max(ranks)), adapter.scale, 1.0
-    scales = np.reshape(adapter.scale, lengths)[at]
+        return adapter.scale, None
+    shape, index = _stack_shape(adapter), _stack_index(parameter, adapter)
+    scales = np.reshape(adapter.scale, shape)[index]
+    ranks = np.broadcast_to(np.reshape(adapter.ranks or adapter.rank, shape if adapter.ranks else ()), shape)[index]
     scale = next((float(s) for s, r in zip(np.ravel(scales), np.ravel(ranks), strict=True) if r and s), 1.0)
-    return int(np.max(ranks)), scale, scales / scale if np.ndim(scales) else 1.0
+    return scale, scales / scale if np.ndim(scales) else None
 
 
-def _check_magnitude(slot: Slot, adapter: Adapter) -> None:
-    magnitudes.check_parts(slot)
-    if slot.kind in ("experts", "experts_t"):
-        raise ValueError(
-            f"{slot.path}: the adapter is a DoRA one, and PEFT has no DoRA on parameters such as {slot.name}. "
-            "Use plain LoRA for it."
-        )
+def _stack_shape(adapter: Adapter) -> Shape:
+    return unbox(adapter.a).shape[: len(positions(adapter.axes, "stack"))]
 
 
-def _left(slot: Slot, role: str) -> list[int]:
-    assert slot.axes is not None
-    return [i for i, r in enumerate(slot.axes) if r == role and not isinstance(slot.entry.get(i), int)]
+def _stack_index(parameter: TorchParameter, adapter: Adapter) -> tuple[int | slice, ...]:
+    return parameter.at(positions(adapter.axes, "stack"))
 
 
-def _take(array: np.ndarray, dims: list[Any], slot: Slot) -> tuple[np.ndarray, list[Any]]:
-    array = array[tuple(slot.entry.get(d, slice(None)) if d != RANK else slice(None) for d in dims)]
-    return array, [d for d in dims if d == RANK or not isinstance(slot.entry.get(d), int)]
+def _take(array: object, axes: list[int | str], parameter: TorchParameter) -> tuple[np.ndarray, list[int | str]]:
+    """A parameter's numbers in an array with these axes of the leaf (and the rank), and the axes they have."""
+    index = tuple(slice(None) if axis == RANK else parameter.index.get(axis, slice(None)) for axis in axes)  # type: ignore
+    return np.asarray(unbox(array))[index], [
+        axis for axis, i in zip(axes, index, strict=True) if not isinstance(i, int)
+    ]
 
 
-def assemble(cells: Sequence[tuple[Slot, Cell]], dtype: Any, leaf: Any = None) -> Adapter:
-    """The adapter of one leaf, of numpy arrays, from the cells of its torch parameters.
+def assemble(updates: Sequence[tuple[TorchParameter, TorchUpdate]], dtype: Dtype) -> Adapter:
+    """The adapter of one leaf, of numpy arrays, from the updates of its torch parameters.
 
-    Each entry of a stack keeps its rank and scale: 0 where it has no cell; what is above its rank is zeros.
+    Each entry of a stack keeps its rank and scale: 0 where it has no update; what is above its rank is zeros.
     Parts side by side along one axis become blocks, so the rank is the sum of theirs; where their scales differ
     the difference goes into ``b``.
-
-    Args:
-        cells: What the file holds.
-        dtype: Of the arrays.
-        leaf: The weight; see `magnitudes.joined`.
     """
-    slot = cells[0][0]
-    axes = roles(slot)
+    first, _ = updates[0]
+    axes, shape = first.adapter_axes(), first.shape
     stack, ins, outs = (positions(axes, role) for role in ("stack", "in", "out"))
-    groups: dict[tuple[Any, ...], list[tuple[Slot, Cell]]] = {}  # by entry of the stack
-    for one, cell in cells:
-        groups.setdefault(tuple(one.entry.get(i) for i in stack), []).append((one, cell))
-    shape = slot.shape
-    ranks, scales = np.zeros([shape[i] for i in stack], int), np.ones([shape[i] for i in stack])
-    for group in groups.values():
-        at = _index(group[0][0], stack)
-        ranks[at] = sum(cell.rank for _, cell in group)
-        scales[at] = next((cell.scale for _, cell in group if cell.scale), 0.0)
+    entries = group_by(updates, lambda item: str(item[0].at(stack)))
+    stack_shape = [shape[i] for i in stack]
+    ranks, scales = np.zeros(stack_shape, int), np.ones(stack_shape)
+    for group in entries.values():
+        index = group[0][0].at(stack)
+        ranks[index] = sum(update.rank for _, update in group)
+        scales[index] = next((update.scale for _, update in group if update.scale), 0.0)
     rank = int(np.max(ranks))
-    a = np.zeros((*(shape[i] for i in (*stack, *ins)), rank), dtype)
-    b = np.zeros((*(shape[i] for i in stack), rank, *(shape[i] for i in outs)), dtype)
-    for group in groups.values():
-        start, scale = 0, next((cell.scale for _, cell in group if cell.scale), 0.0)
-        for one, cell in group:
-            within = slice(start, start + cell.rank)
-            a[(*_index(one, (*stack, *ins)), within)] = cell.a
-            factor = 1.0 if cell.scale == scale else cell.scale / scale
-            b[(*_index(one, stack), within, *_index(one, outs))] = cell.b * np.asarray(factor, cell.b.dtype)
-            start += cell.rank
-    measured = [(one, cell.magnitude) for one, cell in cells if cell.magnitude is not None]
-    magnitude = magnitudes.joined(measured, axes, leaf, at_least_float32(dtype)) if measured else None
-    return Adapter(a, b, _common(scales, ranks), axes, magnitude=magnitude, ranks=_uneven(ranks))
-
-
-def _index(slot: Slot, axes: Sequence[int]) -> tuple[Any, ...]:
-    return tuple(slot.entry.get(i, slice(None)) for i in axes)
-
-
-def _uneven(ranks: np.ndarray) -> tuple[int, ...] | None:
-    each = tuple(ranks.ravel().tolist())
-    return each if len(set(each)) > 1 else None
-
-
-def _common(scales: np.ndarray, ranks: np.ndarray) -> float | tuple[float, ...]:
-    """One scale where all entries with a rank share it, else one for each entry."""
-    used = set(scales[ranks > 0].tolist())
-    return used.pop() if len(used) == 1 else tuple(scales.ravel().tolist())
-
-
-# --- parameters saved in full ---
-
-
-def full_order(slot: Slot) -> tuple[int, ...]:
-    """The order in which torch has the axes that are left of the leaf's after taking the entry."""
-    left = [i for i in range(len(slot.shape)) if not isinstance(slot.entry.get(i), int)]
-    if slot.kind == "param" or len(left) < 2:
-        return tuple(range(len(left)))
-    axes = roles(slot) and slot.axes
-    assert axes is not None
-    experts, ins, outs = ([k for k, i in enumerate(left) if axes[i] == role] for role in ("expert", "in", "out"))
-    if slot.kind == "conv":
-        return (*outs, ins[-1], *ins[:-1])
-    return (*experts, *ins, *outs) if slot.kind in ("conv1d", "embedding", "experts_t") else (*experts, *outs, *ins)
-
-
-def full_shape(slot: Slot) -> tuple[int, ...]:
-    """The shape of the torch parameter of a slot."""
-    if slot.kind == "param" or slot.axes is None or slot.kind == "conv":
-        piece = [slot.shape[i] for i in range(len(slot.shape)) if not isinstance(slot.entry.get(i), int)]
-        return tuple(piece[k] for k in full_order(slot))
-    experts, ins, outs = (sizes(slot, role) for role in ("expert", "in", "out"))
-    flat = [math.prod(group) for group in (ins, outs) if group]
-    if slot.kind not in ("conv1d", "embedding", "experts_t"):
-        flat.reverse()
-    return (*experts, *flat)
-
-
-def full_index(slot: Slot) -> tuple[Any, ...]:
-    """The index of a slot's part in its leaf."""
-    return tuple(slot.entry.get(i, slice(None)) for i in range(len(slot.shape)))
-
-
-def full_to_torch(slot: Slot, leaf: np.ndarray) -> np.ndarray:
-    """The torch parameter of a slot out of its whole leaf."""
-    return leaf[full_index(slot)].transpose(full_order(slot)).reshape(full_shape(slot))
-
-
-def full_from_torch(slot: Slot, tensor: np.ndarray) -> np.ndarray:
-    """A slot's part of its leaf, from the torch parameter, of checked shape."""
-    order = full_order(slot)
-    piece = np.empty(slot.shape, np.bool_)[full_index(slot)].shape
-    return tensor.reshape([piece[k] for k in order]).transpose(np.argsort(order))
+    a = np.zeros((*stack_shape, *(shape[i] for i in ins), rank), dtype)
+    b = np.zeros((*stack_shape, rank, *(shape[i] for i in outs)), dtype)
+    for group in entries.values():
+        start, scale = 0, next((update.scale for _, update in group if update.scale), 0.0)
+        for parameter, update in group:
+            block = slice(start, start + update.rank)
+            a[(*parameter.at((*stack, *ins)), block)] = update.a
+            ratio = 1.0 if update.scale == scale else update.scale / scale
+            b[(*parameter.at(stack), block, *parameter.at(outs))] = update.b * np.asarray(ratio, update.b.dtype)
+            start += update.rank
+    used_scales, each_rank = set(scales[ranks > 0].tolist()), tuple(ranks.ravel().tolist())
+    return Adapter(
+        a,
+        b,
+        used_scales.pop() if len(used_scales) == 1 else tuple(scales.ravel().tolist()),
+        axes,
+        ranks=each_rank if len(set(each_rank)) > 1 else None,
+    )

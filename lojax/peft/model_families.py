@@ -12,6 +12,7 @@ import functools
 import re
 
 from lojax.peft.name_map import NameMap
+from lojax.text import suggest
 
 
 def _under(path: str, name: str, rules: str) -> str:
@@ -213,6 +214,8 @@ def name_map(name: NameMap | str) -> NameMap:
     if isinstance(name, NameMap):
         return name
     if name not in _TEXTS:
-        known = ", ".join(_TEXTS)
-        raise ValueError(f"There is no ready name map {name!r}; there are {known}. Or write a NameMap of your own.")
+        raise ValueError(
+            f"There is no ready name map {name!r}; there are {', '.join(_TEXTS)}.{suggest(name, _TEXTS)} "
+            "Or write a NameMap of your own."
+        )
     return _ready(name)

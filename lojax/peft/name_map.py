@@ -5,37 +5,41 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from lojax.adapters.axes import Axes
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.peft.rule_language import BIASES, Axis, NameRule, parse_rule
+from lojax.types import Params, Path, Shape
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class TorchParameter:
     """Where one torch parameter lives in a tree.
 
     Attributes:
         name: The torch parameter, ``encoder.layer.0.query.weight``.
         kind: How torch stores it (see `lojax.peft.rule_language`).
-        path: The leaf.
-        shape: The leaf's whole shape.
+        path: The path of the leaf that holds it.
+        shape: The whole shape of that leaf.
         axes: The role of each axis of the leaf; None where the map does not say.
-        entry: By axis, the entry (int) or the part (slice) that this parameter is.
-        text: The rule that says so.
-        order: The place of that rule in the map.
+        index: By axis of the leaf, the entry (int) or the part (slice) that this parameter is. It has all of the
+            other axes.
+        rule: The text of the rule that says so.
+        order: The position of that rule in the map.
     """
 
     name: str
     kind: str
-    path: str
-    shape: tuple[int, ...]
+    path: Path
+    shape: Shape
     axes: tuple[str, ...] | None
-    entry: Mapping[int, int | slice]
-    text: str
+    index: Mapping[int, int | slice]
+    rule: str
     order: int = 0
 
     @property
@@ -51,49 +55,93 @@ class Slot:
     @property
     def is_weight(self) -> bool:
         """Whether the parameter can take an adapter."""
-        free = sum(not isinstance(self.entry.get(i), int) for i in range(len(self.shape)))
-        return free >= 2 and not self.is_bias and self.kind != "param"
+        return len(self.own_axes()) >= 2 and not self.is_bias and self.kind != "param"
 
+    @property
+    def is_experts(self) -> bool:
+        """Whether it is a parameter of experts, which PEFT reaches through ``target_parameters``."""
+        return self.kind in ("experts", "experts_t")
 
-def roles(slot: Slot) -> Axes:
-    """The axes of an adapter for the leaf of ``slot``.
+    @property
+    def config_key(self) -> str:
+        """The name by which PEFT looks up its rank and alpha: the module, or the parameter itself."""
+        return self.name if self.is_experts else self.module
 
-    Raises:
-        ValueError: The map does not say, and the leaf is no matrix.
-    """
-    if slot.axes is None:
-        raise ValueError(
-            f"{slot.path} has shape {slot.shape}, and the name rule {slot.text!r} does not say which axes are in "
-            "and out. Spell them, as in kernel[in, out, out]."
-        )
-    return tuple("stack" if role == "expert" else role for role in slot.axes)  # type: ignore[return-value]
+    def roles(self) -> tuple[str, ...]:
+        """The role of each axis of the leaf: ``"in"``, ``"out"``, ``"stack"`` or ``"expert"``.
+
+        Raises:
+            ValueError: The map does not say, and the leaf is not a matrix.
+        """
+        if self.axes is None:
+            raise ValueError(
+                f"{self.path} has shape {self.shape}, and the name rule {self.rule!r} does not say which axes are in "
+                "and out. Spell them, as in kernel[in, out, out]."
+            )
+        return self.axes
+
+    def adapter_axes(self) -> Axes:
+        """The axes of an adapter of the leaf, for which experts are a stack."""
+        return tuple("stack" if role == "expert" else role for role in self.roles())  # type: ignore[return-value]
+
+    def own_axes(self, role: str | None = None) -> list[int]:
+        """The axes of the leaf that the parameter has too: all, or those with one role."""
+        axes = range(len(self.shape)) if role is None else [i for i, r in enumerate(self.roles()) if r == role]
+        return [i for i in axes if not isinstance(self.index.get(i), int)]
+
+    def sizes(self, role: str) -> Shape:
+        """The sizes of its own axes with this role."""
+        return tuple(len(range(self.shape[i])[self.index.get(i, slice(None))]) for i in self.own_axes(role))  # type: ignore
+
+    def at(self, axes: Iterable[int]) -> tuple[int | slice, ...]:
+        """The index of the parameter in an array that has these axes of the leaf."""
+        return tuple(self.index.get(i, slice(None)) for i in axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A map applied to a tree: every torch parameter, and the leaves that no rule fits."""
+    """A map applied to a tree: every torch parameter by name, and the paths that no rule fits."""
 
-    slots: Mapping[str, Slot]
-    unmapped: tuple[str, ...]
+    parameters: Mapping[str, TorchParameter]
+    unmapped: tuple[Path, ...]
 
-    def by_path(self) -> dict[str, list[Slot]]:
-        """The slots of each leaf, in the order of its entries."""
-        found: dict[str, list[Slot]] = {}
-        for slot in self.slots.values():
-            found.setdefault(slot.path, []).append(slot)
-        return found
+    @property
+    def slots(self) -> Mapping[str, TorchParameter]:
+        """``parameters``, by the name they had in lojax 0.1."""
+        return self.parameters
+
+    def by_path(self) -> dict[Path, list[TorchParameter]]:
+        """The parameters of each leaf, in the order of its entries."""
+        return group_by(self.parameters.values(), lambda parameter: parameter.path)
+
+    def weights(self) -> dict[str, list[TorchParameter]]:
+        """The parameters that can take an adapter, by module."""
+        weights = (parameter for parameter in self.parameters.values() if parameter.is_weight)
+        return group_by(weights, lambda parameter: parameter.module)
 
     def __str__(self) -> str:
-        lines = [f"{slot.path}{_where(slot)} <-> {slot.name}" for slot in self.slots.values()]
+        lines = [f"{p.path}{_index_text(p)} <-> {p.name}" for p in self.parameters.values()]
         return "\n".join([*lines, *(f"{path} is not mapped" for path in self.unmapped)])
 
 
-def _where(slot: Slot) -> str:
-    if not slot.entry:
+def group_by(items: Iterable[Item], key: Callable[[Item], Path]) -> dict[Path, list[Item]]:
+    """The items by key, in order.
+
+    >>> group_by(["ab", "c", "ad"], lambda text: text[0])
+    {'a': ['ab', 'ad'], 'c': ['c']}
+    """
+    groups: dict[Path, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _index_text(parameter: TorchParameter) -> str:
+    if not parameter.index:
         return ""
-    entries = (slot.entry.get(i, slice(None)) for i in range(max(slot.entry) + 1))
-    spelled = (f"{e.start or ''}:{e.stop or ''}" if isinstance(e, slice) else str(e) for e in entries)
-    return f"[{', '.join(spelled)}]"
+    index = parameter.at(range(max(parameter.index) + 1))
+    texts = (f"{i.start or ''}:{i.stop or ''}" if isinstance(i, slice) else str(i) for i in index)
+    return f"[{', '.join(texts)}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,40 +192,38 @@ class NameMap:
             tuple(parse_rule(_stacked(r.text, numbered, var)) for r in self.rules if numbered.search(r.text))
         )
 
-    def table(self, params: Any) -> Table:
+    def table(self, params: Params) -> Table:
         """Applies the map to a tree of arrays, shapes or adapters.
 
         Raises:
             ValueError: Two leaves would be one torch parameter, or the sizes of parts do not fit.
         """
-        slots: dict[str, Slot] = {}
+        parameters: dict[str, TorchParameter] = {}
         unmapped = []
         for path, leaf in flatten(params).items():
             if leaf is None:
                 continue
-            shape = tuple(unbox(leaf).shape)
-            found = list(self._slots(path, shape))
-            if not found:
+            leaf_parameters = list(self._parameters(path, tuple(unbox(leaf).shape)))
+            if not leaf_parameters:
                 unmapped.append(path)
-            for slot in found:
-                if slot.name in slots:
-                    raise _duplicate(slots[slot.name], slot)
-                slots[slot.name] = slot
-        return Table(slots, tuple(unmapped))
+            for parameter in leaf_parameters:
+                if parameter.name in parameters:
+                    raise _duplicate(parameters[parameter.name], parameter)
+                parameters[parameter.name] = parameter
+        return Table(parameters, tuple(unmapped))
 
-    def _slots(self, path: str, shape: tuple[int, ...]) -> Iterator[Slot]:
+    def _parameters(self, path: Path, shape: Shape) -> Iterator[TorchParameter]:
+        """The torch parameters of one leaf, by the first rule that fits it."""
         for order, rule in enumerate(self.rules):
-            hit = rule.match(path, len(shape))
-            if hit:
-                values, axes = hit
+            match = rule.match(path, len(shape))
+            if match:
+                values, axes = match
                 roles = None if axes is None else tuple(axis.role for axis in axes)
                 leaf = path.rpartition("/")[2]
-                for choice in itertools.product(*_choices(rule, axes or (), shape)):
-                    chosen = {axis: (value, entry) for axis, value, entry in choice}
-                    filled = values | {axes[axis].var: value for axis, (value, _) in chosen.items()}  # type: ignore
-                    entry = {axis: e for axis, (_, e) in chosen.items()}
-                    name = rule.parameter(filled, leaf)
-                    yield Slot(name, _kind(rule, leaf), path, shape, roles, entry, rule.text, order)
+                for choices in itertools.product(*_choices(rule, axes or (), shape)):
+                    index = {choice.axis: choice.entry for choice in choices}
+                    name = rule.parameter(values | {choice.var: choice.name for choice in choices}, leaf)
+                    yield TorchParameter(name, _kind(rule, leaf), path, shape, roles, index, rule.text, order)
                 return
 
 
@@ -187,36 +233,44 @@ def _kind(rule: NameRule, leaf: str) -> str:
     return "linear" if leaf in BIASES else rule.kind
 
 
-def _choices(rule: NameRule, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> list[list[Any]]:
-    """Per axis with a placeholder, the ``(axis, torch text, entry)`` it can take."""
+class _Choice(NamedTuple):
+    """One entry or part along an axis: what its placeholder is in the torch name, and where it lies."""
+
+    axis: int
+    var: str
+    name: str
+    entry: int | slice
+
+
+def _choices(rule: NameRule, axes: tuple[Axis, ...], shape: Shape) -> list[list[_Choice]]:
+    """For each axis with a placeholder, what may fill it."""
     choices = []
-    for axis, (role, size) in enumerate(zip(axes, shape, strict=False)):
-        if not role.var:
+    for i, (axis, size) in enumerate(zip(axes, shape, strict=False)):
+        if axis.var is None:
             continue
-        if role.role != "stack":
-            choices.append(list(_parts(rule, axis, role, size)))
-        elif role.parts and len(role.parts) != size:
-            raise ValueError(f"Name rule {rule.text!r} names {len(role.parts)} entries of an axis of size {size}.")
+        if axis.role != "stack":
+            names, entries = [name for name, _ in axis.parts], _slices(rule, axis, size)
+        elif axis.parts and len(axis.parts) != size:
+            raise ValueError(f"Name rule {rule.text!r} names {len(axis.parts)} entries of an axis of size {size}.")
         else:
-            names = [name for name, _ in role.parts] or [str(i) for i in range(size)]
-            choices.append([(axis, name, i) for i, name in enumerate(names)])
+            names, entries = [name for name, _ in axis.parts] or [str(n) for n in range(size)], range(size)
+        choices.append([_Choice(i, axis.var, name, entry) for name, entry in zip(names, entries, strict=True)])
     return choices
 
 
-def _parts(rule: NameRule, axis: int, role: Axis, size: int) -> Iterator[Any]:
-    sizes = [part if part is not None else size // len(role.parts) for _, part in role.parts]
+def _slices(rule: NameRule, axis: Axis, size: int) -> list[slice]:
+    """Where the parts that lie side by side along an axis begin and end."""
+    sizes = [part if part is not None else size // len(axis.parts) for _, part in axis.parts]
     if sum(sizes) != size:
         raise ValueError(f"Name rule {rule.text!r} splits an axis of size {size} into {sizes}, {sum(sizes)} in all.")
-    start = 0
-    for (name, _), length in zip(role.parts, sizes, strict=True):
-        yield axis, name, slice(start, start + length)
-        start += length
+    stops = list(itertools.accumulate(sizes))
+    return [slice(stop - length, stop) for stop, length in zip(stops, sizes, strict=True)]
 
 
-def _duplicate(first: Slot, second: Slot) -> ValueError:
+def _duplicate(first: TorchParameter, second: TorchParameter) -> ValueError:
     return ValueError(
-        f"Two leaves map to one torch parameter, {first.name}: {first.path} by the rule {first.text!r}, and "
-        f"{second.path} by {second.text!r}. Narrow one of the rules."
+        f"Two leaves map to one torch parameter, {first.name}: {first.path} by the rule {first.rule!r}, and "
+        f"{second.path} by {second.rule!r}. Narrow one of the rules."
     )
 
 

@@ -5,82 +5,99 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors
 from lojax.peft.config import Config, read_config
+from lojax.peft.name_map import group_by
 from lojax.peft.read_adapter import weights_file
-from lojax.peft.tensor_keys import Extra, Factor, read_key, tied_copies
+from lojax.peft.tensor_keys import FactorPair, Keys, read_keys
+from lojax.types import Shape
 
 BLOCK = 1 << 20
 """How many numbers of a weight are updated at once."""
 
-Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+Specs = Mapping[str, tuple[np.dtype, Shape]]
+Block = tuple[int, slice]
+"""An expert, and a range of its rows."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Patch:
-    """A change of one torch tensor: ``w += scale * b @ a``, with DoRA each output then scaled, or its replacement.
+class Update:
+    """``w += scale * b @ a``, and with DoRA each output then scaled.
 
     Attributes:
         a: ``[E, r, columns]``.
         b: ``[E, rows, r]``.
-        scale: The factor.
+        scale: The LoRA scale.
         magnitude: DoRA's length of each output: ``[1, rows, 1]``, or ``[1, 1, columns]`` where those are the outputs.
-        value: Reads the replacement, where it is one.
-        tokens: The rows that the replacement is of; None for all of them.
     """
 
-    a: np.ndarray | None
-    b: np.ndarray | None
-    scale: float = 1.0
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
     magnitude: np.ndarray | None = None
-    value: Callable[[], np.ndarray] | None = None
-    tokens: tuple[int, ...] | None = None
 
     def apply(self, tensor: np.ndarray) -> None:
         """Changes ``tensor`` in place: block by block, float32 sums, one cast."""
-        if self.value is not None:
-            tensor[slice(None) if self.tokens is None else list(self.tokens)] = self.value().astype(tensor.dtype)
-            return
-        assert self.a is not None and self.b is not None
-        flat = tensor.reshape(*self.b.shape[:2], -1)
-        gain = self._gain(flat)
-        for at in self._blocks(flat):
-            flat[at] = (self._updated(flat, at) * gain(at)).astype(tensor.dtype)
+        w = tensor.reshape(*self.b.shape[:2], -1)
+        gain = self._gain(w)
+        for block in self._blocks(w):
+            w[block] = (self._updated(w, block) * gain(block)).astype(tensor.dtype)
 
-    def _blocks(self, flat: np.ndarray) -> Iterator[tuple[int, slice]]:
-        experts, rows, columns = flat.shape
+    def _blocks(self, w: np.ndarray) -> Iterator[Block]:
+        experts, rows, columns = w.shape
         step = max(1, BLOCK // max(columns, 1))
-        for e, start in itertools.product(range(experts), range(0, rows, step)):
-            yield e, slice(start, start + step)
+        for expert, start in itertools.product(range(experts), range(0, rows, step)):
+            yield expert, slice(start, start + step)
 
-    def _updated(self, flat: np.ndarray, at: tuple[int, slice]) -> np.ndarray:
+    def _updated(self, w: np.ndarray, block: Block) -> np.ndarray:
         """``w + scale * b @ a`` of a block, in float32 or wider."""
-        assert self.a is not None and self.b is not None
-        wide = np.promote_types(flat.dtype, np.float32) if flat.dtype.kind == "f" else np.dtype(np.float32)
-        return flat[at].astype(wide) + (self.scale * self.b[at].astype(wide)) @ self.a[at[0]].astype(wide)
+        # ml_dtypes such as bfloat16 are of kind "V", for which NumPy has no promotion
+        dtype = np.promote_types(w.dtype, np.float32) if w.dtype.kind == "f" else np.dtype(np.float32)
+        update = (self.scale * self.b[block].astype(dtype)) @ self.a[block[0]].astype(dtype)
+        return w[block].astype(dtype) + update
 
-    def _gain(self, flat: np.ndarray) -> Callable[[tuple[int, slice]], Any]:
-        """What DoRA multiplies a block with: the magnitude over the length, which is measured first."""
+    def _gain(self, w: np.ndarray) -> Callable[[Block], np.ndarray | float]:
+        """What DoRA multiplies a block with: the magnitude over the length, which needs a pass of its own."""
         if self.magnitude is None:
-            return lambda at: 1.0
+            return lambda block: 1.0
         squares = np.zeros(self.magnitude.shape, np.float32)
-        over_rows = self.magnitude.shape[1:] != (flat.shape[1], 1)
-        for e, rows in self._blocks(flat):
-            block = np.square(self._updated(flat, (e, rows)))
-            squares[(e, slice(None) if over_rows else rows)] += block.sum(axis=0 if over_rows else 1, keepdims=True)
+        over_rows = self.magnitude.shape[1:] != (w.shape[1], 1)
+        for expert, rows in self._blocks(w):
+            block_squares = np.square(self._updated(w, (expert, rows)))
+            outputs = slice(None) if over_rows else rows
+            squares[expert, outputs] += block_squares.sum(axis=0 if over_rows else 1, keepdims=True)
         gain = self.magnitude.astype(np.float32) / np.sqrt(squares)
-        return lambda at: gain[at[0]] if over_rows else gain[at]
+        return lambda block: gain[block[0]] if over_rows else gain[block]
 
 
-def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[str, Patch]:
-    """The patch of each tensor of ``base`` that the adapter changes.
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """New values of a tensor, or of some of its rows.
+
+    Attributes:
+        read: Reads them.
+        rows: The rows that they are; None for all.
+    """
+
+    read: Callable[[], np.ndarray]
+    rows: tuple[int, ...] | None = None
+
+    def apply(self, tensor: np.ndarray) -> None:
+        """Changes ``tensor`` in place."""
+        tensor[slice(None) if self.rows is None else list(self.rows)] = self.read().astype(tensor.dtype)
+
+
+Patches = dict[str, list[Update | Replacement]]
+
+
+def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> Patches:
+    """What is to be done, in order, to each tensor of ``base`` that the adapter changes.
 
     Args:
         adapter: The directory of a PEFT adapter.
@@ -93,202 +110,169 @@ def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> dict[s
     """
     config = read_config(adapter)
     file = safetensors.open_file(weights_file(adapter))
-    read = {key: read_key(key, str(file.path)) for key in file.entries}
-    factors = {(k.module, k.nested, k.side): k for k in read.values() if isinstance(k, Factor)}
-    owners = {name.rpartition(".")[0] for name in base}
-    tied = tied_copies(read, file.read, owners.__contains__)
-    full = {name: key for key, name in read.items() if isinstance(name, str) and key not in tied}
-    extras = [k for k in read.values() if isinstance(k, Extra) and k.key not in tied]
-    lengths = {k.module: k.key for k in extras if k.kind == "magnitude"}
-    rename = _prefix({module for module, _, _ in factors} | {name.rpartition(".")[0] for name in full}, base)
-    problems = [f"  unexpected: {key}" for key, name in read.items() if name is None]
-    found: dict[str, Patch] = {}
-    levels: dict[str, list[int]] = {}
-    for module, nested, _ in factors:
-        levels.setdefault(module, [])
-        levels[module] += [nested] if nested not in levels[module] else []
-    work = _Work(file, config, base, factors, experts, lengths)
-    work.vote(levels, rename)
-    for module, depths in levels.items():
-        problems += work.place(module, rename(module), sorted(depths, reverse=True), found)
-    for name, key in full.items():
-        target = rename(name)
-        shape = file.entries[key].shape
-        if target not in base or base[target][1] != shape:
-            problems.append(
-                f"  {key} {shape} has no place" + (f": {target} is {base[target][1]}" if target in base else "")
-            )
-        elif target not in found:
-            found[target] = Patch(None, None, value=functools.partial(file.read, key))
-    problems += [f"  {key} has no lora_A and lora_B beside it" for m, key in lengths.items() if m not in levels]
-    for extra in (k for k in extras if k.kind == "rows"):
-        problems += work.place_rows(extra, rename(extra.module) + ".weight", found)
+    modules = {name.rpartition(".")[0] for name in base}
+    patcher = Patcher(file, config, base, read_keys(file, modules.__contains__), experts)
+    problems = patcher.place_all()
     if problems:
         raise ValueError("\n".join([f"{file.path} does not fit the base:", *problems[:20]]))
-    return found
+    return patcher.patches
 
 
-def _prefix(modules: set[str], base: Specs) -> Any:
-    """Torch names as the base has them: alike, or all under (or out of) one prefix, as ``bert.``."""
-    owners = {name.rpartition(".")[0] for name in base} | {name.rpartition(".")[0].rpartition(".")[0] for name in base}
-    if not modules or any(module in owners for module in modules):
-        return lambda name: name
-    first = min(modules, key=len)
-    tops = {first.partition(".")[0] + "."}
-    if all(module.startswith(tuple(tops)) for module in modules):
-        top = tops.pop()
-        if all(module.removeprefix(top) in owners for module in modules):
-            return lambda name: name.removeprefix(top)
-    added = {owner.removesuffix(first) for owner in owners if owner.endswith("." + first)}
-    fitting = [prefix for prefix in added if all(prefix + module in owners for module in modules)]
-    return (lambda name: fitting[0] + name) if len(fitting) == 1 else (lambda name: name)
+class Patcher:
+    """The adapter file, and how its factors lie in the tensors of the base. Its methods return what has no place."""
 
+    def __init__(self, file: safetensors.File, config: Config, base: Specs, keys: Keys, experts: str | None) -> None:
+        self.file, self.config, self.base, self.keys = file, config, base, keys
+        self.magnitudes = {key.module: key.key for key in keys.extras if key.extra.field == "magnitude"}
+        self.modules = group_by(keys.pairs, lambda pair: pair.module)
+        self.rename = _prefix({*self.modules, *(name.rpartition(".")[0] for name in keys.full)}, base)
+        # whether the experts of the base may be [expert, out, in] (False) and [expert, in, out] (True)
+        is_in_out = experts == "in_out" or config.exchanges_experts
+        self.expert_layouts = (False, True) if experts is None else (is_in_out,)
+        self.is_transposed = self._vote()
+        self.patches: Patches = {}
 
-class _Work:
-    """The adapter file, and how its factors lie in the base's tensors."""
+    def place_all(self) -> list[str]:
+        """Finds the place of every tensor of the adapter."""
+        problems = [f"  unexpected: {key}" for key in self.keys.foreign]
+        problems += [f"  {key} has no partner: a module has lora_A and lora_B" for key in self.keys.single]
+        for module, pairs in self.modules.items():
+            problems += self._place_module(module, sorted(pairs, key=lambda pair: -pair.depth))
+        for name, key in self.keys.full.items():
+            problems += self._place_full(self.rename(name), key)
+        for module, key in self.magnitudes.items():
+            problems += [] if module in self.modules else [f"  {key} has no lora_A and lora_B beside it"]
+        for key in self.keys.extras:
+            if key.extra.field == "rows":
+                problems += self._place_rows(key.key, key.module, self.rename(key.module) + ".weight")
+        return problems
 
-    def __init__(
-        self,
-        file: safetensors.File,
-        config: Config,
-        base: Specs,
-        factors: Mapping[Any, Factor],
-        experts: str | None,
-        lengths: Mapping[str, str],
-    ) -> None:
-        self.file, self.config, self.base, self.factors, self.lengths = file, config, base, factors, lengths
-        self.transposed = bool(config["fan_in_fan_out"])
-        over_rows = experts == "in_out" or config.exchanges_experts
-        self.over_rows = (False, True) if experts is None else (over_rows,)
-
-    def shapes(self, module: str, nested: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The shapes of A and B, or None where one is missing."""
-        pair = [self.factors.get((module, nested, side)) for side in "AB"]
-        if None in pair:
-            return None
-        a, b = (self.file.entries[key.key].shape for key in pair if key)
-        return a, b
-
-    def vote(self, levels: Mapping[str, list[int]], rename: Any) -> None:
-        """Decides how square weights lie: as the others do; only without others as the config says."""
+    def _vote(self) -> bool:
+        """Whether square weights are ``[in, out]``: as the others are; only without others as the config says."""
         votes = set()
-        for module in levels:
-            shapes, spec = self.shapes(module, 0), self.base.get(rename(module) + ".weight")
-            factor = self.factors.get((module, 0, "A"))
-            if (
-                shapes
-                and factor
-                and not factor.embedding
-                and spec
-                and len(spec[1]) == len(shapes[0]) == 2
-                and spec[1][0] != spec[1][1]
-            ):
-                votes.add(spec[1] != (shapes[1][0], shapes[0][1]))
-        if len(votes) == 1:
-            self.transposed = votes.pop()
+        for pair in self.keys.pairs:
+            a, b = self._shapes(pair)
+            shape = self._base_shape(self.rename(pair.module) + ".weight")
+            if not pair.is_embedding and not pair.depth and len(shape) == len(a) == 2 and shape[0] != shape[1]:
+                votes.add(shape != (b[0], a[1]))
+        return votes.pop() if len(votes) == 1 else bool(self.config["fan_in_fan_out"])
 
-    def place(self, module: str, target: str, depths: list[int], found: dict[str, Patch]) -> list[str]:
-        """Adds the patches of one module; returns what has no place."""
-        shapes = [self.shapes(module, depth) for depth in depths]
-        if None in shapes:
-            return [f"  {module} has only one of lora_A and lora_B"]
+    def _base_shape(self, name: str) -> Shape:
+        return self.base[name][1] if name in self.base else ()
+
+    def _shapes(self, pair: FactorPair) -> tuple[Shape, Shape]:
+        return self.file.entries[pair.a].shape, self.file.entries[pair.b].shape
+
+    def _place_module(self, module: str, pairs: Sequence[FactorPair]) -> list[str]:
+        """The factors of one module, the innermost first."""
+        target = self.rename(module)
         weight = f"{target}.weight"
-        if depths == [0] and weight in self.base:
-            return self.place_weight(module, weight, found)
+        if [pair.depth for pair in pairs] == [0] and weight in self.base:
+            return self._place_weight(pairs[0], weight)
         names = [n for n in self.base if n.startswith(target + ".") and self.config.targets_parameter(n)]
-        fits = [
-            (order, over_rows)
-            for over_rows in self.over_rows
-            for order in itertools.permutations(names, len(depths))
-            if all(self.fits(name, pair, over_rows) for name, pair in zip(order, shapes, strict=True))
+        candidates = [
+            (order, is_in_out)
+            for is_in_out in self.expert_layouts
+            for order in itertools.permutations(names, len(pairs))
+            if all(self._fits_experts(name, pair, is_in_out) for name, pair in zip(order, pairs, strict=True))
         ]
-        if not fits:
+        if not candidates:
             near = nearest(weight, list(self.base), 1)
             return [f"  {module} has no place" + (f" (nearest in the base: {near[0]})" if near else "")]
-        if len(fits) > 1:
-            listed = ", ".join(names)
+        if len(candidates) > 1:
             return [
-                f"  {module}: {listed} can be [expert, out, in] or [expert, in, out] by shape; say which with experts="
+                f"  {module}: {', '.join(names)} can be [expert, out, in] or [expert, in, out] by shape; say which "
+                "with experts='out_in' or experts='in_out' (--experts)"
             ]
-        (order, over_rows), *_ = fits
-        for name, depth in zip(order, depths, strict=True):
-            found[name] = self.experts(module, depth, name, over_rows)
+        ((order, is_in_out),) = candidates
+        for name, pair in zip(order, pairs, strict=True):
+            self.patches[name] = [self._experts_update(name, pair, is_in_out)]
         return []
 
-    def tensors(self, module: str, nested: int) -> tuple[np.ndarray, np.ndarray]:
-        """A and B."""
-        a, b = (self.file.read(self.factors[module, nested, side].key) for side in "AB")
-        return a, b
-
-    def place_weight(self, module: str, name: str, found: dict[str, Patch]) -> list[str]:
+    def _place_weight(self, pair: FactorPair, name: str) -> list[str]:
         """Linear, Conv1D, embedding and convolution."""
+        module = pair.module
         dtype, shape = self.base[name]
-        a, b = self.tensors(module, 0)
-        rank = a.shape[0]
+        a, b = self.file.read(pair.a), self.file.read(pair.b)
+        rank, outputs = a.shape[0], b.shape[0]
         if rank != self.config.rank(module):
             return [f"  {module} has rank {rank}, adapter_config.json says {self.config.rank(module)}"]
         if dtype.kind not in "fV":
             return [f"  {name} is {dtype}: a quantized base cannot be merged into"]
-        straight = (b.shape[0], *a.shape[1:])
-        embedding = self.factors[module, 0, "A"].embedding
-        a, b = a.reshape(rank, -1), b.reshape(b.shape[0], -1)
-        scale = self.config.scale(module, rank)
-        turned = embedding or (len(shape) == 2 and straight[::-1] == shape and (straight != shape or self.transposed))
-        if b.shape[1] != rank or (straight[::-1] if turned else straight) != shape:
-            return [f"  {module}: lora_B @ lora_A is {straight}, {name} is {shape}"]
-        outs = len(b)
-        use_dora = bool(self.config["use_dora"])
-        if (module in self.lengths) != use_dora:
-            has = "a" if module in self.lengths else "no"
+        out_in = (outputs, *a.shape[1:])
+        a, b = a.reshape(rank, -1), b.reshape(outputs, -1)
+        fits_in_out = len(shape) == 2 and out_in[::-1] == shape
+        is_in_out = pair.is_embedding or (fits_in_out and (out_in != shape or self.is_transposed))
+        if b.shape[1] != rank or (out_in[::-1] if is_in_out else out_in) != shape:
+            return [f"  {module}: lora_B @ lora_A is {out_in}, {name} is {shape}"]
+        use_dora, key = bool(self.config["use_dora"]), self.magnitudes.get(module)
+        if (key is not None) != use_dora:
+            has = "a" if key else "no"
             return [f"  {module} has {has} lora_magnitude_vector, adapter_config.json says use_dora={use_dora}"]
-        magnitude = self.file.read(self.lengths[module]) if module in self.lengths else None
-        if magnitude is not None and magnitude.size != outs:
-            return [f"  {self.lengths[module]} has {magnitude.size} entries, {name} {outs} outputs"]
-        magnitude = None if magnitude is None else magnitude.reshape((1, 1, outs) if turned else (1, outs, 1))
-        a, b = (b.T, a.T) if turned else (a, b)
-        found[name] = Patch(a[None], b[None], scale, magnitude)
+        magnitude = None if key is None else self.file.read(key)
+        if magnitude is not None:
+            if magnitude.size != outputs:
+                return [f"  {key} has {magnitude.size} entries, {name} {outputs} outputs"]
+            magnitude = magnitude.reshape((1, 1, outputs) if is_in_out else (1, outputs, 1))
+        a, b = (b.T, a.T) if is_in_out else (a, b)
+        self.patches[name] = [Update(a[None], b[None], self.config.scale(module, rank), magnitude)]
         return []
 
-    def place_rows(self, extra: Extra, name: str, found: dict[str, Patch]) -> list[str]:
-        """Adds the patch of trained token rows; returns why there is no place."""
-        tokens, shape = self.config.tokens(extra.module), self.base.get(name, (None, ()))[1]
+    def _place_full(self, name: str, key: str) -> list[str]:
+        """A parameter saved in full; the base weight that PEFT saves beside an adapter is not one."""
+        shape = self.file.entries[key].shape
+        if name not in self.base:
+            return [f"  {key} {shape} has no place"]
+        if self.base[name][1] != shape:
+            return [f"  {key} {shape} has no place: {name} is {self.base[name][1]}"]
+        self.patches.setdefault(name, [Replacement(functools.partial(self.file.read, key))])
+        return []
+
+    def _place_rows(self, key: str, module: str, name: str) -> list[str]:
+        """Trained token rows; they come after the embedding itself, which PEFT saves too where it was resized."""
+        tokens, shape = self.config.tokens(module), self._base_shape(name)
         if not tokens:
-            return [f"  {extra.key}: adapter_config.json names no trainable_token_indices for {extra.module}"]
-        rows = self.file.entries[extra.key].shape
+            return [f"  {key}: adapter_config.json names no trainable_token_indices for {module}"]
+        rows = self.file.entries[key].shape
         if len(shape) != 2 or rows != (len(tokens), shape[1]) or max(tokens) >= shape[0]:
-            return [f"  {extra.key} {rows}: rows {list(tokens)} have no place, {name} is {shape or 'missing'}"]
-        read = functools.partial(self.file.read, extra.key)
-        if name not in found:
-            found[name] = Patch(None, None, value=read, tokens=tokens)
-            return []
-        whole = found[name].value
-        if whole is None:
-            return [f"  {extra.key}: {name} has an adapter too, which PEFT does not allow"]
-        found[name] = Patch(None, None, value=lambda: _overlaid(whole(), read(), tokens))
+            return [f"  {key} {rows}: rows {list(tokens)} have no place, {name} is {shape or 'missing'}"]
+        before = self.patches.setdefault(name, [])
+        if any(isinstance(patch, Update) for patch in before):
+            return [f"  {key}: {name} has an adapter too, which PEFT does not allow"]
+        before.append(Replacement(functools.partial(self.file.read, key), tokens))
         return []
 
-    def fits(self, name: str, pair: Any, over_rows: bool) -> bool:
+    def _fits_experts(self, name: str, pair: FactorPair, is_in_out: bool) -> bool:
         """Whether a pair can belong to a parameter ``[E, d1, d2]``, A over ``d1`` or over ``d2``, or ``[d1, d2]``."""
-        shape = self.base[name][1]
-        if len(shape) not in (2, 3) or (len(shape) == 2 and over_rows):
+        _, shape = self.base[name]
+        if len(shape) not in (2, 3) or (len(shape) == 2 and is_in_out):
             return False
-        experts = shape[0] if len(shape) == 3 else 1
-        rank = experts * self.config.rank(name)
-        columns, rows = shape[-2:] if over_rows else shape[-2:][::-1]
-        return pair == ((rank, columns), (rows, rank))
+        rank = (shape[0] if len(shape) == 3 else 1) * self.config.rank(name)
+        columns, rows = shape[-2:] if is_in_out else shape[-2:][::-1]
+        return self._shapes(pair) == ((rank, columns), (rows, rank))
 
-    def experts(self, module: str, nested: int, name: str, over_rows: bool) -> Patch:
-        """The patch of a parameter reached through ``target_parameters``."""
+    def _experts_update(self, name: str, pair: FactorPair, is_in_out: bool) -> Update:
+        """The update of a parameter reached through ``target_parameters``."""
         rank = self.config.rank(name)
-        a, b = self.tensors(module, nested)
-        count = a.shape[0] // rank
-        a, b = a.reshape(count, rank, -1), b.reshape(-1, rank, count).transpose(2, 0, 1)
-        pair = (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if over_rows else (a, b)
-        return Patch(*pair, self.config.scale(name, rank))
+        a, b = self.file.read(pair.a), self.file.read(pair.b)
+        experts = a.shape[0] // rank
+        a, b = a.reshape(experts, rank, -1), b.reshape(-1, rank, experts).transpose(2, 0, 1)
+        if is_in_out:
+            a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+        return Update(a, b, self.config.scale(name, rank))
 
 
-def _overlaid(whole: np.ndarray, rows: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
-    """``whole`` with other rows: PEFT saves an embedding that was resized beside the rows that train."""
-    whole = whole.copy()
-    whole[list(tokens)] = rows.astype(whole.dtype)
-    return whole
+def _prefix(modules: Iterable[str], base: Specs) -> Callable[[str], str]:
+    """Torch names as the base has them: alike, or all under (or out of) one prefix, as ``bert.``."""
+    owners = {name.rpartition(".")[0] for name in base}
+    owners |= {owner.rpartition(".")[0] for owner in owners}
+    modules = sorted(modules, key=len)
+    if not modules or any(module in owners for module in modules):
+        return lambda name: name
+    shortest = modules[0]
+    top = shortest.partition(".")[0] + "."
+    if all(module.startswith(top) and module.removeprefix(top) in owners for module in modules):
+        return lambda name: name.removeprefix(top)
+    added = {owner.removesuffix(shortest) for owner in owners if owner.endswith("." + shortest)}
+    fitting = [prefix for prefix in added if all(prefix + module in owners for module in modules)]
+    return (lambda name: fitting[0] + name) if len(fitting) == 1 else (lambda name: name)

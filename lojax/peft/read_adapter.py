@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,28 +15,18 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors
-from lojax.peft import factors, magnitudes, tokens
+from lojax.peft import factors, tensor_keys
 from lojax.peft.config import Config, read_config
-from lojax.peft.factors import Cell
+from lojax.peft.extras import EXTRAS
+from lojax.peft.full_parameters import full_from_torch, full_index, full_shape
 from lojax.peft.model_families import name_map as find_map
-from lojax.peft.name_map import NameMap, Slot, Table
-from lojax.peft.tensor_keys import (
-    PREFIX,
-    WEIGHTS,
-    Extra,
-    Factor,
-    factor_keys,
-    is_parameter_target,
-    magnitude_key,
-    pair_up,
-    parameter_key,
-    read_key,
-    rows_key,
-    tied_copies,
-)
+from lojax.peft.name_map import NameMap, Table, TorchParameter, group_by
+from lojax.types import Dtype, Leaf, Params, Path, Shape
 
 
-def load(path: str | os.PathLike[str], params: Any, name_map: NameMap | str, *, dtype: Any = jnp.float32) -> Any:
+def load(
+    path: str | os.PathLike[str], params: Params, name_map: NameMap | str, *, dtype: Dtype | None = jnp.float32
+) -> Params:
     """The ``lora`` tree of a Hugging Face PEFT adapter.
 
     Args:
@@ -61,183 +50,160 @@ def load(path: str | os.PathLike[str], params: Any, name_map: NameMap | str, *, 
         ValueError: The files are damaged, need what lojax does not compute, or do not fit ``params``; the
             text lists every missing, unexpected and mis-shaped key. Nothing is loaded partly.
     """
-    directory = Path(path)
+    directory = pathlib.Path(path)
     config = read_config(directory)
     file = safetensors.open_file(weights_file(directory))
     table = find_map(name_map).table(params)
-    keys = sort_keys(file, table, config)
-    cells = [(slot, _read_pair(file, keys, slot, a, b, config, dtype)) for slot, a, b in keys.pairs]
+    contents = match_keys(file, table, config)
     leaves = flatten(params)
-    found: dict[str, Any] = {}
-    for leaf_path, group in _grouped(cells).items():
-        found[leaf_path] = _adapter(leaves[leaf_path], group, config)
-    for slot, key in keys.rows:
-        chosen = config.tokens(slot.module) or ()
-        adapter = tokens.from_torch(slot, file.read(key), chosen, leaves[slot.path], dtype)
-        found[slot.path] = box_arrays(leaves[slot.path], adapter)
-    for leaf_path, group in _grouped(keys.full).items():
-        if leaf_path not in found:
-            found[leaf_path] = _full(leaves[leaf_path], table.by_path()[leaf_path], group, file)
+    trained: dict[Path, Leaf] = dict(_adapters(file, contents, leaves, config, dtype))
+    parameters = table.by_path()
+    for leaf_path, saved in group_by(contents.full, lambda item: item[0].path).items():
+        if leaf_path in trained:
+            _check_same_base(leaves[leaf_path], saved, file)
         else:
-            _check_same(leaves[leaf_path], group, file)
-    return map_paths(lambda p, _: found.get(p), params)
+            trained[leaf_path] = _full_leaf(leaves[leaf_path], len(parameters[leaf_path]), saved, file)
+    return map_paths(lambda leaf_path, _: trained.get(leaf_path), params)
 
 
-def freeze(params: Any, lora: Any) -> Any:
+def freeze(params: Params, lora: Params) -> Params:
     """The ``frozen`` tree beside ``lora``: ``params``, with None where ``lora`` holds the parameter in full."""
     return map_paths(lambda _, p, t: p if t is None or isinstance(t, Adapter) else None, params, lora)
 
 
-def weights_file(directory: Path) -> Path:
+def weights_file(directory: pathlib.Path) -> pathlib.Path:
     """The weights of an adapter directory.
 
     Raises:
         ValueError: They are a pickle.
         FileNotFoundError: There are none.
     """
-    path = directory / WEIGHTS
+    path = directory / tensor_keys.WEIGHTS
     if path.is_file():
         return path
     pickled = directory / "adapter_model.bin"
     if pickled.exists():
         raise ValueError(
-            f"{pickled} is a pickle, which can run any code when it is opened; lojax reads safetensors only. Where you "
+            f"{pickled} is a pickle, which can run any code when it is opened; lojax reads safetensors only. If you "
             "trust its origin, convert it once with PyTorch: "
             "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-            f"'{WEIGHTS}', metadata={{'format': 'pt'}})"
+            f"'{tensor_keys.WEIGHTS}', metadata={{'format': 'pt'}})"
         )
-    raise FileNotFoundError(f"{directory} holds no {WEIGHTS}.")
+    raise FileNotFoundError(f"{directory} holds no {tensor_keys.WEIGHTS}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
-    """The keys of a file by what they are.
+class Contents:
+    """What a file holds, by the torch parameter it is about.
 
     Attributes:
-        pairs: ``(slot, key of A, key of B)``.
-        full: ``(slot, key)`` of each parameter saved in full.
-        magnitudes: The key of DoRA's magnitude by the name of the slot.
-        rows: ``(slot, key)`` of the trained rows of an embedding.
+        factors: ``(parameter, key of A, key of B)``.
+        full: ``(parameter, key)`` of each parameter saved in full.
+        extras: ``(parameter, key)`` of each other tensor, by the field of `Adapter` that it goes to.
     """
 
-    pairs: list[tuple[Slot, str, str]]
-    full: list[tuple[Slot, str]]
-    magnitudes: dict[str, str]
-    rows: list[tuple[Slot, str]]
+    factors: list[tuple[TorchParameter, str, str]]
+    full: list[tuple[TorchParameter, str]]
+    extras: dict[str, list[tuple[TorchParameter, str]]]
 
 
-def sort_keys(file: safetensors.File, table: Table, config: Config) -> Keys:
-    """The keys of a file, all checked.
+def match_keys(file: safetensors.File, table: Table, config: Config) -> Contents:
+    """The contents of a file, all of its keys checked.
 
     Raises:
         ValueError: Keys are missing, unexpected or mis-shaped; the text lists them.
     """
-    where = str(file.path)
+    weights = table.weights()
+    keys = tensor_keys.read_keys(file, weights.__contains__)
     shapes = {key: entry.shape for key, entry in file.entries.items()}
-    read = {key: read_key(key, where) for key in file.entries}
-    weights: dict[str, list[Slot]] = {}
-    for slot in table.slots.values():
-        if slot.is_weight:
-            weights.setdefault(slot.module, []).append(slot)
-    tied = tied_copies(read, file.read, weights.__contains__)
-    read = {key: kind for key, kind in read.items() if key not in tied}
-    pairs, unexpected = pair_up([k for k in read.values() if isinstance(k, Factor)], weights, shapes, config)
-    full = [(table.slots[name], key) for key, name in read.items() if isinstance(name, str) and name in table.slots]
-    keys = Keys(pairs, full, {}, [])
-    refused = _sort_extras([k for k in read.values() if isinstance(k, Extra)], keys, weights, config)
-    known = {key for _, *both in pairs for key in both} | {key for _, key in full} | set(unexpected)
-    unexpected += [key for key, kind in read.items() if key not in known and not isinstance(kind, Extra)]
-    problems = [*_misshapen(keys, shapes, config), *refused]
-    problems += _listed("unexpected", unexpected, [PREFIX + name for name in table.slots])
-    problems += _listed("missing", [key for key in _missing(keys, weights, config) if key not in unexpected], ())
+    pairs, unexpected = tensor_keys.match_factors(keys.pairs, weights, shapes, config)
+    full = [(table.parameters[name], key) for name, key in keys.full.items() if name in table.parameters]
+    unexpected += [*keys.single, *keys.foreign]
+    unexpected += [key for name, key in keys.full.items() if name not in table.parameters]
+    contents = Contents(pairs, full, {extra.field: [] for extra in EXTRAS})
+    misfits = _place_extras(keys.extras, contents, weights, config)
+    expected = [(p, key, full_shape(p)) for p, key in full]
+    expected += [(w, key, e.torch_shape(w, config)) for e in EXTRAS for w, key in contents.extras[e.field]]
+    problems = _misshapen_factors(pairs, shapes, config)
+    problems += [_misshapen(p, key, shapes[key], want) for p, key, want in expected if shapes[key] != want]
+    problems += misfits
+    problems += _list_keys("unexpected", unexpected, [tensor_keys.PREFIX + name for name in table.parameters])
+    unexpected_keys = set(unexpected)
+    missing = [key for key in _missing(contents, weights, config) if key not in unexpected_keys]
+    problems += _list_keys("missing", missing, ())
     if problems:
-        raise ValueError(_text(where, problems, none_fit=not pairs and not full and not keys.rows))
-    _check_ranks(pairs, shapes, config, where)
-    return keys
+        raise ValueError(
+            _misfit_text(file.path, problems, none_fit=not (pairs or full or any(contents.extras.values())))
+        )
+    return contents
 
 
-def _sort_extras(
-    extras: Sequence[Extra], keys: Keys, weights: Mapping[str, Sequence[Slot]], config: Config
+def _place_extras(
+    keys: Sequence[tensor_keys.ExtraKey],
+    contents: Contents,
+    weights: Mapping[str, Sequence[TorchParameter]],
+    config: Config,
 ) -> list[str]:
-    """Puts magnitudes and rows into ``keys``; returns what has no place, and why."""
-    adapted = {slot.module: slot for slot, *_ in keys.pairs if not is_parameter_target(slot)}
-    refused = []
-    for extra in extras:
-        reason = None
-        if extra.kind == "magnitude":
-            if not config["use_dora"]:
-                reason = f"adapter_config.json says use_dora={config['use_dora']}"
-            elif extra.module not in adapted:
-                reason = f"{extra.module} has no lora_A and lora_B beside it"
-            else:
-                keys.magnitudes[adapted[extra.module].name] = extra.key
+    """Adds the extras to ``contents``; returns those that have no place, and why."""
+    adapted = {weight.module: weight for weight, *_ in contents.factors if not weight.is_experts}
+    misfits = []
+    for key in keys:
+        weight = adapted.get(key.module) or next(iter(weights.get(key.module, ())), None)
+        if weight is None:
+            reason = f"the name map has no weight of {key.module}"
+        elif key.extra.needs_factors and key.module not in adapted:
+            reason = f"{key.module} has no lora_A and lora_B beside it"
+        elif not key.extra.needs_factors and key.module in adapted:
+            reason = f"{key.module} has an adapter too, which PEFT does not allow"
         else:
-            slots = weights.get(extra.module, ())
-            if not config.tokens(extra.module):
-                reason = f"adapter_config.json names no trainable_token_indices for {extra.module}"
-            elif len(slots) != 1 or not tokens.is_table(slots[0]):
-                at = ", ".join(f"{slot.path} as a {slot.kind} weight" for slot in slots) or "nothing"
-                reason = f"token rows are of an embedding, and the name map has {at} there"
-            elif extra.module in adapted:
-                reason = f"{extra.module} has an adapter too, which PEFT does not allow"
-            else:
-                keys.rows.append((slots[0], extra.key))
-        refused += [f"  unexpected: {extra.key} ({reason})"] if reason else []
-    return refused
+            reason = key.extra.misfit(weight, config)
+        if weight is None or reason:
+            misfits.append(f"  unexpected: {key.key} ({reason})")
+        else:
+            contents.extras[key.extra.field].append((weight, key.key))
+    return misfits
 
 
-def _missing(keys: Keys, weights: Mapping[str, Sequence[Slot]], config: Config) -> list[str]:
+def _missing(contents: Contents, weights: Mapping[str, Sequence[TorchParameter]], config: Config) -> list[str]:
     """The keys that the config asks for and the file lacks."""
-    slots = [slot for group in weights.values() for slot in group]
-    taken = {slot.name for slot, *_ in keys.pairs}
-    wanted = [slot for slot in slots if slot.name not in taken and _is_wanted(slot, config)]
-    missing = [key for slot in wanted for key in factor_keys(slot)]
-    if config["use_dora"]:
-        lengths = [slot for slot, *_ in keys.pairs if slot.name not in keys.magnitudes]
-        missing += [magnitude_key(slot) for slot in [*lengths, *wanted]]
-    if isinstance(config["trainable_token_indices"], dict) or not keys.rows:
-        held = {slot.name for slot, _ in keys.rows}
-        missing += [rows_key(s) for s in slots if tokens.is_table(s) and s.name not in held and config.tokens(s.module)]
+    every = [weight for group in weights.values() for weight in group]
+    factored = [weight for weight, *_ in contents.factors]
+    names = {weight.name for weight in factored}
+    unadapted = [weight for weight in every if weight.name not in names and _is_wanted(weight, config)]
+    missing = [key for weight in unadapted for key in tensor_keys.factor_keys(weight)]
+    for extra in EXTRAS:
+        candidates = [*factored, *unadapted] if extra.needs_factors else every
+        present = [weight for weight, _ in contents.extras[extra.field]]
+        missing += [tensor_keys.extra_key(extra, weight) for weight in extra.missing(candidates, present, config)]
     return missing
 
 
-def _is_wanted(slot: Slot, config: Config) -> bool:
-    return config.targets_parameter(slot.name) if is_parameter_target(slot) else config.targets(slot.module)
+def _is_wanted(weight: TorchParameter, config: Config) -> bool:
+    return config.targets_parameter(weight.name) if weight.is_experts else config.targets(weight.module)
 
 
-def _misshapen(keys: Keys, shapes: Mapping[str, tuple[int, ...]], config: Config) -> list[str]:
+def _misshapen_factors(
+    pairs: Sequence[tuple[TorchParameter, str, str]], shapes: Mapping[str, Shape], config: Config
+) -> list[str]:
+    """The factors of another shape than the weight needs, or of another rank, on which the scale depends."""
     lines = []
-    for slot, *both in keys.pairs:
-        got = tuple(shapes[key] for key in both)
-        rank = _rank_of(slot, got[0])
-        if rank and got in [factors.torch_shapes(slot, rank, exchanged=e) for e in (False, True)]:
-            continue
-        expected = factors.torch_shapes(slot, rank or config.rank(parameter_key(slot)))
-        for key, have, want in zip(both, got, expected, strict=True):
-            if have != want:
-                lines.append(f"  mis-shaped: {key} is {have}; {slot.path} {slot.shape} needs {want}")
-    single = [(slot, key, factors.full_shape(slot)) for slot, key in keys.full]
-    for slot, *_ in keys.pairs:
-        if slot.name in keys.magnitudes:
-            key = keys.magnitudes[slot.name]
-            single.append((slot, key, magnitudes.torch_shape(slot, factors.sizes(slot, "out"))))
-    for slot, key in keys.rows:
-        chosen = config.tokens(slot.module) or ()
-        single.append((slot, key, tokens.torch_shape(slot, chosen)))
-        if max(chosen) >= tokens.vocabulary(slot):
-            lines.append(f"  {key}: trains row {max(chosen)}; {slot.path} {slot.shape} has {tokens.vocabulary(slot)}")
-    for slot, key, want in single:
-        if shapes[key] != want:
-            lines.append(f"  mis-shaped: {key} is {shapes[key]}; {slot.path} {slot.shape} needs {want}")
+    for weight, *keys in pairs:
+        got = tuple(shapes[key] for key in keys)
+        rank, config_rank = factors.rank_in_file(weight, got[0]), config.rank(weight.config_key)
+        if not rank or got not in [factors.torch_shapes(weight, rank, exchanged=e) for e in (False, True)]:
+            triples = zip(keys, got, factors.torch_shapes(weight, rank or config_rank), strict=True)
+            lines += [_misshapen(weight, key, shape, want) for key, shape, want in triples if shape != want]
+        elif rank != config_rank:
+            reason = f"adapter_config.json says {config_rank} for {weight.config_key}"
+            lines.append(f"  of another adapter: {keys[0]} has rank {rank}, {reason}")
     return lines
 
 
-def _rank_of(slot: Slot, shape: tuple[int, ...]) -> int:
-    count = int(np.prod(factors.sizes(slot, "expert"))) if is_parameter_target(slot) else 1
-    return shape[0] // count if shape else 0
+def _misshapen(parameter: TorchParameter, key: str, got: Shape, expected: Shape) -> str:
+    return f"  mis-shaped: {key} is {got}; {parameter.path} {parameter.shape} needs {expected}"
 
 
-def _listed(kind: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
+def _list_keys(kind: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
     lines = []
     for key in keys[:10]:
         near = nearest(key, known, 1) if known else []
@@ -245,80 +211,72 @@ def _listed(kind: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
     return [*lines, *([f"  {kind}: and {len(keys) - 10} more"] if len(keys) > 10 else [])]
 
 
-def _text(where: str, problems: list[str], none_fit: bool) -> str:
-    start = f"{where} does not fit the base:"
+def _misfit_text(path: pathlib.Path, problems: list[str], none_fit: bool) -> str:
+    start = f"{path} does not fit the base:"
     hint = "Is this the base it was trained on, and does the name map fit it? print(name_map.table(params)) shows."
     if none_fit:
-        start = f"{where} is an adapter for another architecture, or the name map is for another: no key fits the base."
+        start = f"{path} is an adapter for another architecture, or the name map is for another: no key fits the base."
     return "\n".join([start, *problems, hint])
 
 
-def _check_ranks(pairs: Any, shapes: Mapping[str, tuple[int, ...]], config: Config, where: str) -> None:
-    wrong = []
-    for slot, a, _ in pairs:
-        rank, expected = _rank_of(slot, shapes[a]), config.rank(parameter_key(slot))
-        if rank != expected:
-            wrong.append(f"  {a} has rank {rank}, adapter_config.json says {expected} for {parameter_key(slot)}")
-    if wrong:
-        more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        start = f"{where} and its adapter_config.json disagree about ranks, on which the scale depends:"
-        raise ValueError("\n".join([start, *wrong[:10], *more, "One of the two files is of another adapter."]))
+def _adapters(
+    file: safetensors.File, contents: Contents, leaves: Mapping[Path, Leaf], config: Config, dtype: Dtype | None
+) -> dict[Path, Adapter]:
+    """The adapter of each leaf that has one."""
+    adapters: dict[Path, Adapter] = {}
+    for path, pairs in group_by(contents.factors, lambda item: item[0].path).items():
+        updates = [(weight, _read_update(file, weight, a, b, config, dtype)) for weight, a, b in pairs]
+        adapters[path] = factors.assemble(updates, updates[0][1].a.dtype)
+    for extra in EXTRAS:
+        for path, keys in group_by(contents.extras[extra.field], lambda item: item[0].path).items():
+            tensors = [(weight, file.read(key)) for weight, key in keys]
+            adapters[path] = extra.add(adapters.get(path), tensors, leaves[path], config, dtype)
+    return {path: _finish(leaves[path], adapter, config) for path, adapter in adapters.items()}
 
 
-def _read_pair(
-    file: safetensors.File, keys: Keys, slot: Slot, key_a: str, key_b: str, config: Config, dtype: Any
-) -> Cell:
-    length = keys.magnitudes.get(slot.name)
-    held = [file.read(key) for key in (key_a, key_b, length) if key is not None]
-    a, b, *rest = held if dtype is None else [tensor.astype(dtype) for tensor in held]
-    rank = _rank_of(slot, a.shape)
-    scale = config.scale(parameter_key(slot), rank)
-    exchanged = _is_exchanged(slot, a.shape, b.shape, rank, config)
-    return factors.cell_from_torch(slot, a, b, scale, magnitude=rest[0] if rest else None, exchanged=exchanged)
+def _read_update(
+    file: safetensors.File, weight: TorchParameter, key_a: str, key_b: str, config: Config, dtype: Dtype | None
+) -> factors.TorchUpdate:
+    a, b = (tensor if dtype is None else tensor.astype(dtype) for tensor in (file.read(key_a), file.read(key_b)))
+    rank = factors.rank_in_file(weight, a.shape)
+    straight, exchanged = (factors.torch_shapes(weight, rank, exchanged=e) for e in (False, True))
+    # where in and out are of one size, the version of PEFT that wrote the file tells which is which
+    is_old = config.exchanges_experts and weight.kind == "experts"
+    is_exchanged = is_old if straight == exchanged else (a.shape, b.shape) == exchanged
+    return factors.from_torch(weight, a, b, config.scale(weight.config_key, rank), exchanged=is_exchanged)
 
 
-def _is_exchanged(slot: Slot, a: tuple[int, ...], b: tuple[int, ...], rank: int, config: Config) -> bool:
-    """Whether in and out are exchanged: by shape, and where that cannot tell by the PEFT that wrote it."""
-    straight, exchanged = (factors.torch_shapes(slot, rank, exchanged=e) for e in (False, True))
-    return config.exchanges_experts and slot.kind == "experts" if straight == exchanged else (a, b) == exchanged
-
-
-def _grouped(items: Sequence[Any]) -> dict[str, list[Any]]:
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(item[0].path, []).append(item)
-    return groups
-
-
-def _adapter(leaf: Any, cells: Sequence[tuple[Slot, Cell]], config: Config) -> Adapter:
-    adapter = factors.assemble(cells, cells[0][1].a.dtype, leaf)
+def _finish(leaf: Leaf, adapter: Adapter, config: Config) -> Adapter:
+    """``adapter`` with JAX arrays, in boxes like that of its weight, and the dropout of the config."""
     arrays = {name: jnp.asarray(x) for name, x in adapter.arrays.items()}
-    return box_arrays(leaf, dataclasses.replace(adapter, dropout=float(config["lora_dropout"] or 0.0), **arrays))
+    dropout = 0.0 if adapter.a is None else float(config["lora_dropout"] or 0.0)
+    return box_arrays(leaf, dataclasses.replace(adapter, dropout=dropout, **arrays))
 
 
-def _full(leaf: Any, slots: Sequence[Slot], saved: Sequence[tuple[Slot, str]], file: safetensors.File) -> Any:
+def _full_leaf(leaf: Leaf, count: int, saved: Sequence[tuple[TorchParameter, str]], file: safetensors.File) -> Leaf:
+    """A leaf of ``count`` parameters, with those that are saved in full."""
     base = unbox(leaf)
-    if len(saved) < len(slots) and not hasattr(base, "__array__"):
+    if len(saved) < count and not hasattr(base, "__array__"):
         raise ValueError(
-            f"{saved[0][0].path}: {file.path} holds {len(saved)} of its {len(slots)} entries, so the others must come "
+            f"{saved[0][0].path}: {file.path} holds {len(saved)} of its {count} entries, so the others must come "
             "from the base; pass its arrays, not shapes."
         )
-    value = np.array(base) if len(saved) < len(slots) else np.empty(base.shape, base.dtype)
-    for slot, key in saved:
-        value[factors.full_index(slot)] = factors.full_from_torch(slot, file.read(key)).astype(base.dtype)
+    value = np.array(base) if len(saved) < count else np.empty(base.shape, base.dtype)
+    for parameter, key in saved:
+        value[full_index(parameter)] = full_from_torch(parameter, file.read(key)).astype(base.dtype)
     return rebox(leaf, jnp.asarray(value))
 
 
-def _check_same(leaf: Any, saved: Sequence[tuple[Slot, str]], file: safetensors.File) -> None:
-    """PEFT saves the base beside the adapter of an embedding: it must be ours."""
+def _check_same_base(leaf: Leaf, saved: Sequence[tuple[TorchParameter, str]], file: safetensors.File) -> None:
+    """Raises unless the base weight that PEFT saved beside the adapter of an embedding is that of ``leaf``."""
     base = unbox(leaf)
-    for slot, key in saved:
-        ours = np.asarray(base)[factors.full_index(slot)] if hasattr(base, "__array__") else None
-        theirs = factors.full_from_torch(slot, file.read(key))
-        if ours is not None and not np.allclose(
-            ours.astype(np.float32), theirs.astype(np.float32), atol=1e-6, rtol=1e-3
-        ):
+    if not hasattr(base, "__array__"):
+        return
+    for parameter, key in saved:
+        ours = np.asarray(base)[full_index(parameter)].astype(np.float32)
+        theirs = full_from_torch(parameter, file.read(key)).astype(np.float32)
+        if not np.allclose(ours, theirs, atol=1e-6, rtol=1e-3):
             raise ValueError(
-                f"{file.path}: {key} is the base weight that the adapter was trained on, and {slot.path} differs from "
-                "it. Put it into params first, or load the base that the adapter belongs to."
+                f"{file.path}: {key} is the base weight that the adapter was trained on, and {parameter.path} differs "
+                "from it. Put it into params first, or load the base that the adapter belongs to."
             )

@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 KINDS = ("linear", "conv1d", "embedding", "conv", "experts", "experts_t", "param")
 WEIGHTS = ("kernel", "embedding", "scale", "weight", "w")
@@ -39,13 +38,13 @@ class Axis:
         role: ``"in"``, ``"out"``, ``"stack"`` (each entry is a module) or ``"expert"``.
         var: The placeholder that the entries or parts of this axis fill, if any.
         parts: Their torch names and sizes (None where they are alike); empty for numbers.
-        many: Whether it stands for any number of axes.
+        is_repeated: Whether it stands for any number of axes.
     """
 
     role: str
     var: str | None = None
     parts: tuple[tuple[str, int | None], ...] = ()
-    many: bool = False
+    is_repeated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ class NameRule:
         pattern: Matches the JAX path; its groups are the placeholders.
         axes: As in the brackets, or None.
         template: The torch name, a format string.
-        spelled: Per placeholder, JAX spelling to torch spelling.
+        torch_spelling: Per placeholder, JAX spelling to torch spelling.
         kind: One of `KINDS`.
         leaf: The last level of the path as written.
     """
@@ -66,19 +65,18 @@ class NameRule:
     pattern: re.Pattern[str]
     axes: tuple[Axis, ...] | None
     template: str
-    spelled: Mapping[str, Mapping[str, str]]
+    torch_spelling: Mapping[str, Mapping[str, str]]
     kind: str
     leaf: str
 
     def match(self, path: str, ndim: int) -> tuple[dict[str, str], tuple[Axis, ...] | None] | None:
         """The values of the placeholders and the axes of a leaf, or None where the rule does not fit."""
-        found = self.pattern.fullmatch(path)
-        if not found:
+        match = self.pattern.fullmatch(path)
+        if match is None:
             return None
         values = {}
-        for var, text in found.groupdict().items():
-            spelled = self.spelled.get(var, {})
-            values[var] = spelled.get(text, text.replace("/", ".")) if text else ""
+        for var, text in match.groupdict().items():
+            values[var] = self.torch_spelling.get(var, {}).get(text, text.replace("/", ".")) if text else ""
         for axes in self._axes(ndim, path.rpartition("/")[2]):
             if axes is None or len(axes) == ndim:
                 return values, axes
@@ -86,7 +84,7 @@ class NameRule:
 
     def _axes(self, ndim: int, leaf: str) -> list[tuple[Axis, ...] | None]:
         if self.axes is None and self.kind == "conv":
-            return [_expand((Axis("in", many=True), Axis("out")), ndim)]
+            return [_expand((Axis("in", is_repeated=True), Axis("out")), ndim)]
         if self.axes is None:
             return [{0: (), 1: (Axis("out"),), 2: (Axis("in"), Axis("out"))}.get(ndim)]
         whole = _expand(self.axes, ndim)
@@ -104,8 +102,8 @@ class NameRule:
 
 
 def _expand(axes: tuple[Axis, ...], ndim: int) -> tuple[Axis, ...]:
-    extra = ndim - sum(not axis.many for axis in axes)
-    return tuple(one for axis in axes for one in ([Axis(axis.role)] * max(extra, 0) if axis.many else [axis]))
+    extra = ndim - sum(not axis.is_repeated for axis in axes)
+    return tuple(one for axis in axes for one in ([Axis(axis.role)] * max(extra, 0) if axis.is_repeated else [axis]))
 
 
 def parse_rule(line: str) -> NameRule:
@@ -121,7 +119,7 @@ def parse_rule(line: str) -> NameRule:
     """
     sides = line.split("<->")
     if len(sides) != 2:
-        raise _wrong(line, "expected one '<->' between a JAX path and a torch name")
+        raise _syntax_error(line, "expected one '<->' between a JAX path and a torch name")
     left, right = (side.strip() for side in sides)
     right, _, kind = (part.strip() for part in right.partition(" : "))
     path, bracket = left, None
@@ -130,20 +128,20 @@ def parse_rule(line: str) -> NameRule:
     axes = None if bracket is None else tuple(_axis(line, text) for text in _split(bracket))
     leaf = re.split(r"[/)]", path.strip())[-1]
     if kind and kind not in KINDS:
-        raise _wrong(line, f"kind {kind!r} is none of {', '.join(KINDS)}")
-    pattern, spelled = _pattern(line, path.strip())
+        raise _syntax_error(line, f"kind {kind!r} is none of {', '.join(KINDS)}")
+    pattern, torch_spelling = _pattern(line, path.strip())
     template = _template(right)
-    for k, (here, there) in enumerate(zip(_OPTIONAL.findall(path), _OPTIONAL.findall(right), strict=False)):
-        spelled[f"opt{k}"] = {here: there}
+    for k, (jax, torch) in enumerate(zip(_OPTIONAL.findall(path), _OPTIONAL.findall(right), strict=False)):
+        torch_spelling[f"opt{k}"] = {jax: torch}
     _check_holes(line, pattern, axes, template)
-    return NameRule(line, pattern, axes, template, spelled, kind or _kind(leaf), leaf)
+    return NameRule(line, pattern, axes, template, torch_spelling, kind or _kind(leaf), leaf)
 
 
 def _kind(leaf: str) -> str:
     return "embedding" if leaf == "embedding" else "linear"
 
 
-def _wrong(line: str, reason: str) -> ValueError:
+def _syntax_error(line: str, reason: str) -> ValueError:
     return ValueError(f"Name rule {line!r}: {reason}. See lojax.peft.rule_language for the language.")
 
 
@@ -155,16 +153,18 @@ def _axis(line: str, text: str) -> Axis:
     if text in ("in", "out", "expert"):
         return Axis(text)
     if text in ("in*", "out*"):
-        return Axis(text[:-1], many=True)
-    found = re.fullmatch(r"\{(\w+)(?::([^}]*))?\}(?:\*(in|out))?", text)
-    if not found:
-        raise _wrong(line, f"axis {text!r} is none of in, out, in*, out*, expert, {{i}}, {{p:a,b}}, {{p:a,b}}*out")
-    var, names, role = found.groups()
+        return Axis(text[:-1], is_repeated=True)
+    match = re.fullmatch(r"\{(\w+)(?::([^}]*))?\}(?:\*(in|out))?", text)
+    if match is None:
+        raise _syntax_error(
+            line, f"axis {text!r} is none of in, out, in*, out*, expert, {{i}}, {{p:a,b}}, {{p:a,b}}*out"
+        )
+    var, names, role = match.groups()
     if role and not names:
-        raise _wrong(line, f"axis {text!r} needs the names of its parts, as in {{p:a,b}}*{role}")
+        raise _syntax_error(line, f"axis {text!r} needs the names of its parts, as in {{p:a,b}}*{role}")
     pairs = [name.strip().partition("=") for name in names.split(",")] if names else []
     if any(size and not size.isdigit() for _, _, size in pairs):
-        raise _wrong(line, f"axis {text!r}: sizes are numbers, as in {{p:a=64,b=32}}*out")
+        raise _syntax_error(line, f"axis {text!r}: sizes are numbers, as in {{p:a=64,b=32}}*out")
     parts = tuple((name.strip(), int(size) if size else None) for name, _, size in pairs)
     return Axis(role or "stack", var, parts)
 
@@ -174,44 +174,44 @@ _HOLE = re.compile(r"\{(\w+)(\*{0,2})(?::([^}]*))?\}|\(([^)]*)\)|\*")
 
 
 def _pattern(line: str, path: str) -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
-    spelled: dict[str, dict[str, str]] = {}
+    torch_spelling: dict[str, dict[str, str]] = {}
     optional = 0
 
-    def regex(found: re.Match[str]) -> str:
+    def regex(hole: re.Match[str]) -> str:
         nonlocal optional
-        var, stars, names, maybe = found.groups()
-        if maybe is not None:
+        var, stars, names, optional_text = hole.groups()
+        if optional_text is not None:
             optional += 1
-            return f"(?P<opt{optional - 1}>{re.escape(maybe)})?"
+            return f"(?P<opt{optional - 1}>{re.escape(optional_text)})?"
         if var is None:
             return f"(?P<leaf>{'|'.join((*WEIGHTS, *BIASES))})"
         if names:
             pairs = [name.strip().partition("=") for name in names.split(",")]
-            spelled[var] = {jax: torch or jax.replace("/", ".") for jax, _, torch in pairs}
-            return f"(?P<{var}>{'|'.join(map(re.escape, spelled[var]))})"
+            torch_spelling[var] = {jax: torch or jax.replace("/", ".") for jax, _, torch in pairs}
+            return f"(?P<{var}>{'|'.join(map(re.escape, torch_spelling[var]))})"
         return f"(?P<{var}>{['[0-9]+', '[^/]+', '.+'][len(stars)]})"
 
     pieces, end = [], 0
-    for found in _HOLE.finditer(path):
-        pieces += [re.escape(path[end : found.start()]), regex(found)]
-        end = found.end()
+    for hole in _HOLE.finditer(path):
+        pieces += [re.escape(path[end : hole.start()]), regex(hole)]
+        end = hole.end()
     pieces.append(re.escape(path[end:]))
     try:
-        return re.compile("(?:params/)?" + "".join(pieces)), spelled
+        return re.compile("(?:params/)?" + "".join(pieces)), torch_spelling
     except re.error as error:
-        raise _wrong(line, f"the path does not parse ({error})") from None
+        raise _syntax_error(line, f"the path does not parse ({error})") from None
 
 
 def _template(right: str) -> str:
     numbers = iter(range(100))
-    text = _OPTIONAL.sub(lambda found: f"{{opt{next(numbers)}}}", right)
+    text = _OPTIONAL.sub(lambda _: f"{{opt{next(numbers)}}}", right)
     return re.sub(r"\{(\w+)[^}]*\}", r"{\1}", text)
 
 
-def _check_holes(line: str, pattern: re.Pattern[str], axes: Any, template: str) -> None:
+def _check_holes(line: str, pattern: re.Pattern[str], axes: tuple[Axis, ...] | None, template: str) -> None:
     left = set(pattern.groupindex) - {"leaf"} | {axis.var for axis in axes or () if axis.var}
     right = set(re.findall(r"\{(\w+)\}", template))
     for var in sorted(left ^ right):
         side, other = ("left", "right") if var in left else ("right", "left")
-        spelled = "an optional (...)" if var.startswith("opt") else f"placeholder {{{var}}}"
-        raise _wrong(line, f"{spelled} is on the {side} but not on the {other}")
+        what = "an optional (...)" if var.startswith("opt") else f"placeholder {{{var}}}"
+        raise _syntax_error(line, f"{what} is on the {side} but not on the {other}")

@@ -4,167 +4,188 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
-
+from lojax.files import safetensors
 from lojax.peft.config import Config
+from lojax.peft.extras import EXTRAS, Extra
 from lojax.peft.factors import torch_shapes
-from lojax.peft.name_map import Slot
+from lojax.peft.name_map import TorchParameter
+from lojax.types import Shape
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+WRAPPER = ".base_layer"
+"""What PEFT puts between a module and its parameters when it wraps the module."""
 
-_FACTOR = re.compile(
-    r"(?P<module>.+?)(?P<nested>(?:\.base_layer)*)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
-)
-_SINGLE = re.compile(
-    r"(?P<module>.+)\.(?:(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|token_adapter\.trainable_tokens_delta)"
-)
-_REFUSED = {
+FACTORS = {
+    ".lora_A.weight": ("A", False),
+    ".lora_B.weight": ("B", False),
+    ".lora_embedding_A": ("A", True),
+    ".lora_embedding_B": ("B", True),
+}
+"""The suffix of a factor's key: which factor it is, and whether it is one of an embedding."""
+
+UNSUPPORTED = {
     ".lora_B.bias": "a bias on B (lora_bias)",
     ".lora_diag": "KaSA singular values",
+    ".lora_diag.weight": "KaSA singular values",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Factor:
-    """A key of one factor: ``side`` is ``"A"`` or ``"B"``; ``nested`` counts the wrappers around it."""
+class FactorPair:
+    """The keys of the factors of one module; ``depth`` counts the wrappers around that pair."""
 
-    key: str
     module: str
-    side: str
-    embedding: bool
-    nested: int
+    depth: int
+    is_embedding: bool
+    a: str
+    b: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Extra:
-    """A key beside the factors: ``kind`` is ``"magnitude"`` (DoRA) or ``"rows"`` (trainable tokens)."""
+class ExtraKey:
+    """The key of a tensor besides the factors of a module."""
 
     key: str
     module: str
-    kind: str
+    extra: Extra
 
 
-def read_key(key: str, where: str) -> Factor | Extra | str | None:
-    """What a key is: a `Factor`, an `Extra`, or the name of a parameter saved in full; None where it is none of them.
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of a file by what they are.
+
+    Attributes:
+        pairs: Those of factors that have a partner.
+        single: Those of factors that have none.
+        extras: Those of tensors besides the factors.
+        full: The keys of parameters saved in full, by the name of the parameter.
+        foreign: Those that PEFT does not write.
+    """
+
+    pairs: list[FactorPair]
+    single: list[str]
+    extras: list[ExtraKey]
+    full: dict[str, str]
+    foreign: list[str]
+
+
+def read_keys(file: safetensors.File, has_module: Callable[[str], bool] = lambda module: True) -> Keys:
+    """The keys of a file, without the copies that PEFT makes of the token rows of tied modules.
+
+    Args:
+        file: The weights of an adapter.
+        has_module: Whether the base has a torch module.
 
     Raises:
-        ValueError: It belongs to a feature that lojax does not compute.
+        ValueError: A key belongs to a feature that lojax does not compute.
     """
-    if not key.startswith(PREFIX):
-        return None
-    name = key.removeprefix(PREFIX)
-    for suffix, feature in _REFUSED.items():
-        if name.endswith((suffix, suffix + ".weight")):
-            raise ValueError(f"{where}: {key} holds {feature}, which lojax does not support.")
-    single = _SINGLE.fullmatch(name)
-    if single:
-        return Extra(key, single["module"], "magnitude" if single["magnitude"] else "rows")
-    found = _FACTOR.fullmatch(name)
-    if not found:
-        name = name.replace(".token_adapter.base_layer.", ".")
-        return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-    side = found["linear"] or found["embedding"]
-    return Factor(key, found["module"], side, bool(found["embedding"]), found["nested"].count(".base_layer"))
+    keys = Keys([], [], [], {}, [])
+    factors: dict[tuple[str, int, bool], dict[str, str]] = {}
+    for key in file.entries:
+        name = key.removeprefix(PREFIX)
+        for suffix, feature in UNSUPPORTED.items():
+            if name.endswith(suffix):
+                raise ValueError(f"{file.path}: {key} holds {feature}, which lojax does not support.")
+        factor = next((suffix for suffix in FACTORS if name.endswith(suffix)), None)
+        extra = next((e for e in EXTRAS if name.endswith((e.suffix, f"{e.suffix}.weight"))), None)
+        if name == key:
+            keys.foreign.append(key)
+        elif factor:
+            module, depth = _unwrap(name.removesuffix(factor))
+            side, is_embedding = FACTORS[factor]
+            factors.setdefault((module, depth, is_embedding), {})[side] = key
+        elif extra:
+            keys.extras.append(ExtraKey(key, name.removesuffix(".weight").removesuffix(extra.suffix), extra))
+        else:
+            for inserted in (".token_adapter.base_layer.", f"{WRAPPER}.", ".modules_to_save."):
+                name = name.replace(inserted, ".")
+            keys.full[name] = key
+    for place, sides in factors.items():
+        if len(sides) == 2:
+            keys.pairs.append(FactorPair(*place, sides["A"], sides["B"]))
+        else:
+            keys.single.extend(sides.values())
+    _drop_tied_copies(keys, file, has_module)
+    return keys
 
 
-def tied_copies(
-    read: Mapping[str, Factor | Extra | str | None],
-    tensor: Callable[[str], np.ndarray],
-    has_place: Callable[[str], bool],
-) -> set[str]:
-    """The keys of a module that the base lacks because it is tied to another: PEFT may save its token rows twice.
-
-    Args:
-        read: What each key is.
-        tensor: Reads a key.
-        has_place: Whether the base has a torch module.
-    """
-    rows = [kind for kind in read.values() if isinstance(kind, Extra) and kind.kind == "rows"]
-    known = [tensor(kind.key) for kind in rows if has_place(kind.module)]
-    lost = [kind for kind in rows if not has_place(kind.module)]
-    tied = {kind.module for kind in lost if any(np.array_equal(tensor(kind.key), value) for value in known)}
-    weights = {f"{module}.weight" for module in tied}
-    return {key for key, kind in read.items() if (kind.module in tied if isinstance(kind, Extra) else kind in weights)}
+def _unwrap(name: str) -> tuple[str, int]:
+    """A module without its wrappers, and their number."""
+    end, depth = len(name), 0
+    while name.endswith(WRAPPER, 0, end) and end > len(WRAPPER):
+        end, depth = end - len(WRAPPER), depth + 1
+    return name[:end], depth
 
 
-def factor_keys(slot: Slot, nested: int = 0) -> tuple[str, str]:
-    """The keys of A and B of a slot."""
-    start = f"{PREFIX}{slot.module}{'.base_layer' * nested}"
-    if slot.kind == "embedding":
-        return f"{start}.lora_embedding_A", f"{start}.lora_embedding_B"
-    return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
+def _drop_tied_copies(keys: Keys, file: safetensors.File, has_module: Callable[[str], bool]) -> None:
+    """Drops what PEFT saved once more under the name of a module that is tied to another, which the base lacks."""
+    rows = [key for key in keys.extras if key.extra.field == "rows"]
+    originals = {file.read(key.key).tobytes() for key in rows if has_module(key.module)}
+    copies = {k.key: k.module for k in rows if not has_module(k.module) and file.read(k.key).tobytes() in originals}
+    keys.extras[:] = [key for key in keys.extras if key.key not in copies]
+    for module in copies.values():
+        keys.full.pop(f"{module}.weight", None)
 
 
-def magnitude_key(slot: Slot) -> str:
-    """The key of DoRA's magnitude of a slot."""
-    return f"{PREFIX}{slot.module}.lora_magnitude_vector"
+def factor_keys(parameter: TorchParameter, depth: int = 0) -> tuple[str, str]:
+    """The keys of A and B of a parameter."""
+    module = f"{PREFIX}{parameter.module}{WRAPPER * depth}"
+    if parameter.kind == "embedding":
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def rows_key(slot: Slot) -> str:
-    """The key of the trained rows of an embedding."""
-    return f"{PREFIX}{slot.module}.token_adapter.trainable_tokens_delta"
+def extra_key(extra: Extra, parameter: TorchParameter) -> str:
+    """The key of a tensor besides the factors of a parameter."""
+    return f"{PREFIX}{parameter.module}{extra.suffix}"
 
 
-def is_parameter_target(slot: Slot) -> bool:
-    """Whether PEFT reaches this weight through ``target_parameters``."""
-    return slot.kind in ("experts", "experts_t")
-
-
-def pair_up(
-    factors: Iterable[Factor],
-    slots: Mapping[str, Sequence[Slot]],
-    shapes: Mapping[str, tuple[int, ...]],
+def match_factors(
+    pairs: Iterable[FactorPair],
+    weights: Mapping[str, Sequence[TorchParameter]],
+    shapes: Mapping[str, Shape],
     config: Config,
-) -> tuple[list[tuple[Slot, str, str]], list[str]]:
-    """The slot of each pair of factors, and the keys that fit none.
+) -> tuple[list[tuple[TorchParameter, str, str]], list[str]]:
+    """The parameter of each pair of factors, and the keys that fit none.
 
     Args:
-        factors: The factors in the file.
-        slots: The weights of each torch module, in the order of the rules.
+        pairs: Those in the file.
+        weights: The weights of each torch module, in the order of the rules.
         shapes: The shape of each key.
         config: Decides which ranks are expected.
 
     Returns:
-        Triples ``(slot, key of A, key of B)``, and the unexpected keys; a factor without its partner
-        is among these.
+        Triples ``(parameter, key of A, key of B)``, and the unexpected keys.
     """
-    modules: dict[str, dict[int, dict[str, Factor]]] = {}
-    for factor in factors:
-        modules.setdefault(factor.module, {}).setdefault(factor.nested, {})[factor.side] = factor
-    pairs, unexpected = [], []
-    for module, levels in modules.items():
-        keys = {level: (sides["A"].key, sides["B"].key) for level, sides in levels.items() if len(sides) == 2}
-        if len(keys) < len(levels) or len(levels) > len(slots.get(module, ())):
-            unexpected += [factor.key for sides in levels.values() for factor in sides.values()]
-            continue
-        # the parameter that torch registers first is wrapped first, and so lies innermost
-        inward = sorted(keys, reverse=True)
-        for slot, level in zip(_ordered(slots[module], [keys[n] for n in inward], shapes, config), inward, strict=True):
-            embedding = levels[level]["A"].embedding
-            if embedding != (slot.kind == "embedding") or (level and not is_parameter_target(slot)):
-                unexpected += keys[level]
+    modules: dict[str, list[FactorPair]] = {}
+    for pair in pairs:
+        modules.setdefault(pair.module, []).append(pair)
+    matched, unexpected = [], []
+    for module, nested in modules.items():
+        # PEFT wraps the parameters of a module in the order in which torch registers them: the first lies innermost
+        nested.sort(key=lambda pair: -pair.depth)
+        for parameter, pair in itertools.zip_longest(_order(weights.get(module, ()), nested, shapes, config), nested):
+            is_embedding = parameter is not None and parameter.kind == "embedding"
+            if parameter is None or pair.is_embedding != is_embedding or (pair.depth and not parameter.is_experts):
+                unexpected += [pair.a, pair.b]
             else:
-                pairs.append((slot, *keys[level]))
-    return pairs, unexpected
+                matched.append((parameter, pair.a, pair.b))
+    return matched, unexpected
 
 
-def _ordered(
-    slots: Sequence[Slot], keys: Sequence[tuple[str, str]], shapes: Mapping[str, tuple[int, ...]], config: Config
-) -> Sequence[Slot]:
-    """The slots in the order of the keys: that of the rules where the shapes allow, else another that fits."""
-    slots = sorted(slots, key=lambda slot: slot.order)
+def _order(
+    weights: Sequence[TorchParameter], pairs: Sequence[FactorPair], shapes: Mapping[str, Shape], config: Config
+) -> Sequence[TorchParameter]:
+    """The weights in the order of the pairs: that of the rules where the shapes allow, else another that fits."""
+    if len(pairs) > len(weights):
+        return ()
+    weights = sorted(weights, key=lambda weight: weight.order)
+    got = [(shapes[pair.a], shapes[pair.b]) for pair in pairs]
     for exchanged in (config.exchanges_experts, not config.exchanges_experts):
-        for order in itertools.permutations(slots, len(keys)):
-            expected = [torch_shapes(s, config.rank(parameter_key(s)), exchanged=exchanged) for s in order]
-            if expected == [(shapes[a], shapes[b]) for a, b in keys]:
+        for order in itertools.permutations(weights, len(pairs)):
+            if [torch_shapes(w, config.rank(w.config_key), exchanged=exchanged) for w in order] == got:
                 return order
-    return slots[: len(keys)]
-
-
-def parameter_key(slot: Slot) -> str:
-    """The name by which PEFT looks up a slot's rank and alpha: the module, or the parameter itself."""
-    return slot.name if is_parameter_target(slot) else slot.module
+    return weights[: len(pairs)]

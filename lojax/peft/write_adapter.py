@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lojax.adapters.adapter import Adapter, is_adapter
@@ -19,26 +21,24 @@ from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory, refuse_existing
-from lojax.peft import factors, magnitudes, tokens
+from lojax.peft import factors
 from lojax.peft.config import CONFIG, Config, check_config
-from lojax.peft.factors import Cell
+from lojax.peft.extras import EXTRAS
+from lojax.peft.factors import TorchUpdate
+from lojax.peft.full_parameters import full_to_torch
 from lojax.peft.model_families import name_map as find_map
-from lojax.peft.name_map import NameMap, Slot, Table
-from lojax.peft.tensor_keys import (
-    PREFIX,
-    WEIGHTS,
-    factor_keys,
-    is_parameter_target,
-    magnitude_key,
-    parameter_key,
-    rows_key,
-)
+from lojax.peft.name_map import NameMap, Table, TorchParameter, group_by
+from lojax.peft.tensor_keys import PREFIX, WEIGHTS, WRAPPER, extra_key, factor_keys
+from lojax.types import Leaf, Params, Path
+
+Updates = Mapping[str, tuple[TorchParameter, TorchUpdate]]
+"""The update of each torch parameter that has one, by name."""
 
 
 def save(
     path: str | os.PathLike[str],
-    lora: Any,
-    frozen: Any,
+    lora: Params,
+    frozen: Params,
     name_map: NameMap | str,
     *,
     base_model_name_or_path: str | None = None,
@@ -68,29 +68,25 @@ def save(
         ValueError: The trees do not fit together, a trained leaf is not mapped (the text lists them), or PEFT cannot
             express what was trained.
     """
-    target = Path(path)
+    target = pathlib.Path(path)
     refuse_existing(target, overwrite=overwrite)
     if frozen is not None:
         check_pair(frozen, lora)
-    joined = _joined(frozen, lora)
-    table = find_map(name_map).table(joined)
+    base = {p: leaf for p, leaf in flatten(frozen).items() if leaf is not None}
     trained = {p: leaf for p, leaf in flatten(lora).items() if leaf is not None}
-    _check_mapped(table, trained, joined)
-    slots = table.by_path()
-    cells = _cells(trained, slots, _leaves(frozen))
-    full = {s.name: s for p, x in trained.items() if not is_adapter(x) for s in slots[p]}
-    rows = [(slots[p][0], x) for p, x in trained.items() if is_adapter(x) and x.rows is not None]
-    tensors = _factor_tensors(cells)
-    tensors |= {rows_key(slot): tokens.to_torch(slot, x, _leaves(frozen).get(slot.path)) for slot, x in rows}
-    leaves = {p: trained.get(p, leaf) for p, leaf in _leaves(frozen).items()} | trained
-    saved, modules = _whole_modules(table, full, climb=frozen is not None)
-    for slot in saved.values():
-        tensors[_full_key(slot, cells)] = factors.full_to_torch(slot, _concrete(slot, leaves))
+    weights = _weights(trained, base)
+    table = find_map(name_map).table(weights)
+    _check_mapped(table, trained, weights)
+    updates, tensors = _adapter_tensors(table, trained, base)
+    trained_full = _trained_in_full(table, trained)
+    whole, modules = _whole_modules(table, trained_full, climb=frozen is not None)
+    leaves = base | trained
+    for parameter in whole.values():
+        tensors[_full_key(parameter, updates)] = full_to_torch(parameter, _array(parameter, leaves))
     fields = dict(config.fields if isinstance(config, Config) else config or {})
-    fields |= _fields(table, cells, full, modules, trained, use_rslora=bool(fields.get("use_rslora")))
-    fields["trainable_token_indices"] = {slot.module: list(x.tokens) for slot, x in rows} or None
-    fields |= {"base_model_name_or_path": base_model_name_or_path or fields.get("base_model_name_or_path")}
-    fields |= {"task_type": task_type or fields.get("task_type")}
+    fields |= _fields(table, updates, trained_full, modules, trained, use_rslora=bool(fields.get("use_rslora")))
+    fields["base_model_name_or_path"] = base_model_name_or_path or fields.get("base_model_name_or_path")
+    fields["task_type"] = task_type or fields.get("task_type")
     if Config(fields).exchanges_experts:
         fields["peft_version"] = "0.19.0"  # the first whose layout of experts is the one written here
     check_config(fields, "config=")
@@ -99,175 +95,179 @@ def save(
         (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _cells(
-    trained: Mapping[str, Any], slots: Mapping[str, Sequence[Slot]], frozen: Mapping[str, Any]
-) -> dict[str, tuple[Slot, Cell]]:
-    """The update of each torch parameter that has one, by name."""
-    adapters = {p: x for p, x in trained.items() if is_adapter(x) and x.a is not None}
-    if not adapters:
+def _weights(trained: Mapping[Path, Leaf], base: Mapping[Path, Leaf]) -> dict[Path, Leaf]:
+    """Every leaf by path; where only the adapter of a weight is at hand, the shape of that weight."""
+    weights: dict[Path, Leaf] = {}
+    for path, leaf in trained.items():
+        if is_adapter(leaf) and leaf.a is not None:
+            weights[path] = jax.ShapeDtypeStruct(factors.weight_shape(leaf), unbox(leaf.a).dtype)
+        elif not is_adapter(leaf):
+            weights[path] = leaf
+        elif path not in base:
+            raise ValueError(f"{path}: PEFT stores whole token rows, not what was added to them; pass frozen.")
+    return weights | dict(base)
+
+
+def _check_mapped(table: Table, trained: Mapping[Path, Leaf], weights: Mapping[Path, Leaf]) -> None:
+    if not trained:
+        raise ValueError("lora holds nothing that trains: there is no adapter to save.")
+    unmapped = set(table.unmapped)
+    missing = [path for path in trained if path in unmapped]
+    if missing:
+        raise ValueError(
+            f"The name map has no rule for {len(missing)} of the {len(trained)} trained leaves, so nothing was written:"
+            + "".join(f"\n  {path} {tuple(unbox(weights[path]).shape)}" for path in missing)
+            + "\nAdd rules: name_map | NameMap.parse('jax/path/{i}/kernel <-> torch.name.{i}')."
+        )
+    if not any(is_adapter(leaf) and leaf.a is not None for leaf in trained.values()):
         raise ValueError(
             f"lora holds no low-rank update, only {', '.join(list(trained)[:3])} trained otherwise: PEFT loads no LoRA "
             "without one. Adapt some weight, or save the parameters themselves."
         )
-    magnitudes.check_alike(adapters)
-    read = ((slot, factors.read_cell(slot, x)) for path, x in adapters.items() for slot in slots[path])
-    found = {slot.name: (slot, cell) for slot, cell in read if cell is not None}
-    return {name: (slot, cell) for name, (slot, cell) in found.items() if not _is_idle(slot, cell, frozen)}
 
 
-def _is_idle(slot: Slot, cell: Cell, frozen: Mapping[str, Any]) -> bool:
-    """Whether a cell is nothing but the lengths of the base: a layer that no DoRA adapter is on."""
-    if cell.magnitude is None or cell.a.any() or cell.b.any():
-        return False
-    return magnitudes.is_of_base(slot, cell.magnitude, frozen.get(slot.path))
+def _adapter_tensors(
+    table: Table, trained: Mapping[Path, Leaf], base: Mapping[Path, Leaf]
+) -> tuple[Updates, dict[str, np.ndarray]]:
+    """The update of each torch parameter, and the tensors of the adapters."""
+    parameters, tensors = table.by_path(), {}
+    updates: dict[str, tuple[TorchParameter, TorchUpdate]] = {}
+    for path, adapter in trained.items():
+        for parameter in parameters[path] if is_adapter(adapter) else ():
+            update = None if adapter.a is None else factors.read_update(parameter, adapter)
+            present = [extra for extra in EXTRAS if getattr(adapter, extra.field) is not None]
+            extras = {extra: extra.to_torch(parameter, adapter, base.get(path)) for extra in present}
+            if update and _is_idle(parameter, adapter, update, extras, base.get(path)):
+                continue
+            tensors |= {extra_key(extra, parameter): tensor for extra, tensor in extras.items()}
+            if update:
+                updates[parameter.name] = parameter, update
+    in_torch_order = sorted(updates.values(), key=lambda item: item[0].order)
+    for nested in group_by(in_torch_order, lambda item: item[0].module).values():
+        for depth, (parameter, update) in enumerate(reversed(nested)):
+            if depth and not parameter.is_experts:
+                raise ValueError(f"{parameter.path} and {nested[-1][0].path} are one torch module, {parameter.module}.")
+            tensors |= zip(factor_keys(parameter, depth), factors.to_torch(parameter, update), strict=True)
+    return updates, tensors
 
 
-def _leaves(frozen: Any) -> dict[str, Any]:
-    return {} if frozen is None else {p: leaf for p, leaf in flatten(frozen).items() if leaf is not None}
+def _is_idle(
+    parameter: TorchParameter, adapter: Adapter, update: TorchUpdate, extras: Mapping[Any, np.ndarray], leaf: Leaf
+) -> bool:
+    """Whether an entry of a stack has no adapter: PEFT gets no tensors for it."""
+    if not extras:
+        return factors.entry_rank(parameter, adapter) == 0
+    return update.is_zero and all(extra.is_idle(parameter, tensor, leaf) for extra, tensor in extras.items())
 
 
-class _Shape:
-    """Stands for an adapted weight of which only the adapter is at hand."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
+def _trained_in_full(table: Table, trained: Mapping[Path, Leaf]) -> dict[str, TorchParameter]:
+    """The parameters trained in full, by name."""
+    return {name: p for name, p in table.parameters.items() if p.path in trained and not is_adapter(trained[p.path])}
 
 
-def _joined(frozen: Any, lora: Any) -> dict[str, Any]:
-    """Every leaf's shape, by path."""
-    joined: dict[str, Any] = {}
-    for path, leaf in flatten(lora).items():
-        if not is_adapter(leaf):
-            joined[path] = leaf
-        elif leaf.a is not None:
-            joined[path] = _Shape(factors.weight_shape(leaf))
-        elif frozen is None:
-            raise ValueError(f"{path}: PEFT stores whole token rows, not what was added to them; pass frozen.")
-    return joined | _leaves(frozen)
+def _full_key(parameter: TorchParameter, updates: Updates) -> str:
+    is_wrapped = any(adapted.module == parameter.module for adapted, _ in updates.values())
+    return f"{PREFIX}{parameter.module}{WRAPPER * is_wrapped}.{parameter.name.rpartition('.')[2]}"
 
 
-def _check_mapped(table: Table, trained: Mapping[str, Any], joined: Mapping[str, Any]) -> None:
-    if not trained:
-        raise ValueError("lora holds nothing that trains: there is no adapter to save.")
-    lost = [path for path in trained if path in set(table.unmapped)]
-    if lost:
-        listed = "".join(f"\n  {path} {tuple(unbox(joined[path]).shape)}" for path in lost)
-        raise ValueError(
-            f"The name map has no rule for {len(lost)} of the {len(trained)} trained leaves, so nothing was written:"
-            f"{listed}\nAdd rules: name_map | NameMap.parse('jax/path/{{i}}/kernel <-> torch.name.{{i}}')."
-        )
-
-
-def _factor_tensors(cells: Mapping[str, tuple[Slot, Cell]]) -> dict[str, np.ndarray]:
-    nested: dict[str, list[str]] = {}
-    for name, (slot, _) in sorted(cells.items(), key=lambda item: item[1][0].order):  # as torch registers them
-        nested.setdefault(slot.module, []).append(name)
-    tensors = {}
-    for names in nested.values():
-        for depth, name in enumerate(reversed(names)):
-            slot, cell = cells[name]
-            if depth and not is_parameter_target(slot):
-                raise ValueError(f"{slot.path} and {cells[names[-1]][0].path} are one torch module, {slot.module}.")
-            key_a, key_b = factor_keys(slot, depth)
-            tensors[key_a], tensors[key_b] = factors.cell_to_torch(slot, cell)
-            if cell.magnitude is not None:
-                shape = magnitudes.torch_shape(slot, cell.magnitude.shape)
-                tensors[magnitude_key(slot)] = cell.magnitude.reshape(shape)
-    return tensors
-
-
-def _full_key(slot: Slot, cells: Mapping[str, tuple[Slot, Cell]]) -> str:
-    inner = ".base_layer" if any(s.module == slot.module for s, _ in cells.values()) else ""
-    return f"{PREFIX}{slot.module}{inner}.{slot.name.rpartition('.')[2]}"
-
-
-def _whole_modules(table: Table, full: Mapping[str, Slot], *, climb: bool) -> tuple[dict[str, Slot], list[str]]:
+def _whole_modules(
+    table: Table, trained_full: Mapping[str, TorchParameter], *, climb: bool
+) -> tuple[dict[str, TorchParameter], list[str]]:
     """Every parameter to write in full, and the modules to save: those of a trained weight, whole.
 
     ``climb``: a parent of which all is written stands for its children, as PEFT names a head of several layers.
     """
-    modules = {slot.module for slot in full.values() if not slot.is_bias}
-    written = dict(full) | {slot.name: slot for slot in table.slots.values() if slot.module in modules}
-    for name, slot in full.items():
-        if slot.kind == "param" and not slot.module:
-            raise ValueError(f"{slot.path}: PEFT cannot save {name}, a parameter of the model itself, in full.")
-    highest: set[str] = set()
+    modules = {parameter.module for parameter in trained_full.values() if not parameter.is_bias}
+    whole = dict(trained_full) | {name: p for name, p in table.parameters.items() if p.module in modules}
+    for name, parameter in trained_full.items():
+        if parameter.kind == "param" and not parameter.module:
+            raise ValueError(f"{parameter.path}: PEFT cannot save {name}, a parameter of the model itself, in full.")
+    partial = {parent for name in table.parameters if name not in whole for parent in _parents(name)}
+    tops = set()
     for module in modules:
-        while climb and "." in module:
-            parent = module.rpartition(".")[0]
-            if any(n.startswith(parent + ".") and n not in written for n in table.slots):
-                break
-            module = parent
-        highest.add(module)
-    return written, sorted(highest)
+        wholes = itertools.takewhile(lambda parent: parent not in partial, _parents(module)) if climb else ()
+        tops.add([module, *wholes][-1])
+    return whole, sorted(tops)
 
 
-def _concrete(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
-    leaf = unbox(leaves[slot.path])
+def _parents(name: str) -> list[str]:
+    """The modules around a parameter or module, from the inside out.
+
+    >>> _parents("a.b.weight")
+    ['a.b', 'a']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+
+
+def _array(parameter: TorchParameter, leaves: Mapping[Path, Leaf]) -> np.ndarray:
+    leaf = unbox(leaves[parameter.path])
     if not hasattr(leaf, "__array__"):
         raise ValueError(
-            f"{slot.path} belongs to a module that is saved in full; pass its array in frozen, not its shape."
+            f"{parameter.path} belongs to a module that is saved in full; pass its array in frozen, not its shape."
         )
     return np.asarray(leaf)
 
 
 def _fields(
     table: Table,
-    cells: Mapping[str, tuple[Slot, Cell]],
-    full: Mapping[str, Slot],
+    updates: Updates,
+    trained_full: Mapping[str, TorchParameter],
     modules: Sequence[str],
-    trained: Mapping[str, Any],
+    trained: Mapping[Path, Leaf],
     *,
     use_rslora: bool,
 ) -> dict[str, Any]:
+    """The fields of the config that the maths decides."""
     settings: dict[str, tuple[int, float]] = {}
-    for slot, cell in cells.values():
-        alpha = cell.scale * (math.sqrt(cell.rank) if use_rslora else cell.rank)
-        settings[parameter_key(slot)] = (cell.rank, int(alpha) if alpha == int(alpha) else alpha)
-    common = collections.Counter(settings.values()).most_common(1)
-    rank, alpha = common[0][0] if common else (8, 8)
-    drops = {x.dropout for x in trained.values() if isinstance(x, Adapter) and x.a is not None}
-    if len(drops) > 1:
-        raise ValueError(f"PEFT has one lora_dropout for all adapters; these have {sorted(drops)}.")
-    adapted = [slot for slot, _ in cells.values()]
-    return {
+    for parameter, update in updates.values():
+        alpha = update.scale * (math.sqrt(update.rank) if use_rslora else update.rank)
+        settings[parameter.config_key] = (update.rank, int(alpha) if alpha == int(alpha) else alpha)
+    most_common = collections.Counter(settings.values()).most_common(1)
+    rank, alpha = most_common[0][0] if most_common else (8, 8)
+    adapters = {path: leaf for path, leaf in trained.items() if isinstance(leaf, Adapter)}
+    dropouts = {adapter.dropout for adapter in adapters.values() if adapter.a is not None}
+    if len(dropouts) > 1:
+        raise ValueError(f"PEFT has one lora_dropout for all adapters; these have {sorted(dropouts)}.")
+    adapted = [parameter for parameter, _ in updates.values()]
+    fields = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "use_dora": any(cell.magnitude is not None for _, cell in cells.values()),
-        "rank_pattern": {_pattern(key): r for key, (r, _) in settings.items() if r != rank},
-        "alpha_pattern": {_pattern(key): a for key, (_, a) in settings.items() if a != alpha},
-        "lora_dropout": drops.pop() if drops else 0.0,
-        "fan_in_fan_out": bool(adapted) and all(slot.kind == "conv1d" for slot in adapted),
-        "bias": _bias(cells, full, modules),
-        "target_modules": _target_modules(table, {s.module for s in adapted if not is_parameter_target(s)}),
+        "rank_pattern": {"^" + re.escape(key): r for key, (r, _) in settings.items() if r != rank},
+        "alpha_pattern": {"^" + re.escape(key): a for key, (_, a) in settings.items() if a != alpha},
+        "lora_dropout": dropouts.pop() if dropouts else 0.0,
+        "fan_in_fan_out": bool(adapted) and all(parameter.kind == "conv1d" for parameter in adapted),
+        "bias": _bias(adapted, trained_full, modules),
+        "target_modules": _target_modules(table, {p.module for p in adapted if not p.is_experts}),
         "exclude_modules": None,
-        "target_parameters": [s.name for s in adapted if is_parameter_target(s)] or None,
+        "target_parameters": [p.name for p in adapted if p.is_experts] or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": list(modules) or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    leaf_modules = {parameter.path: parameter.module for parameter in table.parameters.values()}
+    for extra in EXTRAS:
+        fields |= extra.config_fields(adapters, leaf_modules)
+    return fields
 
 
-def _pattern(key: str) -> str:
-    return "^" + re.escape(key)
-
-
-def _bias(cells: Mapping[str, tuple[Slot, Cell]], full: Mapping[str, Slot], modules: Sequence[str]) -> str:
+def _bias(adapted: Sequence[TorchParameter], trained_full: Mapping[str, TorchParameter], modules: Sequence[str]) -> str:
+    """Which biases train besides those of the modules that are saved whole."""
     inside = tuple(f"{module}." for module in modules)
-    biases = {slot.module for slot in full.values() if slot.is_bias and not f"{slot.module}.".startswith(inside)}
+    biases = {p.module for p in trained_full.values() if p.is_bias and not f"{p.module}.".startswith(inside)}
     if not biases:
         return "none"
-    return "lora_only" if biases <= {slot.module for slot, _ in cells.values()} else "all"
+    return "lora_only" if biases <= {parameter.module for parameter in adapted} else "all"
 
 
 def _target_modules(table: Table, adapted: set[str]) -> list[str]:
     """The adapted modules: by last name where the tree has no other module of that name, else in full."""
-    others = {slot.module for slot in table.slots.values() if slot.is_weight} - adapted
+    others = {parameter.module for parameter in table.parameters.values() if parameter.is_weight} - adapted
     taken = {module.rpartition(".")[2] for module in others}
-    complete = len(table.slots) > len(adapted)  # without frozen, nothing is known of the others
+    knows_base = len(table.parameters) > len(adapted)  # without frozen, nothing is known of the others
     last = {module: module.rpartition(".")[2] for module in adapted}
-    return sorted({name if complete and name not in taken and not name.isdigit() else m for m, name in last.items()})
+    return sorted({name if knows_base and name not in taken and not name.isdigit() else m for m, name in last.items()})

@@ -103,7 +103,7 @@ def test_without_params_the_way_back_still_works(rules, tmp_path):
     [
         ([], "pass --params with the JAX base"),
         (["--params", "nowhere"], "nowhere does not exist"),
-        (["--params", "README.md"], "README.md is no orbax directory, .msgpack or .safetensors"),
+        (["--params", "README.md"], "README.md is not an orbax directory, .msgpack or .safetensors"),
         (["--map", "elmo"], "There is no ready name map 'elmo'"),
     ],
 )

@@ -13,8 +13,8 @@ from lojax.checkpoint.save_restore import save
 from lojax.cli.inspect_adapter import describe, effective_rank, singular_values
 from lojax.cli.main import main
 from lojax.files import safetensors
+from tests.peft.adapter_files import copied, edited
 from tests.peft.layouts import golden
-from tests.peft.test_load import copied, edited
 
 
 def test_the_table_of_a_peft_adapter(tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_the_experts_of_an_adapter_are_counted():
             lambda t: t.pop("base_model.model.layers.0.q.lora_B.weight"),
             "layers.0.q.lora_A.weight has no lora_B beside it",
         ),
-        (lambda t: t.update(stray=np.zeros(3)), "stray is no key of PEFT"),
+        (lambda t: t.update(stray=np.zeros(3)), "stray is not a key of PEFT"),
     ],
 )
 def test_what_is_no_adapter_is_refused(spoil, reason, tmp_path):

@@ -15,8 +15,8 @@ from lojax.cli.merge_files import INDEX, merge
 from lojax.files import safetensors
 from lojax.peft import patch as patching
 from lojax.peft.patch import patches
+from tests.peft.adapter_files import copied, edited
 from tests.peft.layouts import CONV1D, CONV2D, EMBEDDING, EXPERTS, LAYOUTS, golden
-from tests.peft.test_load import copied, edited
 
 FLAT = LAYOUTS["flat"]
 CASES = {
@@ -205,14 +205,14 @@ def test_experts_that_shapes_tell_apart_need_no_word(tmp_path):
 def test_an_index_that_leads_out_of_its_directory_is_refused(name, tmp_path):
     base = sharded(tmp_path / "base", golden("linear")[1])
     (base / INDEX).write_text(json.dumps({"weight_map": {"x": name, "y": name}}))
-    assert f"names {name!r}, which is no plain file name" in refusal(base, golden("linear")[0])
+    assert f"names {name!r}, which is not a plain file name" in refusal(base, golden("linear")[0])
 
 
 @pytest.mark.parametrize("text", ["{nonsense", "[]", '{"weight_map": 3}'])
 def test_a_broken_index_is_refused(text, tmp_path):
     base = sharded(tmp_path / "base", golden("linear")[1])
     (base / INDEX).write_text(text)
-    assert "is no index of safetensors files" in refusal(base, golden("linear")[0])
+    assert "is not an index of safetensors files" in refusal(base, golden("linear")[0])
 
 
 def test_missing_files_are_named(tmp_path):

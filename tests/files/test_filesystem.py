@@ -30,7 +30,7 @@ def test_sync_directory_takes_any_directory(tmp_path):
         (b"[NaN]", "NaN is not a JSON number"),
         (b"-Infinity", "-Infinity is not a JSON number"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"9" * 5000, "4300 digits"),
+        (b"9" * 5000, "5,000 digits"),
         (b"\xff", "codec can't decode"),
         (b"", "Expecting value"),
     ],

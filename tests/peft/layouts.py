@@ -17,7 +17,7 @@ import numpy as np
 from lojax.adapters.paths import flatten, map_paths
 from lojax.files import safetensors
 from lojax.peft import NameMap
-from lojax.peft.factors import full_from_torch, full_index
+from lojax.peft.full_parameters import full_from_torch, full_index
 
 GOLDEN = Path(__file__).parent / "golden"
 HEAD = "\nhead/* <-> head"
@@ -35,10 +35,10 @@ class Layout:
         """The tree with the weights of the torch net; every torch weight must have found its place."""
         table = self.names.table(shaped(self.shapes))
         assert not table.unmapped
-        assert set(table.slots) == set(tensors), set(table.slots) ^ set(tensors)
+        assert set(table.parameters) == set(tensors), set(table.parameters) ^ set(tensors)
         leaves = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten(shaped(self.shapes)).items()}
-        for name, slot in table.slots.items():
-            leaves[slot.path][full_index(slot)] = full_from_torch(slot, tensors[name])
+        for name, parameter in table.parameters.items():
+            leaves[parameter.path][full_index(parameter)] = full_from_torch(parameter, tensors[name])
         return map_paths(lambda path, _: jnp.asarray(leaves[path]), shaped(self.shapes))
 
 

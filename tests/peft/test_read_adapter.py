@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,11 @@ from helpers import message
 import lojax
 import lojax.peft
 from lojax.adapters.adapter import is_adapter
-from lojax.files import safetensors
+from tests.peft.adapter_files import copied, edited, outputs, written
 from tests.peft.layouts import EXPERTS, LAYOUTS, ROWS, golden, shaped
 
 FLAT = LAYOUTS["flat"]
 KEY = "base_model.model.layers.0.q.lora_A.weight"
-
-
-def outputs(layout: Any, base: Any, lora: Any, x: Any) -> np.ndarray:
-    frozen = lojax.peft.freeze(base, lora)
-    return np.asarray(lojax.transform(layout.apply, strict=True)(frozen, lora, x))
 
 
 @pytest.mark.parametrize(("case", "name", "layout"), ROWS, ids=[f"{case}-{name}" for case, name, _ in ROWS])
@@ -167,34 +160,6 @@ def test_two_experts_parameters_are_told_apart_by_shape_whatever_the_order_of_th
 # --- what does not fit ---
 
 
-def written(path: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "adapter_config.json").write_text(json.dumps(fields))
-    (path / "adapter_model.safetensors").unlink(missing_ok=True)
-    shapes = {name: (value.dtype, value.shape) for name, value in tensors.items()}
-    safetensors.write(path / "adapter_model.safetensors", shapes, tensors.__getitem__)
-    return path
-
-
-def copied(case: str, path: Path, *, config: dict[str, Any] | None = None) -> Path:
-    shutil.copytree(golden(case)[0], path, dirs_exist_ok=True)
-    fields = json.loads((path / "adapter_config.json").read_text()) | (config or {})
-    (path / "adapter_config.json").write_text(json.dumps(fields))
-    return path
-
-
-def edited(path: Path, edit: Any) -> Path:
-    """``path`` with its tensors changed; where it is a golden directory, a copy of it is."""
-    if "golden" in path.parts:
-        import tempfile
-
-        path = shutil.copytree(path, Path(tempfile.mkdtemp()) / "copy")
-    file = safetensors.open_file(path / "adapter_model.safetensors")
-    tensors = {name: file.read(name) for name in file.entries}
-    edit(tensors)
-    return written(path, json.loads((path / "adapter_config.json").read_text()), tensors)
-
-
 def refusal(path: Path, names: Any = FLAT.names) -> str:
     return message(ValueError, lojax.peft.load, path, FLAT.base(golden("linear")[1]), names)
 
@@ -239,7 +204,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path):
 def test_missing_files_are_named(tmp_path):
     base = FLAT.base(golden("linear")[1])
     load = lambda path: message(FileNotFoundError, lojax.peft.load, path, base, FLAT.names)
-    assert "is no directory" in load(tmp_path / "nothing")
+    assert "is not a directory" in load(tmp_path / "nothing")
     copied("linear", tmp_path / "dir" / "named")
     assert "It holds adapters in the subdirectories named: pass one of these" in load(tmp_path / "dir")
     (tmp_path / "dir" / "named" / "adapter_model.safetensors").unlink()

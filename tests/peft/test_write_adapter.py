@@ -67,12 +67,14 @@ def test_the_config_says_what_real_peft_said(tmp_path):
         path, lora, frozen, *_ = loaded(case, layout)
         lojax.peft.save(tmp_path / case, lora, frozen, layout.names, config=lojax.peft.read_config(path))
         ours, theirs = lojax.peft.read_config(tmp_path / case), lojax.peft.read_config(path)
-        for slot in layout.names.table(shaped(layout.shapes)).slots.values():
-            assert ours.targets(slot.module) == theirs.targets(slot.module), (case, slot.module)
-            if ours.targets(slot.module) and slot.is_weight:
-                rank = theirs.rank(slot.module)
-                assert ours.rank(slot.module) == rank
-                assert ours.scale(slot.module, rank) == pytest.approx(theirs.scale(slot.module, rank), rel=1e-12)
+        for parameter in layout.names.table(shaped(layout.shapes)).parameters.values():
+            assert ours.targets(parameter.module) == theirs.targets(parameter.module), (case, parameter.module)
+            if ours.targets(parameter.module) and parameter.is_weight:
+                rank = theirs.rank(parameter.module)
+                assert ours.rank(parameter.module) == rank
+                assert ours.scale(parameter.module, rank) == pytest.approx(
+                    theirs.scale(parameter.module, rank), rel=1e-12
+                )
         kept = (
             "use_rslora",
             "bias",
