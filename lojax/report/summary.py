@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
 from lojax.report.table import table
+from lojax.types import Params, Path, Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter: its path, shape, rank (None without an adapter), and numbers of parameters."""
+    """One parameter: its path, shape, rank (None if it has no adapter), and how many numbers train and are there."""
 
-    path: str
-    shape: tuple[int, ...]
+    path: Path
+    shape: Shape
     rank: int | None
     trainable: int
     total: int
@@ -68,8 +67,8 @@ class Summary:
         return table(("parameter", "shape", "rank", "trainable", "all"), rows) + "\n" + self.line
 
 
-def summary(frozen: Any, lora: Any) -> Summary:
-    """The trainable and total numbers of parameters, one row a parameter.
+def summary(frozen: Params, lora: Params) -> Summary:
+    """How many parameters train and how many there are, one row a parameter.
 
     Args:
         frozen: The frozen tree: arrays, or shapes (`jax.eval_shape`).
@@ -91,17 +90,15 @@ def summary(frozen: Any, lora: Any) -> Summary:
     kernel     (30, 50)     2        160  1,660
     trainable params: 160 || all params: 1,710 || trainable%: 9.3567
     """
-    left, right = check_pair(frozen, lora)
+    frozen_leaves, lora_leaves = check_pair(frozen, lora)
     rows = []
-    for path in left:
-        weight, trained = unbox(left[path]), unbox(right[path])
-        if is_adapter(trained):
-            size = trained.parameters
-            shape = tuple(weight.shape)
-            rows.append(Row(path, shape, trained.rank, size, size + math.prod(shape)))
+    for path in frozen_leaves:
+        weight, trained = unbox(frozen_leaves[path]), unbox(lora_leaves[path])
+        rank = trained.rank if is_adapter(trained) else None
+        if rank is not None:
+            rows.append(Row(path, tuple(weight.shape), rank, trained.parameters, trained.parameters + weight.size))
         elif trained is not None:
-            size = math.prod(trained.shape)
-            rows.append(Row(path, tuple(trained.shape), None, size, size))
+            rows.append(Row(path, tuple(trained.shape), None, trained.size, trained.size))
         elif weight is not None:
-            rows.append(Row(path, tuple(weight.shape), None, 0, math.prod(weight.shape)))
+            rows.append(Row(path, tuple(weight.shape), None, 0, weight.size))
     return Summary(tuple(rows))

@@ -132,4 +132,4 @@ def test_other_nets_are_refused() -> None:
     model = lojax.wrap(lambda params, x: x @ params["w"], "w", rank=1)
     frozen, lora = model.init(jax.random.key(0), {"w": jnp.ones((3, 2))})
     text = message(TypeError, model.as_nnx, frozen, lora)
-    assert text.startswith("as_nnx is for NNX nets, and this one is a Function.") and "optax" in text
+    assert text.startswith("as_nnx is for NNX modules, and this net is a plain function.") and "optax" in text
