@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_same_bits, message, trained
 
 import lojax
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten
+from tests.helpers import assert_same_bits, message, trained
 from tests.nets.test_nnx import IDS, TARGETS, Net
 
 LABELS = jax.nn.one_hot(IDS[::-1], 10)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import message
 
 import lojax
 from lojax.nets.detect import KINDS, as_net
 from lojax.nets.function import FunctionNet
+from tests.helpers import message
 
 
 def refusal(net: Any) -> str:

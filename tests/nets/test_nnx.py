@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same_bits, message, trained
 
 import lojax
 from lojax.adapters.paths import flatten
+from tests.helpers import assert_same_bits, message, trained
 
 
 class Net(nnx.Module):

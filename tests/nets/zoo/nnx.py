@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tests.nets.zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, fill, normal, tokens
 
 
 def build(make: Any, *args: Any) -> Any:
@@ -16,7 +16,7 @@ def build(make: Any, *args: Any) -> Any:
 
     def example() -> Example:
         graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
-        params, rest = filled(nnx.to_pure_dict(params)), filled(nnx.to_pure_dict(rest))
+        params, rest = fill(nnx.to_pure_dict(params)), fill(nnx.to_pure_dict(rest))
 
         def native(params: Any) -> Any:
             return nnx.merge(graphdef, params, rest)(*args)
