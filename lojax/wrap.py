@@ -17,10 +17,11 @@ from lojax.lowrank.strategy import checked_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
 from lojax.nets.detect import as_net
 from lojax.nets.net import Net
+from lojax.nets.nnx import NNXNet
 from lojax.report.execution import Report, report
 from lojax.rewrite.axis_inference import infer_axes
 from lojax.rewrite.transform import trace_uses, transform
-from lojax.types import Dtype, Key, Params, PyTree
+from lojax.types import Dtype, Key, Params, Path, PyTree
 
 Targets: TypeAlias = Target | Rule | Sequence[Target | Rule]
 """Which parameters: a glob, a compiled regex, a predicate ``(path, leaf) -> bool``, a `Rule`, or several of these."""
@@ -59,8 +60,9 @@ class Model:
             ValueError: A target matches nothing, a rank is too large, or rules contradict.
         """
         self.net.check(params)
-        apply_fn = self.net.apply if args or kwargs else None
-        return _init(key, params, self.rules, self.full, self.exclude, self.bias, apply_fn, args, kwargs)
+        leaves = {path: leaf for path, leaf in flatten(params).items() if path not in self.net.state_paths}
+        rule_of = plan(leaves, self.rules, full=self.full, exclude=self.exclude, bias=self.bias)
+        return _create(key, params, rule_of, self.net.observe if args or kwargs else None, args, kwargs)
 
     def apply(
         self, frozen: Params, lora: Params, *args: object, dropout_key: Key | None = None, **kwargs: object
@@ -72,7 +74,8 @@ class Model:
             lora: The trained tree. Differentiate with respect to this one.
             *args: What the net's own apply takes after its parameters; never traced by lojax.
             dropout_key: A PRNG key for dropout on the adapters' inputs; without one there is no such dropout.
-            **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``).
+            **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``; NNX: ``mutable=``, ``state=``,
+                ``method=``, see `lojax.nets.nnx.NNXNet.apply`).
         """
         adapted = transform(self.net.apply, strict=self.strict, execution=self.execution)
         return adapted(frozen, lora, *args, dropout_key=dropout_key, **kwargs)
@@ -81,9 +84,20 @@ class Model:
         """Plain parameters for the net; see `lojax.merge`."""
         return merge(frozen, lora, donate=donate, check_finite=check_finite)
 
-    def bind(self, params: Params) -> Any:
-        """A net of the same kind that holds ``params`` (NNX, Equinox, HF Flax); for the others ``params`` itself."""
-        return self.net.bind(params)
+    def bind(self, params: Params, *, state: PyTree = None) -> Any:
+        """A net of the same kind that holds ``params`` (NNX, Equinox, HF Flax); for the others ``params`` itself.
+
+        Args:
+            params: The parameters: what `merge` returns, for one.
+            state: For an NNX net: what ``apply(..., mutable=...)`` returned, or a part of it. It takes the place of the
+                batch statistics and the like in ``params``, and of the rng streams, which are otherwise as they were
+                when the net was wrapped.
+        """
+        if state is None:
+            return self.net.bind(params)
+        if not isinstance(self.net, NNXNet):
+            raise TypeError(f"bind(state=...) is for NNX modules, and this net is {self.net.kind}. Leave state out.")
+        return self.net.bind(params, state)
 
     def as_nnx(self, frozen: Params, lora: Params, *, rngs: nnx.Rngs | None = None) -> AdaptedModule:
         """The adapted NNX net as an `nnx.Module` whose trained arrays are `nnx.LoRAParam`.
@@ -105,7 +119,7 @@ class Model:
 
     def report(self, frozen: Params, lora: Params, *args: object, **kwargs: object) -> Report:
         """How each adapted weight is executed for these inputs (shapes are enough)."""
-        uses = trace_uses(self.net.apply, frozen, lora, args, kwargs, execution=self.execution)
+        uses = trace_uses(self.net.observe, frozen, lora, args, kwargs, execution=self.execution)
         return report(frozen, lora, uses)
 
 
@@ -216,7 +230,8 @@ def init(
     ((4, 2), (2, 3), 2.0)
     """
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
-    return _init(key, params, rules, full, excluded, checked_bias(bias), apply_fn, tuple(example_args), {})
+    rule_of = plan(flatten(params), rules, full=full, exclude=excluded, bias=checked_bias(bias))
+    return _create(key, params, rule_of, apply_fn, tuple(example_args), {})
 
 
 def compile_rules(
@@ -236,18 +251,14 @@ def compile_rules(
     return tuple(as_rules(targets, defaults)), tuple(as_rules(train, full)), tuple(as_rules(exclude, none))
 
 
-def _init(
+def _create(
     key: Key,
     params: Params,
-    rules: Sequence[Rule],
-    full: Sequence[Rule],
-    exclude: Sequence[Rule],
-    bias: str,
+    rule_of: Mapping[Path, Rule],
     apply_fn: Callable[..., PyTree] | None,
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> tuple[Params, Params]:
-    rule_of = plan(flatten(params), rules, full=full, exclude=exclude, bias=bias)
     paths = [path for path, rule in rule_of.items() if rule.train in ("lora", "tokens") and rule.axes is None]
     axes_of = infer_axes(apply_fn, params, paths, args, kwargs) if apply_fn and paths else {}
     return create(key, params, rule_of, axes_of)

@@ -17,7 +17,8 @@ from lojax.adapters.axes import array_axes
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair
 from lojax.nets.net import Net
-from lojax.nets.nnx import NNXNet, copy_objects, from_nnx, state_of
+from lojax.nets.nnx import NNXNet, copy_objects, from_nnx
+from lojax.nets.nnx_state import state_of
 from lojax.nets.params_check import Method, call_method
 from lojax.rewrite.transform import transform
 from lojax.types import Array, Key, Params, Path, PyTree
@@ -54,10 +55,13 @@ class AdaptedModule(nnx.Module):
         self.deterministic = False
 
     def pair(self) -> tuple[Params, Params]:
-        """``(frozen, lora)`` as they are now: for `Model.apply`, `merge` and `save`."""
+        """``(frozen, lora)`` as they are now: for `Model.apply`, `merge` and `save`.
+
+        Batch statistics and whatever else outlives a call are in ``frozen``, as the calls so far have left them.
+        """
         adapters = self._adapters()
         trained_paths = {path for path, variable in _parameters(self.net).items() if _trains(variable)}
-        params = nnx.to_pure_dict(nnx.state(self.net, nnx.Param))
+        params = from_nnx(self.net).params
         frozen = map_paths(lambda path, leaf: None if path in trained_paths else leaf, params)
         lora = map_paths(lambda path, leaf: leaf if path in trained_paths else adapters.get(path), params)
         return frozen, lora

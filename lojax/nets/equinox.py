@@ -23,6 +23,7 @@ class EquinoxNet:
 
     params: Params
     static: PyTree
+    state_paths = frozenset()
     kind = "an Equinox module"
 
     def check(self, params: Params) -> None:
@@ -38,6 +39,8 @@ class EquinoxNet:
     def apply(self, params: Params, /, *args: object, method: Method = None, **kwargs: object) -> PyTree:
         """What the module returns; ``method`` is a name, or a function of the module, to call instead."""
         return call_method(self.bind(params), method, args, kwargs)
+
+    observe = apply
 
 
 def from_equinox(module: Any) -> EquinoxNet:

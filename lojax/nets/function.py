@@ -26,6 +26,11 @@ class FunctionNet:
     apply: Callable[..., PyTree]
     kind: str = "a plain function"
     source: str = "them"
+    state_paths = frozenset()
+
+    def observe(self, params: Params, /, *args: object, **kwargs: object) -> PyTree:
+        """The same."""
+        return self.apply(params, *args, **kwargs)
 
     @property
     def params(self) -> Params:

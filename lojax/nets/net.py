@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from lojax.types import Params, PyTree
+from lojax.types import Params, Path, PyTree
 
 
 class Net(Protocol):
@@ -18,9 +18,17 @@ class Net(Protocol):
     def apply(self, params: Params, /, *args: Any, **kwargs: Any) -> PyTree:
         """What the net returns for these parameters."""
 
+    def observe(self, params: Params, /, *args: Any, **kwargs: Any) -> PyTree:
+        """The same, for a caller who looks at the traced program alone: it warns of nothing."""
+
     @property
     def params(self) -> Params:
         """The parameters that the net holds, or an `AttributeError` if it holds none."""
+
+    @property
+    def state_paths(self) -> frozenset[Path]:
+        """The paths in the parameter tree of what is not a parameter and never trains, such as batch statistics."""
+        ...
 
     def check(self, params: Params) -> None:
         """Raises if ``params`` cannot be the parameters of this net. A net that holds none takes any tree."""

@@ -1,23 +1,27 @@
-"""A Flax NNX module as a net. Its parameter tree is the plain nested dict of its `nnx.Param` values.
+"""A Flax NNX module as a net. Its parameter tree is a plain nested dict of arrays.
 
-The module is read once and never touched again. What is not a parameter (batch statistics, rng keys and
-counts, caches) rides along frozen; ask for ``mutable=`` to get what a call makes of it.
+The tree holds the values of its `nnx.Param` and, beside them, of its other variables that outlive a call: batch
+statistics, moving averages, counters. Those are never trained. They ride along in ``frozen``, and so through `merge`
+and `bind`: nothing that a module has gathered is lost on the way. A tree of the parameters alone serves as well; then
+all else is as it was when the module was wrapped.
+
+Rng streams, caches and intermediates belong to a call and not to the tree. Without ``state=`` they too are as they were
+when the module was wrapped; ``mutable=`` returns what a call makes of them. The module is read once and never touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias, TypeVar
+import warnings
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from lojax.adapters.paths import flatten, map_paths
+from lojax.nets.nnx_state import Filter, changed_counts, depends_on, outlives_call, repeats, select, state_of
 from lojax.nets.params_check import Method, call_method, check_params
-from lojax.types import Params, PyTree
-
-Filter: TypeAlias = Any
-"""What NNX takes to pick variables: a type of variable, a predicate, a path, several of them, or True for all."""
+from lojax.types import Leaf, Params, Path, PyTree
 
 T = TypeVar("T")
 
@@ -29,21 +33,29 @@ class NNXNet:
     Attributes:
         name: What errors call it.
         graphdef: Its structure and everything static.
-        params: Its parameters. One that several layers share appears once, under its first path.
-        state: All its other variables, likewise a plain nested dict of arrays.
+        variables: The values of all its variables, a nested dict. One that several layers share appears once, under its
+            first path.
+        params: Those of the parameter tree: the parameters, and all else that outlives a call.
+        state: Those that are not parameters, whatever they belong to.
 
     >>> import jax.numpy as jnp
     >>> net = from_nnx(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
     >>> y, state = net.apply(net.params, jnp.ones((3, 2)), mutable=nnx.BatchStat)
     >>> sorted(net.params), sorted(state)
-    (['bias', 'scale'], ['mean', 'var'])
+    (['bias', 'mean', 'scale', 'var'], ['mean', 'var'])
     """
 
     name: str
     graphdef: nnx.GraphDef[Any]
+    variables: PyTree
     params: Params
     state: PyTree
     kind = "an NNX module"
+
+    @property
+    def state_paths(self) -> frozenset[Path]:
+        """The paths in ``params`` that are not parameters."""
+        return frozenset(flatten(self.params).keys() & flatten(self.state).keys())
 
     def check(self, params: Params) -> None:
         """Raises unless ``params`` fits the module."""
@@ -52,19 +64,34 @@ class NNXNet:
                 f"params is a {type(params).__name__}; the parameters of an NNX net are a plain nested dict of arrays. "
                 "Pass model.params (or nnx.to_pure_dict(nnx.state(module, nnx.Param)))."
             )
-        check_params(params, flatten(self.params), self.name)
+        state_paths = self.state_paths
+        leaves = check_params(params, flatten(self.params), self.name, optional=state_paths)
+        missing = sorted(state_paths - leaves.keys())
+        if missing and len(missing) < len(state_paths):
+            raise ValueError(
+                f"params lacks {missing[0]} but holds other state of {self.name}. Pass all of it, as in model.params, "
+                "or none of it."
+            )
 
-    def bind(self, params: Params) -> nnx.Module:
-        """A new module that holds ``params``, everything else as it was at the start; shares no variable."""
-        return self._module(params, None)
+    def bind(self, params: Params, state: PyTree = None) -> nnx.Module:
+        """A new module that holds ``params`` and shares no variable.
+
+        Args:
+            params: Its parameters.
+            state: What ``mutable=`` returned, or a part of it, in place of what ``params`` and the module hold.
+        """
+        self.check(params)
+        # By path, so that a checkpoint that made strings of a list's indices fits as well.
+        values = flatten(params) | self._state_leaves(state)
+        return nnx.merge(self.graphdef, map_paths(lambda path, leaf: values.get(path, leaf), self.variables))
 
     def apply(
         self,
         params: Params,
         /,
         *args: object,
-        method: Method = None,
         mutable: Filter = False,
+        method: Method = None,
         state: PyTree = None,
         **kwargs: object,
     ) -> PyTree:
@@ -74,48 +101,58 @@ class NNXNet:
             params: Its parameters.
             *args: Passed to the module. NNX objects among them (an `nnx.Rngs`) are copied: the call
                 leaves the originals as they are.
-            method: The method to call instead of the module: its name, or a function of the module.
             mutable: True, or an NNX filter such as `nnx.BatchStat`: return ``(outputs, state)``, where
                 ``state`` is a plain nested dict of the variables, parameters apart, as the call left them.
-            state: Such a dict, or a part of one, to start from instead of what the module held.
+            method: The method to call instead of the module: its name, or a function of the module.
+            state: Such a dict, or a part of one, to start from instead of what ``params`` and the module hold.
             **kwargs: Passed to the module.
+
+        Warns:
+            UserWarning: The outputs depend on an rng stream of the module whose count neither ``state`` nor
+                ``mutable`` carries from call to call, so that every call draws the same numbers.
         """
-        module = self._module(params, state)
+        outputs, module = self._call(params, *args, method=method, state=state, **kwargs)
+        returned = None if mutable is False else select(module, mutable, self.name)
+        carried = flatten(returned).keys() | self._state_leaves(state).keys()
+        counts = {k: v for k, v in changed_counts(flatten(self.variables), module).items() if k not in carried}
+        if counts:
+            given = self._state_leaves(state)
+            rerun = lambda counts: self._call(params, *args, method=method, state=given | counts, **kwargs)[0]
+            for path in depends_on(rerun, counts)[:1]:
+                warnings.warn(repeats(self.name, path), stacklevel=2)
+        return outputs if mutable is False else (outputs, returned)
+
+    def observe(self, params: Params, /, *args: object, mutable: Filter = False, **kwargs: Any) -> PyTree:
+        """What `apply` returns, without its warning: for a caller who looks at the traced program alone."""
+        outputs, module = self._call(params, *args, **kwargs)
+        return outputs if mutable is False else (outputs, select(module, mutable, self.name))
+
+    def _call(
+        self, params: Params, /, *args: object, method: Method = None, state: PyTree = None, **kwargs: object
+    ) -> tuple[PyTree, nnx.Module]:
+        module = self.bind(params, state)
         args, kwargs = copy_objects((args, kwargs))
-        outputs = call_method(module, method, args, kwargs)
-        return outputs if mutable is False else (outputs, nnx.to_pure_dict(state_of(module, mutable)))
+        return call_method(module, method, args, kwargs), module
 
-    def _module(self, params: Params, state: PyTree) -> nnx.Module:
-        self.check(params)
-        leaves = flatten(params)
-        # By path, so that a checkpoint that made strings of a list's indices fits as well.
-        params = map_paths(lambda path, _: leaves[path], self.params)
-        return nnx.merge(self.graphdef, params, self._complete_state(state))
-
-    def _complete_state(self, state: PyTree) -> PyTree:
-        """The state that the module held, with the leaves of ``state`` in place of its own."""
-        if state is None:
-            return self.state
+    def _state_leaves(self, state: PyTree) -> dict[Path, Leaf]:
+        """The leaves of ``state`` by path, or an error if the module holds no such variable."""
         leaves = flatten(nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state)
-        unknown = leaves.keys() - flatten(self.state).keys()
-        if unknown:
+        leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None}
+        known = flatten(self.state)
+        if unknown := leaves.keys() - known.keys():
             raise ValueError(
                 f"state holds {min(unknown)}, which {self.name} does not hold before the call. Pass a part of what "
-                f"it holds ({', '.join(flatten(self.state)) or 'nothing'}); mutable=<an NNX filter> returns a part."
+                f"it holds ({', '.join(known) or 'nothing'}); mutable=<an NNX filter> returns a part."
             )
-        return map_paths(lambda path, leaf: leaves.get(path, leaf), self.state)
+        return leaves
 
 
 def from_nnx(module: nnx.Module) -> NNXNet:
-    """Splits a module; later changes to it are not seen."""
-    graphdef, params, state = nnx.split(module, nnx.Param, ...)
-    name = f"the nnx.Module {type(module).__name__}"
-    return NNXNet(name, graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(state))
-
-
-def state_of(module: nnx.Module, which: Filter = True) -> nnx.State:
-    """The variables of ``module`` that a filter picks, parameters apart."""
-    return nnx.state(module, nnx.All(nnx.Not(nnx.Param), ... if which is True else which))
+    """Takes a module apart; later changes to it are not seen."""
+    graphdef, variables = nnx.split(module)
+    params = nnx.state(module, nnx.Any(nnx.Param, outlives_call))
+    values = [nnx.to_pure_dict(state) for state in (variables, params, state_of(module))]
+    return NNXNet(f"the nnx.Module {type(module).__name__}", graphdef, *values)
 
 
 def copy_objects(tree: T) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -15,23 +15,27 @@ Method: TypeAlias = str | Callable[..., PyTree] | None
 """The method of a net to call: its name, or a function that takes the net first; None calls the net itself."""
 
 
-def check_params(params: Params, expected: Mapping[Path, Leaf], net_name: str) -> dict[Path, Leaf]:
+def check_params(
+    params: Params, expected: Mapping[Path, Leaf], net_name: str, *, optional: Collection[Path] = ()
+) -> dict[Path, Leaf]:
     """The leaves of ``params`` by path, or an error that names the first one that does not fit the net.
 
     Args:
         params: A parameter tree.
         expected: The parameters that the net holds, by path (see `lojax.adapters.paths.flatten`).
         net_name: What the error calls the net.
+        optional: Those of the expected paths that need not be there.
 
     Raises:
         ValueError: A parameter is missing, unknown, or of another shape.
     """
     leaves = {path: leaf for path, leaf in flatten(params).items() if leaf is not None}
-    missing = [path for path in expected if path not in leaves]
+    required = [path for path in expected if path not in optional]
+    missing = [path for path in required if path not in leaves]
     if missing:
         raise ValueError(
             f"params lacks {missing[0]} (shape {jnp.shape(expected[missing[0]])}): {len(missing)} of the "
-            f"{len(expected)} parameters of {net_name} are missing. Pass model.params, or a tree of the same structure."
+            f"{len(required)} parameters of {net_name} are missing. Pass model.params, or a tree of the same structure."
         )
     for path, leaf in leaves.items():
         if path not in expected:

@@ -16,6 +16,7 @@ class TransformersNet:
     """A ``FlaxPreTrainedModel``. Nothing of transformers is imported."""
 
     model: Any
+    state_paths = frozenset()
     kind = "a Hugging Face model"
 
     @property
@@ -45,3 +46,5 @@ class TransformersNet:
         """What the model returns; ``method`` is the name of one that takes ``params=``, such as ``"decode"``."""
         self.check(params)
         return call_method(self.model, method, args, {**kwargs, "params": params})
+
+    observe = apply
