@@ -16,6 +16,7 @@ from lojax.lowrank.merge import merge
 from lojax.lowrank.strategy import checked_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
 from lojax.nets.detect import as_net
+from lojax.nets.named_axes import bind_named_axes
 from lojax.nets.net import Net
 from lojax.nets.nnx import NNXNet
 from lojax.report.execution import Report, report
@@ -119,7 +120,8 @@ class Model:
 
     def report(self, frozen: Params, lora: Params, *args: object, **kwargs: object) -> Report:
         """How each adapted weight is executed for these inputs (shapes are enough)."""
-        uses = trace_uses(self.net.observe, frozen, lora, args, kwargs, execution=self.execution)
+        observe = bind_named_axes(self.net.observe)
+        uses = trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution)
         return report(frozen, lora, uses)
 
 
@@ -260,5 +262,5 @@ def _create(
     kwargs: Mapping[str, object],
 ) -> tuple[Params, Params]:
     paths = [path for path, rule in rule_of.items() if rule.train in ("lora", "tokens") and rule.axes is None]
-    axes_of = infer_axes(apply_fn, params, paths, args, kwargs) if apply_fn and paths else {}
+    axes_of = infer_axes(bind_named_axes(apply_fn), params, paths, args, kwargs) if apply_fn and paths else {}
     return create(key, params, rule_of, axes_of)
