@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from flax import nnx
 
 from lojax.adapters.create import create
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.paths import flatten
 from lojax.adapters.rule import Rule, Target, as_rules
 from lojax.adapters.targets import checked_bias, plan
@@ -22,7 +23,7 @@ from lojax.nets.nnx import NNXNet
 from lojax.report.execution import Report, report
 from lojax.rewrite.axis_inference import infer_axes
 from lojax.rewrite.transform import trace_uses, transform
-from lojax.types import Dtype, Key, Params, Path, PyTree
+from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
 
 Targets: TypeAlias = Target | Rule | Sequence[Target | Rule]
 """Which parameters: a glob, a compiled regex, a predicate ``(path, leaf) -> bool``, a `Rule`, or several of these."""
@@ -61,7 +62,7 @@ class Model:
             ValueError: A target matches nothing, a rank is too large, or rules contradict.
         """
         self.net.check(params)
-        leaves = {path: leaf for path, leaf in flatten(params).items() if path not in self.net.state_paths}
+        leaves = {path: leaf for path, leaf in _leaves(params).items() if path not in self.net.state_paths}
         rule_of = plan(leaves, self.rules, full=self.full, exclude=self.exclude, bias=self.bias)
         return _create(key, params, rule_of, self.net.observe if args or kwargs else None, args, kwargs)
 
@@ -232,7 +233,14 @@ def init(
     ((4, 2), (2, 3), 2.0)
     """
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
-    rule_of = plan(flatten(params), rules, full=full, exclude=excluded, bias=checked_bias(bias))
+    if apply_fn is None and len(example_args):
+        raise ValueError("example_args= are the inputs of apply_fn=, and there is none. Pass both, or neither.")
+    if not callable(apply_fn) and apply_fn is not None:
+        raise TypeError(f"apply_fn={apply_fn!r}: expected a function apply_fn(params, *example_args).")
+    if not isinstance(example_args, (tuple, list)):
+        kind = type(example_args).__name__
+        raise TypeError(f"example_args is of type {kind}; expected a tuple of arguments, such as example_args=(x,).")
+    rule_of = plan(_leaves(params), rules, full=full, exclude=excluded, bias=checked_bias(bias))
     return _create(key, params, rule_of, apply_fn, tuple(example_args), {})
 
 
@@ -251,6 +259,14 @@ def compile_rules(
     defaults = Rule((), rank=rank, scaling=scaling, init=init, variant=variant, **settings)
     full, none = Rule((), train="full"), Rule((), train="none")
     return tuple(as_rules(targets, defaults)), tuple(as_rules(train, full)), tuple(as_rules(exclude, none))
+
+
+def _leaves(params: Params) -> dict[Path, Leaf]:
+    """The leaves of ``params`` by path, checked."""
+    leaves = flatten(params)
+    for path, leaf in leaves.items():
+        check_leaf(path, leaf, "params")
+    return leaves
 
 
 def _create(

@@ -115,13 +115,17 @@ def as_module(
     """The `AdaptedModule` of an NNX net.
 
     Raises:
-        TypeError: The net is of another kind.
+        TypeError: The net is of another kind, or ``rngs`` is not an `nnx.Rngs`.
         ValueError: The trees do not fit the net.
     """
     if not isinstance(net, NNXNet):
         raise TypeError(
             f"as_nnx is for NNX modules, and this net is {net.kind}. Train lora itself with optax: every array in "
             "it trains, and jax.grad with respect to it is all a loop needs."
+        )
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise TypeError(
+            f"rngs is of type {type(rngs).__name__}; expected an nnx.Rngs, such as nnx.Rngs(dropout=0), or None."
         )
     check_pair(frozen, lora)
     trained = {path: leaf for path, leaf in flatten(lora).items() if leaf is not None}

@@ -7,6 +7,7 @@ before a net of it is wrapped.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ HINTS = {
 """What to pass instead of something that is almost a net, by ``library.Class``."""
 
 CLASS_HINT = "That is a class: pass an instance."
+TREE_HINT = "That looks like a parameter tree: wrap the net, and pass the tree to model.init."
 SPLIT_HINT = "That is an NNX module already split: pass the module itself, nnx.merge(graphdef, *states)."
 
 
@@ -60,6 +62,8 @@ def as_net(net: Any) -> Net:
 
         return from_equinox(net)
     hint = SPLIT_HINT if _is_split(net) else next((HINTS[n] for n in names if n in HINTS), "")
+    if not hint and isinstance(net, Mapping) and _has_arrays(net):
+        hint = TREE_HINT
     if callable(net) and not hint:
         return FunctionNet(net)
     raise TypeError(_refusal(net, hint))

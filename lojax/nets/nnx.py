@@ -46,10 +46,10 @@ class NNXNet:
     """
 
     name: str
-    graphdef: nnx.GraphDef[Any]
-    variables: PyTree
-    params: Params
-    state: PyTree
+    graphdef: nnx.GraphDef[Any] = dataclasses.field(repr=False)
+    variables: PyTree = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
+    state: PyTree = dataclasses.field(repr=False)
     kind = "an NNX module"
 
     @property

@@ -7,8 +7,11 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from lojax.adapters.adapter import is_adapter
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
+from lojax.text import suggest
 from lojax.types import Leaf, Params, Path, PyTree
 
 Method: TypeAlias = str | Callable[..., PyTree] | None
@@ -27,9 +30,13 @@ def check_params(
         optional: Those of the expected paths that need not be there.
 
     Raises:
+        TypeError: A leaf is an adapter, or neither an array nor a number.
         ValueError: A parameter is missing, unknown, or of another shape.
     """
     leaves = {path: leaf for path, leaf in flatten(params).items() if leaf is not None}
+    for path, leaf in leaves.items():
+        if is_adapter(leaf):
+            check_leaf(path, leaf, "params")  # says what to do, where "params lacks" would mislead
     required = [path for path in expected if path not in optional]
     missing = [path for path in required if path not in leaves]
     if missing:
@@ -40,6 +47,7 @@ def check_params(
     for path, leaf in leaves.items():
         if path not in expected:
             raise ValueError(f"params holds {path}, which {net_name} does not. Pass model.params, or a tree like it.")
+        check_leaf(path, leaf, "params")
         shape, expected_shape = jnp.shape(unbox(leaf)), jnp.shape(expected[path])
         if shape != expected_shape:
             raise ValueError(
@@ -54,6 +62,11 @@ def call_method(net: Any, method: Method, args: Sequence[object], kwargs: Mappin
     if method is None:
         return net(*args, **kwargs)
     if isinstance(method, str):
+        if not callable(getattr(net, method, None)):
+            names = [name for name in dir(type(net)) if not name.startswith("_")]
+            raise AttributeError(f"method={method!r}: {type(net).__name__} has no such method.{suggest(method, names)}")
         return getattr(net, method)(*args, **kwargs)
+    if not callable(method):
+        raise TypeError(f"method={method!r}: expected the name of a method, or a function that takes the net first.")
     # A bound method of the user's own net would run with the weights of that net: only its function is called.
     return getattr(method, "__func__", method)(net, *args, **kwargs)

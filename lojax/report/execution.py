@@ -9,9 +9,12 @@ from lojax.adapters.adapter import is_adapter
 from lojax.adapters.axes import Axes
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
-from lojax.report.table import table
+from lojax.report.table import html_table, table
 from lojax.rewrite.recorder import Use
 from lojax.types import Params, Path, Shape
+
+_COUNTS = ("extra FLOPs", "of frozen", "extra bytes")
+_HEADER = ("weight", "shape", "axes", "rank", "parameters", "uses", "execution", *_COUNTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How every adapted weight is executed. Printing it gives a table; the data are in ``weights``."""
+    """How every adapted weight is executed: the data in ``weights``. It shows as a table, as `Summary` does."""
 
     weights: tuple[Weight, ...]
 
@@ -74,19 +77,24 @@ class Report:
         return sum(weight.extra_bytes for weight in self.weights)
 
     def __str__(self) -> str:
-        counts = ("extra FLOPs", "of frozen", "extra bytes")
-        header = ("weight", "shape", "axes", "rank", "parameters", "uses", "execution", *counts)
-        lines = [table(header, [_row(weight) for weight in self.weights])]
+        return "\n".join([table(_HEADER, list(map(_row, self.weights))), *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, list(map(_row, self.weights)), self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = []
         for weight in self.weights:
-            lines += [_materialized(weight, use) for use in weight.uses if use.how == "materialized"]
+            notes += [_materialized(weight, use) for use in weight.uses if use.how == "materialized"]
             if not weight.uses:
-                lines.append(
+                notes.append(
                     f"{weight.path} is never used by this program: its adapter gets no gradient. "
                     "Take it out of targets, or report on the inputs that use it."
                 )
         fused = " or fused" if any("fused" in weight.how for weight in self.weights) else ""
-        lines.append(f"{self.factored} of {len(self.weights)} adapted weights fully factored{fused}")
-        return "\n".join(lines)
+        return [*notes, f"{self.factored} of {len(self.weights)} adapted weights fully factored{fused}"]
 
 
 def _row(weight: Weight) -> tuple[str, ...]:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
+from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
-from lojax.report.table import table
+from lojax.report.table import html_table, table
 from lojax.types import Params, Path, Shape
+
+_HEADER = ("parameter", "shape", "rank", "trainable", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What trains, row by row. Printing it gives the table."""
+    """What trains, row by row. It shows as a table, printed, in a REPL and in a notebook."""
 
     rows: tuple[Row, ...]
 
@@ -46,6 +52,11 @@ class Summary:
     def __str__(self) -> str:
         return self.text()
 
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._cells(), [self.line])
+
     @property
     def line(self) -> str:
         """The closing line, as Hugging Face PEFT prints it."""
@@ -53,7 +64,10 @@ class Summary:
 
     def text(self, *, frozen: bool = True) -> str:
         """The table and the closing line; with ``frozen=False`` only the rows of what trains."""
-        rows = [
+        return table(_HEADER, self._cells(frozen=frozen)) + "\n" + self.line
+
+    def _cells(self, *, frozen: bool = True) -> list[tuple[str, ...]]:
+        return [
             (
                 row.path,
                 str(row.shape),
@@ -64,7 +78,6 @@ class Summary:
             for row in self.rows
             if frozen or row.trainable
         ]
-        return table(("parameter", "shape", "rank", "trainable", "all"), rows) + "\n" + self.line
 
 
 def summary(frozen: Params, lora: Params) -> Summary:
@@ -78,6 +91,7 @@ def summary(frozen: Params, lora: Params) -> Summary:
         A `Summary`: its ``rows`` are data, and printing it gives the table.
 
     Raises:
+        TypeError: A leaf is neither an array nor a number, or ``frozen`` holds an adapter.
         ValueError: The trees do not fit together.
 
     >>> import numpy as np
@@ -90,15 +104,19 @@ def summary(frozen: Params, lora: Params) -> Summary:
     kernel     (30, 50)     2        160  1,660
     trainable params: 160 || all params: 1,710 || trainable%: 9.3567
     """
+    for path, leaf in flatten(frozen).items():
+        check_leaf(path, leaf, "frozen")
     frozen_leaves, lora_leaves = check_pair(frozen, lora)
     rows = []
     for path in frozen_leaves:
         weight, trained = unbox(frozen_leaves[path]), unbox(lora_leaves[path])
-        rank = trained.rank if is_adapter(trained) else None
-        if rank is not None:
-            rows.append(Row(path, tuple(weight.shape), rank, trained.parameters, trained.parameters + weight.size))
-        elif trained is not None:
-            rows.append(Row(path, tuple(trained.shape), None, trained.size, trained.size))
+        if is_adapter(trained):
+            size = trained.parameters
+            rows.append(Row(path, np.shape(weight), trained.rank, size, size + np.size(weight)))
+            continue
+        check_leaf(path, trained, "lora")
+        if trained is not None:
+            rows.append(Row(path, np.shape(trained), None, np.size(trained), np.size(trained)))
         elif weight is not None:
-            rows.append(Row(path, tuple(weight.shape), None, 0, weight.size))
+            rows.append(Row(path, np.shape(weight), None, 0, np.size(weight)))
     return Summary(tuple(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,3 +138,13 @@ def test_the_bytes_are_those_of_the_arrays_that_are_made():
     fused = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=2, execution="fused")
     frozen, lora = fused.init(jax.random.key(0), {"w": jnp.ones((8, 6))}, X)
     assert fused.report(frozen, lora, X).extra_bytes == 4 * 8 * 6
+
+
+def test_it_shows_as_a_table_in_a_repl_and_in_a_notebook():
+    report = make(X)
+    assert repr(report) == str(report)
+    lines = report._repr_html_().splitlines()
+    assert lines[0] == "<table>" and lines.index("</table>") == 2 + len(report.weights)
+    notes = str(report).splitlines()[2 + len(report.weights) :]
+    assert lines[3 + len(report.weights) :] == [f"<p>{html.escape(note)}</p>" for note in notes]
+    assert "&#x27;sin&#x27;" in report._repr_html_()
