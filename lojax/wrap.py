@@ -79,7 +79,9 @@ class Model:
             **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``; NNX: ``mutable=``, ``state=``,
                 ``method=``, see `lojax.nets.nnx.NNXNet.apply`).
         """
-        adapted = transform(self.net.apply, strict=self.strict, execution=self.execution)
+        net = lambda params, *args, **kwargs: self.net.apply(params, *args, **kwargs)
+        net.__name__ = net.__qualname__ = self.net.name  # tracer errors and profiles show it
+        adapted = transform(net, strict=self.strict, execution=self.execution)
         return adapted(frozen, lora, *args, dropout_key=dropout_key, **kwargs)
 
     def merge(self, frozen: Params, lora: Params, *, donate: bool = False, check_finite: bool = False) -> Params:

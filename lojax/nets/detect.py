@@ -49,14 +49,14 @@ def as_net(net: Any) -> Net:
     if inspect.isclass(net):
         raise TypeError(_refusal(net, CLASS_HINT))
     if isinstance(net, nn.Module):
-        return FunctionNet(net.apply, "a Linen module", "its variables")
+        return FunctionNet(net.apply, type(net).__name__, "a Linen module", "its variables")
     if isinstance(net, nnx.Module):
         return from_nnx(net)
     names = [f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(net).__mro__]
     if "transformers.FlaxPreTrainedModel" in names:
         return TransformersNet(net)
     if "haiku.Transformed" in names or "haiku.TransformedWithState" in names:
-        return FunctionNet(net.apply, "a Haiku function", "what its init returned")
+        return FunctionNet(net.apply, net.apply.__name__, "a Haiku function", "what its init returned")
     if "equinox.Module" in names and _has_arrays(net):
         from lojax.nets.equinox import from_equinox
 
@@ -65,7 +65,7 @@ def as_net(net: Any) -> Net:
     if not hint and isinstance(net, Mapping) and _has_arrays(net):
         hint = TREE_HINT
     if callable(net) and not hint:
-        return FunctionNet(net)
+        return FunctionNet(net, getattr(net, "__name__", type(net).__name__))
     raise TypeError(_refusal(net, hint))
 
 

@@ -26,10 +26,15 @@ class EquinoxNet:
     state_paths = frozenset()
     kind = "an Equinox module"
 
+    @property
+    def name(self) -> str:
+        """The name of its class."""
+        return type(self.params).__name__
+
     def check(self, params: Params) -> None:
         """Raises unless ``params`` fits the module."""
         arrays = {path: leaf for path, leaf in flatten(self.params).items() if leaf is not None}
-        check_params(params, arrays, f"the Equinox module {type(self.params).__name__}")
+        check_params(params, arrays, f"the Equinox module {self.name}")
 
     def bind(self, params: Params) -> Any:
         """The module with ``params``."""

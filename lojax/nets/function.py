@@ -19,11 +19,13 @@ class FunctionNet:
 
     Attributes:
         apply: The function.
+        name: Its name: that of a Linen module is the name of its class.
         kind: What errors call the net.
         source: Where its parameters come from, for the error of a caller who asks the net for them.
     """
 
     apply: Callable[..., PyTree]
+    name: str
     kind: str = "a plain function"
     source: str = "them"
     state_paths = frozenset()

@@ -15,6 +15,11 @@ class Net(Protocol):
         """What errors call a net of this kind: ``"an NNX module"``."""
         ...
 
+    @property
+    def name(self) -> str:
+        """The name of its class or function, which tracer errors and profiles show."""
+        ...
+
     def apply(self, params: Params, /, *args: Any, **kwargs: Any) -> PyTree:
         """What the net returns for these parameters."""
 

@@ -31,7 +31,7 @@ class NNXNet:
     """An NNX module, taken apart.
 
     Attributes:
-        name: What errors call it.
+        name: The name of its class.
         graphdef: Its structure and everything static.
         variables: The values of all its variables, a nested dict. One that several layers share appears once, under its
             first path.
@@ -53,6 +53,11 @@ class NNXNet:
     kind = "an NNX module"
 
     @property
+    def title(self) -> str:
+        """What errors call it."""
+        return f"the nnx.Module {self.name}"
+
+    @property
     def state_paths(self) -> frozenset[Path]:
         """The paths in ``params`` that are not parameters."""
         return frozenset(flatten(self.params).keys() & flatten(self.state).keys())
@@ -65,11 +70,11 @@ class NNXNet:
                 "Pass model.params (or nnx.to_pure_dict(nnx.state(module, nnx.Param)))."
             )
         state_paths = self.state_paths
-        leaves = check_params(params, flatten(self.params), self.name, optional=state_paths)
+        leaves = check_params(params, flatten(self.params), self.title, optional=state_paths)
         missing = sorted(state_paths - leaves.keys())
         if missing and len(missing) < len(state_paths):
             raise ValueError(
-                f"params lacks {missing[0]} but holds other state of {self.name}. Pass all of it, as in model.params, "
+                f"params lacks {missing[0]} but holds other state of {self.title}. Pass all of it, as in model.params, "
                 "or none of it."
             )
 
@@ -112,20 +117,20 @@ class NNXNet:
                 ``mutable`` carries from call to call, so that every call draws the same numbers.
         """
         outputs, module = self._call(params, *args, method=method, state=state, **kwargs)
-        returned = None if mutable is False else select(module, mutable, self.name)
+        returned = None if mutable is False else select(module, mutable, self.title)
         carried = flatten(returned).keys() | self._state_leaves(state).keys()
         counts = {k: v for k, v in changed_counts(flatten(self.variables), module).items() if k not in carried}
         if counts:
             given = self._state_leaves(state)
             rerun = lambda counts: self._call(params, *args, method=method, state=given | counts, **kwargs)[0]
             for path in depends_on(rerun, counts)[:1]:
-                warnings.warn(repeats(self.name, path), stacklevel=2)
+                warnings.warn(repeats(self.title, path), stacklevel=2)
         return outputs if mutable is False else (outputs, returned)
 
     def observe(self, params: Params, /, *args: object, mutable: Filter = False, **kwargs: Any) -> PyTree:
         """What `apply` returns, without its warning: for a caller who looks at the traced program alone."""
         outputs, module = self._call(params, *args, **kwargs)
-        return outputs if mutable is False else (outputs, select(module, mutable, self.name))
+        return outputs if mutable is False else (outputs, select(module, mutable, self.title))
 
     def _call(
         self, params: Params, /, *args: object, method: Method = None, state: PyTree = None, **kwargs: object
@@ -141,7 +146,7 @@ class NNXNet:
         known = flatten(self.state)
         if unknown := leaves.keys() - known.keys():
             raise ValueError(
-                f"state holds {min(unknown)}, which {self.name} does not hold before the call. Pass a part of what "
+                f"state holds {min(unknown)}, which {self.title} does not hold before the call. Pass a part of what "
                 f"it holds ({', '.join(known) or 'nothing'}); mutable=<an NNX filter> returns a part."
             )
         return leaves
@@ -152,7 +157,7 @@ def from_nnx(module: nnx.Module) -> NNXNet:
     graphdef, variables = nnx.split(module)
     params = nnx.state(module, nnx.Any(nnx.Param, outlives_call))
     values = [nnx.to_pure_dict(state) for state in (variables, params, state_of(module))]
-    return NNXNet(f"the nnx.Module {type(module).__name__}", graphdef, *values)
+    return NNXNet(type(module).__name__, graphdef, *values)
 
 
 def copy_objects(tree: T) -> T:

@@ -38,7 +38,7 @@ def state_of(module: nnx.Module, which: Filter = True) -> nnx.State:
     return nnx.state(module, nnx.All(nnx.Not(nnx.Param), ... if which is True else which))
 
 
-def select(module: nnx.Module, which: Filter, name: str) -> PyTree:
+def select(module: nnx.Module, which: Filter, title: str) -> PyTree:
     """The values of the same variables, as a plain nested dict.
 
     Raises:
@@ -48,11 +48,11 @@ def select(module: nnx.Module, which: Filter, name: str) -> PyTree:
     for part in which if isinstance(which, (list, tuple)) else (which,):
         possible = isinstance(part, type) and issubclass(part, nnx.Variable) and not issubclass(part, nnx.Param)
         if isinstance(part, (str, type)) and not possible and not state_of(module, part):
-            raise ValueError(_nothing(module, part, name))
+            raise ValueError(_nothing(module, part, title))
     return nnx.to_pure_dict(state_of(module, which))
 
 
-def _nothing(module: nnx.Module, part: str | type, name: str) -> str:
+def _nothing(module: nnx.Module, part: str | type, title: str) -> str:
     variables = nnx.to_flat_state(state_of(module))
     listed = [f"{'/'.join(map(str, path))} ({type(variable).__name__})" for path, variable in variables]
     if isinstance(part, type):
@@ -61,7 +61,7 @@ def _nothing(module: nnx.Module, part: str | type, name: str) -> str:
         part_name, why = repr(part), "is the tag of no variable"
     hint = f" For Linen's {part!r} pass nnx.{LINEN_COLLECTIONS[part]}." if part in LINEN_COLLECTIONS else ""
     return (
-        f"mutable={part_name} {why} of {name}.{hint} Pass True, or NNX types of what it holds: "
+        f"mutable={part_name} {why} of {title}.{hint} Pass True, or NNX types of what it holds: "
         f"{', '.join(listed[:6]) or 'nothing'}{', …' if len(listed) > 6 else ''}."
     )
 
@@ -84,11 +84,11 @@ def depends_on(f: Callable[[Mapping[Path, Array]], PyTree], counts: Mapping[Path
     return [path for path, var in zip(sorted(counts), live.invars, strict=True) if id(var) in used]
 
 
-def repeats(name: str, path: Path) -> str:
+def repeats(title: str, path: Path) -> str:
     """The warning that every call will draw the same random numbers."""
     stream = path.removesuffix("/count")
     return (
-        f"{name} drew random numbers from its own rng stream {stream}, and this call keeps no account of them: the "
+        f"{title} drew random numbers from its own rng stream {stream}, and this call keeps no account of them: the "
         "next one draws the same numbers, such as the same dropout mask. Pass mutable=nnx.RngCount (or True), and the "
         "state that comes back as state= of the next call; or draw from rngs=nnx.Rngs(...) with a new key for each "
         "call; or wrap the module after module.eval(), if there is to be no dropout."

@@ -20,11 +20,16 @@ class TransformersNet:
     kind = "a Hugging Face model"
 
     @property
+    def name(self) -> str:
+        """The name of its class."""
+        return type(self.model).__name__
+
+    @property
     def params(self) -> Params:
         """The parameters of the model."""
         if not self.model._is_initialized:
             raise AttributeError(
-                f"This {type(self.model).__name__} was made with _do_init=False and holds no parameters: pass those "
+                f"This {self.name} was made with _do_init=False and holds no parameters: pass those "
                 "that came with it to init and apply."
             )
         return self.model.params
@@ -32,7 +37,7 @@ class TransformersNet:
     def check(self, params: Params) -> None:
         """Raises unless ``params`` fits the model."""
         if self.model._is_initialized:
-            check_params(params, flatten(self.model.params), f"the model {type(self.model).__name__}")
+            check_params(params, flatten(self.model.params), f"the model {self.name}")
 
     def bind(self, params: Params) -> Any:
         """A copy of the model that holds ``params`` and shares everything else."""

@@ -193,7 +193,7 @@ def test_the_module_or_its_state_are_no_params(net: Net) -> None:
 
 def test_a_model_shows_no_arrays(net: Net) -> None:
     text = repr(lojax.wrap(net, TARGETS))
-    assert text.startswith("Model(net=NNXNet(name='the nnx.Module Net'), rules=(Rule('**/kernel', rank=8")
+    assert text.startswith("Model(net=NNXNet(name='Net'), rules=(Rule('**/kernel', rank=8")
     assert "Array" not in text
 
 
