@@ -275,6 +275,32 @@ def test_strict_refuses_to_form_a_weight_and_says_what_to_do():
     assert_close(lenient.apply(frozen, lora, X), net(lenient.merge(frozen, lora), X))
 
 
+# --- the name ---
+
+
+class Branching(nn.Module):
+    """Reads a weight as a Python number, which no traced program can."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x) if self.param("w", nn.initializers.ones, (4, 3)).sum() > 0 else x
+
+
+def branching(params, x):
+    return x @ params["w"] if params["w"].sum() > 0 else x
+
+
+@pytest.mark.xfail(strict=True, reason="transform traces a function of its own, called flat")
+@pytest.mark.parametrize("net", [branching, Branching()], ids=["function", "Linen"])
+def test_errors_while_tracing_name_the_net(net):
+    weight = {"w": np.ones((4, 3), np.float32)}
+    model = lojax.wrap(net, "**/w", rank=2)
+    pair = model.init(jax.random.key(0), {"params": weight} if net is not branching else weight)
+    text = message(jax.errors.TracerBoolConversionError, model.apply, *pair, X)
+    name = "branching" if net is branching else "Branching"
+    assert f"tracing the function {name} " in text and "flat" not in text
+
+
 # --- errors ---
 
 
