@@ -134,7 +134,7 @@ def test_a_mesh_that_does_not_divide_the_weights(tmp_path, capsys):
     arguments = ["--config", str(tmp_path), "--topology", "v5e:2x2", "--mesh", "tensor=4", "--batch", "4", "--estimate"]
     assert main(["plan", *arguments]) == 1
     error = capsys.readouterr().err
-    assert "layers/mlp/" in error and "1022 is no multiple of 4" in error
+    assert "layers/mlp/" in error and "1022 is not a multiple of 4" in error
 
 
 def test_a_model_too_large_for_any_slice():
