@@ -6,7 +6,7 @@ adapters and ``None`` count as leaves, so `frozen`, `lora` and `params` have the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,22 @@ def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of ``tree`` by path, ``None`` and boxes and adapters included."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_of(keys): leaf for keys, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path: the inverse of `flatten` for a tree of dicts.
+
+    >>> unflatten({"a/b": 1, "a/c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
 
 
 def map_paths(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
