@@ -1,9 +1,9 @@
-"""One dense layer with an update ``s * A B``, the way each library computes it.
+"""One dense layer with an update ``s * A B``, as each library computes it.
 
-Letters: T tokens, m in, n out, r rank. A `Way` turns the same ``w`` [m, n], ``a`` [m, r], ``b`` [r, n] and
-scale into what that library trains, what it freezes, and its apply function, so that all compute the same
-numbers (`agree` checks it). Libraries without a scale (nnx, quax) get it multiplied into ``a``, outside of
-what is measured: they are measured without their share of that work.
+Letters: T tokens, m in, n out, r rank. A `Method` turns the same ``w`` [m, n], ``a`` [m, r], ``b`` [r, n] and scale
+into what that library trains, what it freezes, and its apply function. All compute the same numbers, which
+`check_agreement` asserts. For libraries without a scale (nnx, quax) it is multiplied into ``a`` outside of the
+measurement, so they do less work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Build = Callable[[Any, Any, Any, float], tuple[Any, Any]]
 Apply = Callable[[Any, Any, Any], Any]
 
 
-class Way(NamedTuple):
+class Method(NamedTuple):
     """How one library computes the layer.
 
     Attributes:
@@ -35,8 +35,8 @@ class Way(NamedTuple):
     apply: Apply
 
 
-def lojax_way(m: int, n: int, rank: int, scale: float, *, execution: str) -> Way:
-    """lojax, by one of its executions; a use that is neither factored nor fused is an error unless asked for."""
+def lojax_method(m: int, n: int, rank: int, scale: float, *, execution: str) -> Method:
+    """Lojax with one of its executions; strict, so that no use is materialized unless asked for."""
     import lojax
 
     strict, alpha = execution != "materialize", scale * rank
@@ -48,20 +48,20 @@ def lojax_way(m: int, n: int, rank: int, scale: float, *, execution: str) -> Way
         adapter = lojax.Adapter(a=a, b=b, scale=scale, axes=("in", "out"))
         return {"kernel": adapter}, {"kernel": w}
 
-    return Way(build, lambda trained, frozen, x: model.apply(frozen, trained, x))
+    return Method(build, lambda trained, frozen, x: model.apply(frozen, trained, x))
 
 
-def literal_way(m: int, n: int, rank: int, scale: float) -> Way:
-    """``x @ (W0 + s * A @ B)``, as the formula is written, under plain autodiff."""
+def literal_method(m: int, n: int, rank: int, scale: float) -> Method:
+    """``x @ (W0 + s * A @ B)``, literally, under plain autodiff."""
 
     def apply(trained: Any, frozen: Any, x: Any) -> Any:
         a, b = trained
         return x @ (frozen + scale * (a @ b).astype(frozen.dtype))
 
-    return Way(lambda w, a, b, scale: ((a, b), w), apply)
+    return Method(lambda w, a, b, scale: ((a, b), w), apply)
 
 
-def qwix_way(m: int, n: int, rank: int, scale: float) -> Way:
+def qwix_method(m: int, n: int, rank: int, scale: float) -> Method:
     """Qwix's LoRA provider over a Linen Dense, under jit for init and apply."""
     import qwix
     from flax import linen as nn
@@ -76,10 +76,10 @@ def qwix_way(m: int, n: int, rank: int, scale: float) -> Way:
     def apply(trained: Any, frozen: Any, x: Any) -> Any:
         return module.apply({"params": {**trained, **frozen}}, x)
 
-    return Way(build, apply)
+    return Method(build, apply)
 
 
-def nnx_way(m: int, n: int, rank: int, scale: float) -> Way:
+def nnx_method(m: int, n: int, rank: int, scale: float) -> Method:
     """Flax's `nnx.LoRALinear`; it has no scale."""
     from flax import nnx
 
@@ -94,10 +94,10 @@ def nnx_way(m: int, n: int, rank: int, scale: float) -> Way:
     def apply(trained: Any, frozen: Any, x: Any) -> Any:
         return nnx.merge(graph, nnx.State({**trained, **frozen}))(x)
 
-    return Way(build, apply)
+    return Method(build, apply)
 
 
-def quax_way(m: int, n: int, rank: int, scale: float) -> Way:
+def quax_method(m: int, n: int, rank: int, scale: float) -> Method:
     """The LoRA example shipped in quax; it has no scale."""
     import equinox as eqx
     import quax
@@ -112,10 +112,10 @@ def quax_way(m: int, n: int, rank: int, scale: float) -> Way:
         lora = LoraArray(frozen, rank=rank, key=jax.random.key(0))
         return multiply(x, eqx.tree_at(lambda array: (array.a, array.b), lora, trained))
 
-    return Way(build, apply)
+    return Method(build, apply)
 
 
-def keras_way(m: int, n: int, rank: int, scale: float) -> Way:
+def keras_method(m: int, n: int, rank: int, scale: float) -> Method:
     """Keras's `Dense.enable_lora` on its JAX backend."""
     import keras
 
@@ -133,56 +133,56 @@ def keras_way(m: int, n: int, rank: int, scale: float) -> Way:
         variables = [trained[order.index(name)] for name in names]
         return layer.stateless_call(variables, [frozen], x)[0]
 
-    return Way(build, apply)
+    return Method(build, apply)
 
 
-def frozen_way(m: int, n: int, rank: int, scale: float) -> Way:
-    """No update at all: the floor, forward and dx."""
-    return Way(lambda w, a, b, scale: ((), w), lambda trained, frozen, x: x @ frozen)
+def frozen_method(m: int, n: int, rank: int, scale: float) -> Method:
+    """No update: the floor, forward and dx."""
+    return Method(lambda w, a, b, scale: ((), w), lambda trained, frozen, x: x @ frozen)
 
 
-def full_way(m: int, n: int, rank: int, scale: float) -> Way:
-    """The weight itself trained."""
-    return Way(lambda w, a, b, scale: (w, ()), lambda trained, frozen, x: x @ trained)
+def full_method(m: int, n: int, rank: int, scale: float) -> Method:
+    """Trains the weight itself."""
+    return Method(lambda w, a, b, scale: (w, ()), lambda trained, frozen, x: x @ trained)
 
 
 EXECUTIONS = ("auto", "factored", "fused", "materialize")
 OURS = tuple(f"lojax {execution}" for execution in EXECUTIONS)
-WAYS: dict[str, Callable[..., Way]] = {
-    "frozen (floor)": frozen_way,
-    **{name: functools.partial(lojax_way, execution=e) for name, e in zip(OURS, EXECUTIONS, strict=True)},
-    "nnx.LoRALinear": nnx_way,
-    "quax": quax_way,
-    "qwix": qwix_way,
-    "keras": keras_way,
-    "literal W0+BA": literal_way,
-    "full fine-tuning": full_way,
+METHODS: dict[str, Callable[..., Method]] = {
+    "frozen (floor)": frozen_method,
+    **{name: functools.partial(lojax_method, execution=e) for name, e in zip(OURS, EXECUTIONS, strict=True)},
+    "nnx.LoRALinear": nnx_method,
+    "quax": quax_method,
+    "qwix": qwix_method,
+    "keras": keras_method,
+    "literal W0+BA": literal_method,
+    "full fine-tuning": full_method,
 }
 PEERS = ("nnx.LoRALinear", "quax", "qwix", "keras")
 PLAIN = ("frozen (floor)", "full fine-tuning")
-"""Those without an update."""
+"""Methods without an update."""
 
 
-def available() -> tuple[dict[str, Callable[..., Way]], list[str]]:
-    """The ways whose library is installed and computes the right numbers, and a line on each that is not."""
-    found, missing = {}, []
-    for name, make in WAYS.items():
+def available() -> tuple[dict[str, Callable[..., Method]], list[str]]:
+    """The methods whose library is installed, and a line for each that is not. Checks that they agree."""
+    methods, missing = {}, []
+    for name, make in METHODS.items():
         try:
-            agree(name, make)
-            found[name] = make
+            check_agreement(name, make)
+            methods[name] = make
         except ImportError as error:
             if name not in PEERS:
                 raise
             missing.append(f"{name} is not installed here (no module {error.name})")
-    return found, missing
+    return methods, missing
 
 
-def agree(name: str, make: Callable[..., Way]) -> None:
-    """Raises unless this way gives the same numbers as the formula, on a small layer under jit."""
+def check_agreement(name: str, make: Callable[..., Method]) -> None:
+    """Raises unless this method gives the same numbers as the formula, on a small layer under jit."""
     m, n, rank, scale = 12, 10, 3, 2.0
     rng = np.random.default_rng(0)
     w, a, b, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((m, n), (m, rank), (rank, n), (5, m)))
-    way = make(m, n, rank, scale)
-    y = jax.jit(way.apply)(*way.build(w, a, b, scale), x)
+    method = make(m, n, rank, scale)
+    y = jax.jit(method.apply)(*method.build(w, a, b, scale), x)
     expected = x @ w if name in PLAIN else x @ (w + scale * a @ b)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4, err_msg=name)

@@ -1,7 +1,7 @@
 """The nets of the benchmarks: a GPT-2-like and a Llama-like stack as plain functions, and the real MiniLM in Linen.
 
-Every product with a weight goes through `linear`, which takes an array or a `Written` weight: so one net is
-the base net, the adapted net as lojax makes it, LoRA written by hand into it, and literal ``W0 + BA``.
+Every product with a weight goes through `linear`, which takes an array or a `HandWritten` weight. So one function is
+the base net, the net that lojax adapts, LoRA written by hand, and literal ``W0 + BA``.
 
 Letters: B rows, T tokens a row, D width, H heads, F inner width, V vocabulary, L layers.
 """
@@ -26,21 +26,21 @@ SCALE = 2.0
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Written:
-    """A weight with LoRA written in by hand: factored, or formed as ``W0 + s A B``."""
+class HandWritten:
+    """A weight with LoRA written by hand: factored, or materialized as ``W0 + s A B``."""
 
     w: Any
     a: Any
     b: Any
-    formed: bool = dataclasses.field(default=False, metadata={"static": True})
+    materialized: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def linear(x: Any, w: Any) -> Any:
     """``x @ w``."""
-    if not isinstance(w, Written):
+    if not isinstance(w, HandWritten):
         return x @ w
     a, b = (factor.astype(x.dtype) for factor in (w.a, w.b))
-    if w.formed:
+    if w.materialized:
         return x @ (w.w + SCALE * a @ b)
     return x @ w.w + (SCALE * (x @ a)) @ b
 
@@ -61,7 +61,7 @@ class Net:
     remat: bool = False
 
     def shapes(self) -> dict[str, Any]:
-        """The parameters, as shapes: each of ``layers`` stacked under ``layers`` where scanned."""
+        """The parameters, as shapes: under ``layers`` one stack where scanned, else one branch a layer."""
         kinds = {"gpt2": self._gpt2, "llama": self._llama}
         layer = kinds[self.kind]()
         stack = (self.layers,) if self.scanned else ()
@@ -115,8 +115,8 @@ class Net:
             for i in range(self.layers):
                 x = layer(x, params["layers"][f"layer_{i}"])
         logits = linear(norm(x, params["norm"]), params["head"]).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+        label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - label_logits)
 
 
 def norm(x: Any, scale: Any) -> Any:
@@ -126,38 +126,38 @@ def norm(x: Any, scale: Any) -> Any:
     return wide.astype(x.dtype) * scale
 
 
-def drawn(shapes: Any, seed: int = 0) -> Any:
-    """Random parameters of these shapes; those with one axis are ones."""
+def draw(shapes: Any, seed: int = 0) -> Any:
+    """Random arrays of these shapes; those with one axis are ones."""
     rng = np.random.default_rng(seed)
 
-    def draw(s: Any) -> Any:
+    def draw_leaf(s: Any) -> Any:
         if jnp.issubdtype(s.dtype, jnp.integer):
             return jnp.asarray(rng.integers(0, 2, s.shape), s.dtype)
         scale = 1 / np.sqrt(s.shape[-2]) if len(s.shape) > 1 else 0.0
         return jnp.asarray(rng.normal(size=s.shape) * scale + (len(s.shape) == 1), s.dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(draw_leaf, shapes)
 
 
-def written(params: Any, lora: Any, *, formed: bool = False) -> Any:
-    """The parameters with each `lojax.Adapter` of ``lora`` written into its weight by hand."""
+def insert_by_hand(params: Any, lora: Any, *, materialized: bool = False) -> Any:
+    """The parameters with each `lojax.Adapter` of ``lora`` as a `HandWritten` weight."""
     import lojax
 
     def join(adapter: Any, weight: Any) -> Any:
         if isinstance(adapter, lojax.Adapter):
             assert adapter.scale == SCALE, adapter.scale
-            return Written(lax.stop_gradient(weight), adapter.a, adapter.b, formed)
+            return HandWritten(lax.stop_gradient(weight), adapter.a, adapter.b, materialized)
         return lax.stop_gradient(weight) if adapter is None else adapter
 
     stop = lambda node: node is None or isinstance(node, lojax.Adapter)
     return jax.tree.map(join, lora, params, is_leaf=stop)
 
 
-# --- the real net of examples/ ---
+# --- the net of examples/ ---
 
 
 def examples() -> Any:
-    """The modules ``bert`` and ``model_files`` of examples/."""
+    """The modules ``bert`` and ``model_files`` from examples/."""
     folder = str(Path(__file__).parents[1] / "examples")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -168,13 +168,13 @@ def examples() -> Any:
 
 
 def minilm(classes: int = 7) -> tuple[Any, Any]:
-    """The Linen BERT of examples/ with the weights of all-MiniLM-L6-v2: ``(module, variables)``."""
+    """The Linen BERT from examples/ with the weights of all-MiniLM-L6-v2: ``(module, variables)``."""
     bert, model_files = examples()
     return bert.load(model_files.find(), classes, key=jax.random.key(0))
 
 
 class LoRADense(nn.Module):
-    """A Linen Dense with LoRA written in by hand, as a user without a library would."""
+    """A Linen Dense with LoRA written by hand, as a user without a library would."""
 
     features: int
     rank: int = 8
@@ -187,7 +187,7 @@ class LoRADense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         a = self.param("a", nn.initializers.lecun_normal(), (m, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, self.features))
-        return linear(x, Written(kernel, a, b)) + bias
+        return linear(x, HandWritten(kernel, a, b)) + bias
 
 
 def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7) -> Callable[..., Any]:
@@ -196,7 +196,7 @@ def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7
     config = bert.BertConfig.from_file(model_files.find() / "config.json")
 
     class Linen:
-        """`flax.linen`, but for Dense."""
+        """`flax.linen` except for Dense."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(nn, name)
@@ -212,8 +212,8 @@ def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7
     return apply
 
 
-def minilm_written(variables: Any, lora: Any) -> Any:
-    """The variables of `minilm_by_hand` that hold these parameters and adapters."""
+def minilm_by_hand_variables(variables: Any, lora: Any) -> Any:
+    """The variables of `minilm_by_hand` with these parameters and adapters."""
     import lojax
 
     def join(weights: Any, adapters: Any) -> Any:
