@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import table, write
+from measure import Array, PyTree, table, write
 
 import lojax
 
@@ -34,7 +34,7 @@ def make_steps(width: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...
     x = jnp.ones((16, width))
     frozen, lora = model.init(jax.random.key(0), params, x)
 
-    def step(frozen: Any, lora: Any, x: Any) -> Any:
+    def step(frozen: PyTree, lora: PyTree, x: Array) -> Any:
         return jax.value_and_grad(lambda lora: jnp.mean(model.apply(frozen, lora, x) ** 2))(lora)
 
     return {"argument": (step, (frozen, lora, x)), "captured": (lambda lora, x: step(frozen, lora, x), (lora, x))}

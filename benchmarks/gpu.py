@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from layer_cost import FLOOR, SCALE, Layer, arguments, gradient, randomize
 from layer_methods import METHODS, OURS, frozen_method, full_method, literal_method
-from measure import alternated, compiled_cost, ratio, table, write
+from measure import PyTree, alternated, compiled_cost, ratio, table, write
 from net_cost import products, programs
 from nets import Net, draw
 
@@ -177,7 +177,7 @@ def torch_rows(sizes: Sizes, *, anywhere: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _torch_seconds(run: Any, data: Any, rounds: int, device: str) -> float:
+def _torch_seconds(run: Any, data: PyTree, rounds: int, device: str) -> float:
     """The median of forward and backward, from the third call on."""
     import time
 

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from layer_methods import OURS, PEERS, Method, available
-from measure import alternated, bars, cost, ratio, table, topology, write
+from measure import Array, PyTree, alternated, bars, cost, ratio, table, topology, write
 
 SCALE = 2.0
 FLOOR = "frozen (floor)"
@@ -65,13 +67,13 @@ TIMED = [
 def gradient(method: Method, wrt: str) -> Callable[..., Any]:
     """value_and_grad of ``|y|² / 2`` with respect to the trained arrays, and to x where ``wrt`` says so."""
 
-    def loss(trained: Any, x: Any, frozen: Any) -> Any:
+    def loss(trained: PyTree, x: Array, frozen: PyTree) -> Any:
         return jnp.sum(method.apply(trained, frozen, x).astype(jnp.float32) ** 2) / 2
 
     return jax.value_and_grad(loss, argnums=(0, 1) if wrt == "A, B, x" else 0)
 
 
-def arguments(method: Method, layer: Layer, dtype: Any) -> tuple[Any, Any, Any]:
+def arguments(method: Method, layer: Layer, dtype: DTypeLike) -> tuple[Any, Any, Any]:
     """``(trained, x, frozen)`` as shapes."""
     shapes = (layer.m, layer.n), (layer.m, layer.rank), (layer.rank, layer.n), (layer.tokens, layer.m)
     w, a, b, x = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
@@ -79,14 +81,14 @@ def arguments(method: Method, layer: Layer, dtype: Any) -> tuple[Any, Any, Any]:
     return trained, x, frozen
 
 
-def randomize(tree: Any) -> Any:
+def randomize(tree: PyTree) -> Any:
     """Random numbers of these shapes."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(x.shape[0]), x.dtype), tree)
 
 
 def count(
-    makers: Mapping[str, Callable[..., Method]], layers: Sequence[Layer], dtype: Any, sharding: Any
+    makers: Mapping[str, Callable[..., Method]], layers: Sequence[Layer], dtype: DTypeLike, sharding: Sharding | None
 ) -> list[dict[str, Any]]:
     """What XLA counts, one row for each layer, gradient and method."""
     rows = []

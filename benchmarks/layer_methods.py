@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import Array, PyTree
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -44,7 +45,7 @@ def lojax_method(m: int, n: int, rank: int, scale: float, *, execution: str) -> 
         lambda p, x: x @ p["kernel"], "kernel", rank=rank, alpha=alpha, strict=strict, execution=execution
     )
 
-    def build(w: Any, a: Any, b: Any, scale: float) -> tuple[Any, Any]:
+    def build(w: Array, a: Array, b: Array, scale: float) -> tuple[Any, Any]:
         adapter = lojax.Adapter(a=a, b=b, scale=scale, axes=("in", "out"))
         return {"kernel": adapter}, {"kernel": w}
 
@@ -54,7 +55,7 @@ def lojax_method(m: int, n: int, rank: int, scale: float, *, execution: str) -> 
 def literal_method(m: int, n: int, rank: int, scale: float) -> Method:
     """``x @ (W0 + s * A @ B)``, literally, under plain autodiff."""
 
-    def apply(trained: Any, frozen: Any, x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, x: Array) -> Any:
         a, b = trained
         return x @ (frozen + scale * (a @ b).astype(frozen.dtype))
 
@@ -70,10 +71,10 @@ def qwix_method(m: int, n: int, rank: int, scale: float) -> Method:
         nn.Dense(n, use_bias=False), qwix.LoraProvider(module_path=".*", rank=rank, alpha=scale * rank)
     )
 
-    def build(w: Any, a: Any, b: Any, scale: float) -> tuple[Any, Any]:
+    def build(w: Array, a: Array, b: Array, scale: float) -> tuple[Any, Any]:
         return {"kernel_lora_a": a, "kernel_lora_b": b}, {"kernel": w}
 
-    def apply(trained: Any, frozen: Any, x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, x: Array) -> Any:
         return module.apply({"params": {**trained, **frozen}}, x)
 
     return Method(build, apply)
@@ -88,10 +89,10 @@ def nnx_method(m: int, n: int, rank: int, scale: float) -> Method:
 
     graph, _ = nnx.split(nnx.eval_shape(make))
 
-    def build(w: Any, a: Any, b: Any, scale: float) -> tuple[Any, Any]:
+    def build(w: Array, a: Array, b: Array, scale: float) -> tuple[Any, Any]:
         return {"lora": {"lora_a": a * scale, "lora_b": b}}, {"kernel": w}
 
-    def apply(trained: Any, frozen: Any, x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, x: Array) -> Any:
         return nnx.merge(graph, nnx.State({**trained, **frozen}))(x)
 
     return Method(build, apply)
@@ -105,10 +106,10 @@ def quax_method(m: int, n: int, rank: int, scale: float) -> Method:
 
     multiply = quax.quaxify(jnp.matmul)
 
-    def build(w: Any, a: Any, b: Any, scale: float) -> tuple[Any, Any]:
+    def build(w: Array, a: Array, b: Array, scale: float) -> tuple[Any, Any]:
         return (a * scale, b), w
 
-    def apply(trained: Any, frozen: Any, x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, x: Array) -> Any:
         lora = LoraArray(frozen, rank=rank, key=jax.random.key(0))
         return multiply(x, eqx.tree_at(lambda array: (array.a, array.b), lora, trained))
 
@@ -126,10 +127,10 @@ def keras_method(m: int, n: int, rank: int, scale: float) -> Method:
     order = ["lora_kernel_a", "lora_kernel_b"]
     assert sorted(names) == order, names
 
-    def build(w: Any, a: Any, b: Any, scale: float) -> tuple[Any, Any]:
+    def build(w: Array, a: Array, b: Array, scale: float) -> tuple[Any, Any]:
         return (a, b), w
 
-    def apply(trained: Any, frozen: Any, x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, x: Array) -> Any:
         variables = [trained[order.index(name)] for name in names]
         return layer.stateless_call(variables, [frozen], x)[0]
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from measure import RESULTS, table, write
+from measure import RESULTS, Array, PyTree, table, write
 from nets import examples
 
 import lojax
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def train_seeds(
-    settings_of_row: Mapping[str, Any], seeds: Sequence[int], steps: int, data: Any, classes: tuple[str, ...]
+    settings_of_row: Mapping[str, Any], seeds: Sequence[int], steps: int, data: PyTree, classes: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     """Trains once for each seed, compiled once; yields test accuracy and the number of trained parameters."""
     options = {"targets": KERNELS["q, v"], "rank": 8} | dict(settings_of_row)
@@ -69,11 +69,11 @@ def train_seeds(
     net, _ = bert.load(model_files.find(), len(classes), key=jax.random.key(0), dropout=0.0)
     model = lojax.wrap(net, alpha=ALPHA, train="**/classifier/**", **options)
 
-    def loss(frozen: Any, lora: Any, batch: Any) -> Any:
+    def loss(frozen: PyTree, lora: PyTree, batch: PyTree) -> Any:
         logits = model.apply(frozen, lora, batch.tokens, batch.mask)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
-    def init(key: Any, params: Any, *example: Any, seed: int) -> Any:
+    def init(key: Array, params: PyTree, *example: PyTree, seed: int) -> Any:
         frozen, lora = model.init(key, params, *example)
         batches = [training.batch_at(data[0], dataclasses.replace(settings, seed=seed), i) for i in range(8)]
         if start == "eva":
@@ -82,7 +82,7 @@ def train_seeds(
             frozen, lora = lojax.lora_ga(loss, frozen, lora, batches)
         return frozen, lora
 
-    def apply(frozen: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(frozen: PyTree, lora: PyTree, *args: PyTree, **kwargs: Any) -> Any:
         key = kwargs.get("rngs", {}).get("dropout") if options.get("dropout") else None
         return model.apply(frozen, lora, *args, dropout_key=key, **kwargs)
 

@@ -17,10 +17,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+from jax.sharding import Sharding
+from jax.stages import Compiled
 
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+"""A tree of arrays, of shapes, or of what else JAX can flatten."""
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "lojax", "qwix", "quax", "keras", "torch", "peft", "transformers", "libtpu")
 
@@ -44,7 +49,7 @@ class Cost:
     kernels: int
 
 
-def compiled_cost(compiled: Any) -> Cost:
+def compiled_cost(compiled: Compiled) -> Cost:
     """The `Cost` of a compiled program."""
     analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return Cost(
@@ -56,7 +61,7 @@ def compiled_cost(compiled: Any) -> Cost:
     )
 
 
-def cost(f: Callable[..., Any], *args: Any, sharding: Any = None) -> Cost:
+def cost(f: Callable[..., Any], *args: PyTree, sharding: Sharding | None = None) -> Cost:
     """Compiles ``f`` for arguments of these shapes and counts.
 
     Args:
@@ -65,7 +70,7 @@ def cost(f: Callable[..., Any], *args: Any, sharding: Any = None) -> Cost:
         sharding: Where to compile for, such as one device of a described topology; None for the default device.
     """
 
-    def describe(x: Any) -> Any:
+    def describe(x: Array) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return compiled_cost(jax.jit(f).lower(*jax.tree.map(describe, args)).compile())
@@ -136,7 +141,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
     return "\n".join(lines)
 
 
-def _format(value: Any) -> str:
+def _format(value: PyTree) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -148,7 +153,7 @@ def write(
     name: str,
     title: str,
     text: str,
-    data: Any,
+    data: PyTree,
     *,
     device: str | None = None,
     clocks: bool = True,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import alternated, cost, ratio, table, write
+from measure import Array, PyTree, alternated, cost, ratio, table, write
 from nets import examples, minilm, minilm_by_hand, minilm_by_hand_variables
 
 import lojax
@@ -38,14 +38,14 @@ def batch(seed: int = 0) -> tuple[Any, Any, Any]:
 class Stepper:
     """A jitted training step with its state; calling it runs one step."""
 
-    def __init__(self, apply: Callable[..., Any], trained: Any, frozen: Any) -> None:
+    def __init__(self, apply: Callable[..., Any], trained: PyTree, frozen: PyTree) -> None:
         tx = optax.adamw(1e-4)
 
-        def loss(trained: Any, frozen: Any, tokens: Any, mask: Any, labels: Any) -> Any:
+        def loss(trained: PyTree, frozen: PyTree, tokens: Array, mask: Array, labels: Array) -> Any:
             logits = apply(trained, frozen, tokens, mask)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        def step(trained: Any, state: Any, frozen: Any, *data: Any) -> Any:
+        def step(trained: PyTree, state: PyTree, frozen: PyTree, *data: PyTree) -> Any:
             value, grads = jax.value_and_grad(loss)(trained, frozen, *data)
             updates, state = tx.update(grads, state, trained)
             return optax.apply_updates(trained, updates), state, value
@@ -88,7 +88,7 @@ def jax_steppers() -> dict[str, Stepper]:
     return steppers
 
 
-def qwix_stepper(net: Any, variables: Any, shapes: Any) -> Stepper:
+def qwix_stepper(net: Any, variables: PyTree, shapes: PyTree) -> Stepper:
     """The same adapters through qwix."""
     import qwix
     from flax import traverse_util
@@ -104,7 +104,7 @@ def qwix_stepper(net: Any, variables: Any, shapes: Any) -> Stepper:
     trained = {path: leaf for path, leaf in values.items() if trains[path]}
     frozen = {path: leaf for path, leaf in values.items() if not trains[path]}
 
-    def apply(trained: Any, frozen: Any, *x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, *x: Array) -> Any:
         return module.apply(traverse_util.unflatten_dict({**trained, **frozen}), *x)
 
     return Stepper(apply, trained, frozen)

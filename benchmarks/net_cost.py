@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from layer_methods import EXECUTIONS
-from measure import alternated, bars, cost, ratio, table, topology, write
+from measure import Array, alternated, bars, cost, ratio, table, topology, write
 from nets import SCALE, Net, draw, insert_by_hand
 
 import lojax
@@ -55,7 +56,7 @@ def inputs(net: Net, rows: int = 2, tokens: int = 256) -> tuple[Any, Any]:
     )
 
 
-def programs(net: Net, x: Any, labels: Any, rank: int = RANK) -> dict[str, Program]:
+def programs(net: Net, x: Array, labels: Array, rank: int = RANK) -> dict[str, Program]:
     """value_and_grad of every method, with the shapes of its arguments, the trained ones first."""
     params = net.shapes()
     models = {
@@ -90,7 +91,7 @@ def programs(net: Net, x: Any, labels: Any, rank: int = RANK) -> dict[str, Progr
     return {name: (jax.value_and_grad(loss), (trained, *rest)) for name, (loss, trained, rest) in losses.items()}
 
 
-def products(net: Net, x: Any, rank: int = RANK) -> tuple[int, int]:
+def products(net: Net, x: Array, rank: int = RANK) -> tuple[int, int]:
     """FLOPs of ``(the frozen products forward and dx, the low-rank products forward and backward)``, by hand."""
     tokens = x.shape[0] * x.shape[1]
     one = dataclasses.replace(net, layers=1, scanned=False).shapes()
@@ -100,7 +101,7 @@ def products(net: Net, x: Any, rank: int = RANK) -> tuple[int, int]:
 
 
 def measure_net(
-    title: str, net: Net, rounds: int, sharding: Any = None
+    title: str, net: Net, rounds: int, sharding: Sharding | None = None
 ) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
     """One row for each method, the claims that apply, and the raw numbers."""
     x, labels = inputs(net)

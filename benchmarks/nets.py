@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from measure import Array, PyTree
 
 SCALE = 2.0
 
@@ -35,7 +36,7 @@ class HandWritten:
     materialized: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def linear(x: Any, w: Any) -> Any:
+def linear(x: Array, w: Array | HandWritten) -> Array:
     """``x @ w``."""
     if not isinstance(w, HandWritten):
         return x @ w
@@ -86,7 +87,7 @@ class Net:
         """The number of key and value heads."""
         return self.kv_heads or self.heads
 
-    def layer(self, x: Any, p: Any) -> Any:
+    def layer(self, x: Array, p: PyTree) -> Any:
         """One layer, [B, T, D] -> [B, T, D]."""
         y = norm(x, p["norm_1"])
         if self.kind == "gpt2":
@@ -99,14 +100,14 @@ class Net:
             inner = jax.nn.silu(linear(y, p["gate"])) * linear(y, p["up"])
         return x + linear(inner, p["down"])
 
-    def attend(self, q: Any, k: Any, v: Any) -> Any:
+    def attend(self, q: Array, k: Array, v: Array) -> Any:
         """Causal attention over [B, T, heads * K]."""
         k_size = self.width // self.heads
         q, k, v = (t.reshape(*t.shape[:-1], -1, k_size) for t in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return mixed.reshape(*mixed.shape[:-2], self.width)
 
-    def loss(self, params: Any, x: Any, labels: Any) -> Any:
+    def loss(self, params: PyTree, x: Array, labels: Array) -> Any:
         """The mean cross-entropy of the next token."""
         layer = jax.checkpoint(self.layer) if self.remat else self.layer
         if self.scanned:
@@ -119,18 +120,18 @@ class Net:
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - label_logits)
 
 
-def norm(x: Any, scale: Any) -> Any:
+def norm(x: Array, scale: Any) -> Any:
     """RMS norm, in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
     return wide.astype(x.dtype) * scale
 
 
-def draw(shapes: Any, seed: int = 0) -> Any:
+def draw(shapes: PyTree, seed: int = 0) -> Any:
     """Random arrays of these shapes; those with one axis are ones."""
     rng = np.random.default_rng(seed)
 
-    def draw_leaf(s: Any) -> Any:
+    def draw_leaf(s: PyTree) -> Any:
         if jnp.issubdtype(s.dtype, jnp.integer):
             return jnp.asarray(rng.integers(0, 2, s.shape), s.dtype)
         scale = 1 / np.sqrt(s.shape[-2]) if len(s.shape) > 1 else 0.0
@@ -139,11 +140,11 @@ def draw(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.map(draw_leaf, shapes)
 
 
-def insert_by_hand(params: Any, lora: Any, *, materialized: bool = False) -> Any:
+def insert_by_hand(params: PyTree, lora: PyTree, *, materialized: bool = False) -> Any:
     """The parameters with each `lojax.Adapter` of ``lora`` as a `HandWritten` weight."""
     import lojax
 
-    def join(adapter: Any, weight: Any) -> Any:
+    def join(adapter: PyTree, weight: PyTree) -> Any:
         if isinstance(adapter, lojax.Adapter):
             assert adapter.scale == SCALE, adapter.scale
             return HandWritten(lax.stop_gradient(weight), adapter.a, adapter.b, materialized)
@@ -180,7 +181,7 @@ class LoRADense(nn.Module):
     rank: int = 8
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Any:
         """``[..., m] -> [..., n]``."""
         m = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (m, self.features))
@@ -205,18 +206,18 @@ def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7
             """A Dense, or a `LoRADense`."""
             return LoRADense(features, name=name) if name in names else nn.Dense(features, name=name, **settings)
 
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: PyTree, *args: PyTree, **kwargs: Any) -> Any:
         with mock.patch.object(bert, "nn", Linen()):
             return bert.BertClassifier(config, classes).apply(variables, *args, **kwargs)
 
     return apply
 
 
-def minilm_by_hand_variables(variables: Any, lora: Any) -> Any:
+def minilm_by_hand_variables(variables: PyTree, lora: PyTree) -> Any:
     """The variables of `minilm_by_hand` with these parameters and adapters."""
     import lojax
 
-    def join(weights: Any, adapters: Any) -> Any:
+    def join(weights: PyTree, adapters: PyTree) -> Any:
         out = {}
         for name, adapter in adapters.items():
             if isinstance(adapter, dict):

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import table, write
+from measure import Array, PyTree, table, write
 
 import lojax
 
@@ -34,7 +34,7 @@ POLICIES: dict[str, Any] = {
 }
 
 
-def linear(x: Any, w: Any) -> Any:
+def linear(x: Array, w: Array | tuple[Array, Array, Array]) -> Array:
     """``x @ w``; a weight with LoRA written by hand is a tuple ``(w, a, b)``."""
     if not isinstance(w, tuple):
         return x @ w
@@ -42,14 +42,14 @@ def linear(x: Any, w: Any) -> Any:
     return x @ w + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
 
-def block(params: Any, x: Any) -> Any:
+def block(params: PyTree, x: Array) -> Any:
     """A pre-norm block of attention and MLP, x ``[T, D]``."""
 
-    def norm(x: Any) -> Any:
+    def norm(x: Array) -> Any:
         wide = x.astype(jnp.float32)
         return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
-    def heads(x: Any) -> Any:
+    def heads(x: Array) -> Any:
         return x.reshape(x.shape[0], HEADS, -1)
 
     h = norm(x)
@@ -60,10 +60,10 @@ def block(params: Any, x: Any) -> Any:
     return x + linear(jax.nn.gelu(linear(norm(x), params["up"])), params["down"])
 
 
-def saved_bytes(f: Callable[..., Any], fixed: Any, *variables: Any) -> int:
+def saved_bytes(f: Callable[..., Any], fixed: PyTree, *variables: PyTree) -> int:
     """Bytes that `jax.vjp` of ``f(fixed, *variables)`` with respect to ``variables`` saves, without the arguments."""
 
-    def forward(fixed: Any, *variables: Any) -> Any:
+    def forward(fixed: PyTree, *variables: PyTree) -> Any:
         return jax.vjp(lambda *variables: f(fixed, *variables), *variables)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(forward, fixed, *variables))
@@ -85,7 +85,7 @@ def count_rows() -> list[dict[str, Any]]:
             factors = {n: lojax.init(jax.random.key(0), jnp.zeros(WEIGHTS[n]), "", rank=RANK)[1] for n in targets}
             pairs = jax.eval_shape(lambda factors=factors: {n: (f.a, f.b) for n, f in factors.items()})
 
-            def by_hand(params: Any, pairs: Any, x: Any, net: Any = net) -> Any:
+            def by_hand(params: PyTree, pairs: PyTree, x: Array, net: Any = net) -> Any:
                 return net({n: (w, *pairs[n]) if n in pairs else w for n, w in params.items()}, x)
 
             row["by hand"] = saved_bytes(by_hand, params, pairs, x) / 2**20

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from measure import alternated, cost, ratio, table, topology, write
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from measure import Array, PyTree, alternated, cost, ratio, table, topology, write
 
 import lojax
 
@@ -48,12 +50,12 @@ SMALL = [
 ]
 
 
-def separate(weights: Sequence[Any], factors: Factors, x: Any) -> list[Any]:
+def separate(weights: Sequence[Any], factors: Factors, x: Array) -> list[Any]:
     """One product ``x A`` for each weight."""
     return [x @ w + (SCALE * (x @ a)) @ b for w, (a, b) in zip(weights, factors, strict=True)]
 
 
-def shared(weights: Sequence[Any], factors: Factors, x: Any) -> list[Any]:
+def shared(weights: Sequence[Any], factors: Factors, x: Array) -> list[Any]:
     """One product with the concatenated A's, whose result is split."""
     ranks = [a.shape[1] for a, _ in factors]
     offsets = [sum(ranks[:i]) for i in range(1, len(ranks))]
@@ -61,7 +63,7 @@ def shared(weights: Sequence[Any], factors: Factors, x: Any) -> list[Any]:
     return [x @ w + u @ b for w, u, (_, b) in zip(weights, inner, factors, strict=True)]
 
 
-def by_lojax(weights: Sequence[Any], factors: Factors, x: Any, *, execution: str) -> list[Any]:
+def by_lojax(weights: Sequence[Any], factors: Factors, x: Array, *, execution: str) -> list[Any]:
     """``[x @ w for w in weights]`` through lojax."""
     apply = lojax.transform(lambda params, x: [x @ w for w in params], strict=True, execution=execution)
     return apply(list(weights), [lojax.Adapter(a=a, b=b, scale=SCALE, axes=("in", "out")) for a, b in factors], x)
@@ -79,20 +81,20 @@ METHODS: dict[str, Callable[..., list[Any]]] = {
 def gradient(name: str) -> Callable[..., Any]:
     """The gradients of every A, every B and x; of x alone for the floor."""
 
-    def loss(factors: Any, x: Any, weights: Any) -> Any:
+    def loss(factors: PyTree, x: Array, weights: PyTree) -> Any:
         return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in METHODS[name](weights, factors, x)) / 2
 
     return jax.grad(loss, argnums=1 if name == FLOOR else (0, 1))
 
 
-def shapes(siblings: Siblings, dtype: Any) -> tuple[Any, ...]:
+def shapes(siblings: Siblings, dtype: DTypeLike) -> tuple[Any, ...]:
     """The arguments of `gradient`."""
     shape = lambda *lengths: jax.ShapeDtypeStruct(lengths, dtype)
     factors = [(shape(siblings.m, siblings.rank), shape(siblings.rank, n)) for n in siblings.n]
     return factors, shape(siblings.tokens, siblings.m), [shape(siblings.m, n) for n in siblings.n]
 
 
-def count(siblings: Siblings, dtype: Any, sharding: Any) -> list[dict[str, Any]]:
+def count(siblings: Siblings, dtype: DTypeLike, sharding: Sharding | None) -> list[dict[str, Any]]:
     """A row for each method."""
     rows = []
     for name in METHODS:

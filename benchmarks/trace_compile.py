@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import table, write
+from jax.stages import Lowered, Traced
+from measure import Array, PyTree, table, write
 from nets import Net, draw, insert_by_hand, minilm, minilm_by_hand, minilm_by_hand_variables
 
 import lojax
@@ -40,7 +41,7 @@ def bert_programs() -> dict[str, Program]:
     frozen, lora = model.init(jax.random.key(0), variables, tokens, tokens)
     by_hand = minilm_by_hand()
 
-    def head_loss(logits: Any) -> Any:
+    def head_loss(logits: Array) -> Any:
         return -jax.nn.log_softmax(logits)[:, 0].mean()
 
     return steps(
@@ -71,7 +72,7 @@ def stack_programs(scanned: bool) -> dict[str, Program]:
     )
 
 
-def steps(base: Any, by_hand: Any, adapted: Any, params: Any, frozen: Any, lora: Any) -> dict[str, Program]:
+def steps(base: PyTree, by_hand: Any, adapted: Any, params: PyTree, frozen: PyTree, lora: PyTree) -> dict[str, Program]:
     """The forward pass and value_and_grad of the base net, of LoRA by hand, and of lojax."""
     return {
         "base, forward": (base, (params,)),
@@ -88,7 +89,7 @@ def sizes(f: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, int]:
     return _sizes(traced := jax.jit(lambda *args: f(*args)).trace(*args), traced.lower())
 
 
-def _sizes(traced: Any, lowered: Any) -> dict[str, int]:
+def _sizes(traced: Traced, lowered: Lowered) -> dict[str, int]:
     return {"equations": len(traced.jaxpr.eqns), "HLO lines": len(lowered.as_text().splitlines())}
 
 
