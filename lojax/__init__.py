@@ -1,6 +1,6 @@
 """lojax: LoRA as a pure JAX function transform, on any model, without touching its code."""
 
-from lojax import peft
+from lojax import peft, sharding
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.rule import Rule
@@ -32,9 +32,21 @@ __all__ = [
     "resize",
     "restore",
     "save",
+    "sharding",
     "subtract",
     "summary",
     "transform",
     "unmerge",
     "wrap",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that importing them leaves here."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+
+
+def __getattr__(name: str) -> object:
+    """Says where a name of earlier versions is now."""
+    hint = " lojax.scale is now lojax.sharding; its plans are in lojax.planner." if name == "scale" else ""
+    raise AttributeError(f"module 'lojax' has no attribute {name!r}.{hint}")

@@ -15,10 +15,11 @@ from lojax.planner.aot import has_compiler, topology_mesh
 from lojax.planner.chips import parse_topology
 from lojax.planner.collectives import Collective, Traffic, traffic
 from lojax.planner.decoder import TARGETS, Decoder
-from lojax.planner.decoder_config import preset
+from lojax.planner.decoder_config import PRESETS
 from lojax.planner.flops import count_flops
 from lojax.planner.hlo import parse
-from lojax.planner.train_step import floor_work, full_work, lora_work
+from lojax.planner.train_step import full_step, lora_step
+from tests.planner.frozen_step import frozen_step
 
 RANK, BATCH, SEQ = 4, 8, 32
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all three": (2, 2, 2)}
@@ -27,17 +28,17 @@ MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all three"
 def decoder_on(shape):
     mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     config = dataclasses.replace(
-        preset("tiny"), width=48, mlp=160, layers=2, heads=8, kv_heads=8, head_dim=8, vocab=320
+        PRESETS["tiny"], width=48, mlp=160, layers=2, heads=8, kv_heads=8, head_dim=8, vocab=320
     )
-    return Decoder(config, mesh, group=16)
+    return Decoder(config, mesh, chunk=16)
 
 
 @functools.cache
 def step_traffic(decoder):
     model = lojax.wrap(decoder.total_loss, TARGETS, rank=RANK, strict=True)
-    work = lora_work(model, decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, spread=False, dtype=jnp.float32)
-    floor = floor_work(decoder, batch=BATCH, seq=SEQ, dtype=jnp.float32)
-    return tuple(traffic(w.lower().compile().as_text()) for w in (work, floor))
+    work = lora_step(model, decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, spread=False, dtype=jnp.float32)
+    frozen = frozen_step(decoder, batch=BATCH, seq=SEQ, dtype=jnp.float32)
+    return tuple(traffic(w.lower().compile().as_text()) for w in (work, frozen))
 
 
 def sizes_of(decoder):
@@ -49,8 +50,8 @@ def sizes_of(decoder):
 @pytest.mark.parametrize("name", MESHES)
 def test_no_collective_carries_a_gradient_of_a_weight(name):
     decoder = decoder_on(MESHES[name])
-    lora, floor = step_traffic(decoder)
-    added = lora.beyond(floor)
+    lora, frozen = step_traffic(decoder)
+    added = lora.minus(frozen)
     d, f = decoder.config.width, decoder.config.mlp
     largest_factor = RANK * max(d, f)
     rank_activation = RANK * BATCH * SEQ
@@ -68,8 +69,8 @@ def test_no_collective_carries_a_gradient_of_a_weight(name):
 def test_full_fine_tuning_does_carry_them():
     """The control: the same reading finds the gradients of the weights where there are any."""
     decoder = decoder_on(MESHES["fsdp"])
-    full = full_work(decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, dtype=jnp.float32)
-    added = traffic(full.lower().compile().as_text()).beyond(step_traffic(decoder)[1])
+    full = full_step(decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, dtype=jnp.float32)
+    added = traffic(full.lower().compile().as_text()).minus(step_traffic(decoder)[1])
     carried = {math.prod(shape) for c in added.collectives if c.reduces for _, shape in c.arrays}
     assert set(sizes_of(decoder)) <= carried
 
@@ -77,8 +78,8 @@ def test_full_fine_tuning_does_carry_them():
 @pytest.mark.parametrize("name", MESHES)
 def test_lora_adds_only_its_gradients_and_rank_sized_values(name):
     decoder = decoder_on(MESHES[name])
-    lora, floor = step_traffic(decoder)
-    assert 0 < lora.moved - floor.moved <= allowed(decoder)
+    lora, frozen = step_traffic(decoder)
+    assert 0 < lora.bytes_received - frozen.bytes_received <= allowed(decoder)
 
 
 def allowed(decoder):
@@ -98,26 +99,26 @@ def allowed(decoder):
 @pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_the_same_of_a_tpu_ahead_of_time(axes):
     mesh = topology_mesh(parse_topology("v5e:2x4"), axes)
-    config = dataclasses.replace(preset("tiny"), width=512, mlp=1024, heads=8, kv_heads=8, head_dim=64, vocab=640)
-    decoder = Decoder(config, mesh, group=16)
-    lora, floor = step_traffic(decoder)
+    config = dataclasses.replace(PRESETS["tiny"], width=512, mlp=1024, heads=8, kv_heads=8, head_dim=64, vocab=640)
+    decoder = Decoder(config, mesh, chunk=16)
+    lora, frozen = step_traffic(decoder)
     whole = set(sizes_of(decoder))
     gradients = whole | {size // parts for size in whole for parts in (2, 4, 8)}
-    added = lora.beyond(floor)
+    added = lora.minus(frozen)
     assert any(c.reduces for c in added.collectives)
     for c in added.collectives:
         assert not (c.reduces and {math.prod(s) for _, s in c.arrays} & gradients), c
-    full = full_work(decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, dtype=jnp.float32)
-    carried = traffic(full.lower().compile().as_text()).beyond(floor)
+    full = full_step(decoder, optax.adam(1e-3), batch=BATCH, seq=SEQ, dtype=jnp.float32)
+    carried = traffic(full.lower().compile().as_text()).minus(frozen)
     assert {math.prod(s) for c in carried.collectives if c.reduces for _, s in c.arrays} & gradients
-    assert 0 < lora.moved - floor.moved <= allowed(decoder)
+    assert 0 < lora.bytes_received - frozen.bytes_received <= allowed(decoder)
 
 
 def test_added_traffic_does_not_grow_with_the_weights():
     """Twice the depth of the feed-forward weights, frozen and adapted: the difference grows with r, not with m·n."""
     decoder = decoder_on(MESHES["fsdp"])
     wide = dataclasses.replace(decoder, config=dataclasses.replace(decoder.config, mlp=320))
-    extra = [lora.moved - floor.moved for lora, floor in map(step_traffic, (decoder, wide))]
+    extra = [lora.bytes_received - frozen.bytes_received for lora, frozen in map(step_traffic, (decoder, wide))]
     factors = 4 * RANK * 3 * 160 * decoder.config.layers  # bytes that the factors grow by
     assert extra[1] - extra[0] <= 4 * factors
 
@@ -133,7 +134,7 @@ def test_loops_count_their_trips():
     found = traffic(mapped.lower(jnp.ones((16,))).compile().as_text())
     (only,) = found.collectives
     assert (only.kind, only.group, only.count, only.payload) == ("all-reduce", 8, 5, 8)
-    assert only.moved == 2 * 8 * 7 // 8 and found.moved == 5 * only.moved
+    assert only.bytes_received == 2 * 8 * 7 // 8 and found.bytes_received == 5 * only.bytes_received
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_what_the_tpu_compiler_writes():
     assert found["collective-permute"].count == 4
     assert (found["all-gather"].count, found["all-gather"].group) == (1, 16)
     assert (found["reduce-scatter"].count, found["reduce-scatter"].group) == (1, 4)
-    assert found["reduce-scatter"].moved == 16 * 8 * 2 * 3 // 4
+    assert found["reduce-scatter"].bytes_received == 16 * 8 * 2 * 3 // 4
     assert "all-gather" in str(traffic(TPU))
 
 
@@ -216,12 +217,12 @@ def test_a_text_that_is_no_program():
         parse("hello")
 
 
-def test_beyond_counts_what_the_other_lacks():
+def test_minus_counts_what_the_other_lacks():
     one = Collective("all-gather", (("f32", (8,)),), 4, 3)
     big = Collective("all-reduce", (("f32", (16,)),), 4, 1)
-    left = Traffic((dataclasses.replace(one, count=5), big)).beyond(Traffic((one,)))
+    left = Traffic((dataclasses.replace(one, count=5), big)).minus(Traffic((one,)))
     assert [(c.kind, c.count) for c in left.collectives] == [("all-gather", 2), ("all-reduce", 1)]
-    twice = Traffic((one, one)).beyond(Traffic((one, one)))
+    twice = Traffic((one, one)).minus(Traffic((one, one)))
     assert twice.collectives == ()
 
 

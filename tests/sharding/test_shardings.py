@@ -306,17 +306,17 @@ BAD = {
     "does not divide": (
         lambda: shardings(*lojax.init(jax.random.key(0), {"w": jnp.ones((6, 9))}, "w", rank=2), mesh=mesh_of(),
                           specs={"w": P(None, "tensor")}),
-        r"w: axis 1 of shape \(6, 9\) lies over tensor = 2 chips, and 9 is no multiple of 2",
+        r"w: axis 1 of shape \(6, 9\) is sharded over tensor = 2 devices, but 9 is not a multiple of 2",
     ),
     "unknown axis": (
         lambda: shardings(*lojax.init(jax.random.key(0), {"w": jnp.ones((6, 8))}, "w", rank=2), mesh=mesh_of(),
                           specs={"w": P("model")}),
-        r"w lies over the mesh axis 'model', but the mesh has",
+        r"w is sharded over the mesh axis 'model', but the mesh has",
     ),
     "no such path": (
         lambda: shardings(*lojax.init(jax.random.key(0), {"w": jnp.ones((6, 8))}, "w", rank=2), mesh=mesh_of(),
                           specs={"v": P("fsdp")}),
-        r"specs holds 'v', which is no part of the parameters",
+        r"specs holds 'v', but the parameters have no such path",
     ),
     "too many entries": (
         lambda: shardings(*lojax.init(jax.random.key(0), {"w": jnp.ones((6, 8))}, "w", rank=2), mesh=mesh_of(),
@@ -325,7 +325,7 @@ BAD = {
     ),
     "no mesh": (
         lambda: shardings(*lojax.init(jax.random.key(0), {"w": jnp.ones((6, 8))}, "w", rank=2)),
-        r"No mesh: no weight lies on one",
+        r"No mesh: no weight is sharded over one",
     ),
 }  # fmt: skip
 
@@ -348,9 +348,9 @@ def test_a_magnitude_lies_as_the_outputs():
     mesh = mesh_of()
     _, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((8, 4))}, "w", rank=2)
     place = Placement(mesh, {"w": P("fsdp", "tensor")}, False)
-    assert place.factor_entries(SimpleNamespace(axes=("in", "out"), magnitude=jnp.ones(4)), "magnitude", "w") == [
+    assert place.array_entries(SimpleNamespace(axes=("in", "out"), magnitude=jnp.ones(4)), "magnitude", "w") == [
         "tensor"
     ]
     several = dataclasses.replace(lora["w"], a=jnp.ones((5, 8, 2)), b=jnp.ones((5, 2, 4)))
-    assert place.trained("w", several).a.spec == P(None, "fsdp", None)
-    assert place.trained("w", several).b.spec == P(None, None, "tensor")
+    assert place.shard_leaf("w", several).a.spec == P(None, "fsdp", None)
+    assert place.shard_leaf("w", several).b.spec == P(None, None, "tensor")
