@@ -65,7 +65,6 @@ WEIGHTS = {
     "conv": (conv, (3, 3, 4, 6), (2, 5, 5, 4)),
     "stack": (layers, (3, 6, 6), (2, 6)),
 }
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOLERANCE = {"float32": 3e-5, "bfloat16": 0.06}
 
 
@@ -256,6 +255,7 @@ def test_doras_norm_is_detached():
     np.testing.assert_allclose(got, jax.grad(constant)(adapter.a), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_dora_forms_no_weight():
     params = {"w": jax.ShapeDtypeStruct((512, 768), jnp.float32)}
     model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=4, variant="dora", execution="factored")

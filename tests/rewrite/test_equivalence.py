@@ -14,7 +14,6 @@ from tests.rewrite.programs import PROGRAMS, Program, X, normal
 LETTER = {"in": "i", "out": "o", "stack": "s"}
 rows = pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 EXECUTIONS = ("factored", "fused")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

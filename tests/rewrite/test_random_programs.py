@@ -89,12 +89,9 @@ def check(drawn: Drawn, execution: str, variant: str, transform, spec: Partition
 
 
 @pytest.fixture(autouse=True)
-def quick_and_exact():
-    """What is tested is the program lojax builds, not what XLA makes of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def _in_float64():
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(test, shard: int, cases: int, **more) -> None:
