@@ -10,6 +10,10 @@ count_cpu() { # sets `cpu`: the seconds of this shell and of all that it has wai
   cpu=$(awk '{ for (i = 1; i <= NF; i++) { split($i, t, "m"); s += 60 * t[1] + t[2] } } END { printf "%d", s }' "$root/times")
 }
 
+# The stages that the command line names, or else all of them.
+choose_stages() { stages=" ${*:2} "; if [ $# -eq 1 ]; then stages=" $1 "; fi; }
+wanted() { [[ "$stages" == *" $1 "* ]]; }
+
 report=() stage_name="" stage_began=0 stage_cpu=0 cpu=0
 end_stage() {
   if [ -z "$stage_name" ]; then return; fi
