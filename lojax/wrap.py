@@ -14,7 +14,7 @@ from lojax.adapters.paths import flatten
 from lojax.adapters.rule import Rule, as_rules
 from lojax.adapters.targets import checked_bias, plan
 from lojax.lowrank.merge import merge
-from lojax.lowrank.strategy import checked_execution
+from lojax.lowrank.strategy import check_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
 from lojax.nets.detect import open_net
 from lojax.nets.net import Net
@@ -172,7 +172,7 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), checked_bias(bias))
+    return Model(open_net(net), rules, full, excluded, strict, check_execution(execution, strict), checked_bias(bias))
 
 
 def init(

@@ -107,6 +107,38 @@ def test_no_module_imports_itself_in_a_circle():
     assert order.index("lojax.adapters.axes") < order.index("lojax.lowrank.value") < order.index("lojax.wrap")
 
 
+PROGRAM_WORDS = {"Jaxpr", "JaxprEqn", "ClosedJaxpr", "Eqn", "Var", "make_jaxpr", "eqns", "invars", "outvars", "eqn"}
+"""What only the rewriting of programs speaks of."""
+MATHS = {"dot_general", "matmul", "einsum", "dot", "tensordot", "conv_general_dilated", "ragged_dot_general"}
+"""What only the maths of a low-rank weight calls, as an attribute of `jnp` or `lax`."""
+
+
+def words(tree):
+    """Every name, attribute and imported name in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.alias):
+            yield node.name
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) == "lowrank"])
+def test_the_maths_knows_no_programs(module):
+    assert not PROGRAM_WORDS & set(words(TREES[module]))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) == "rewrite"])
+def test_the_rewriting_knows_no_maths(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("jnp", "lax"):
+            assert node.attr not in MATHS, f"{module} calls {node.value.id}.{node.attr}"
+        assert not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult))
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_only_public_jax(module):
     private = {name for name in imports(TREES[module], module) if any(part == "_src" for part in name.split("."))}

@@ -268,7 +268,7 @@ def test_strict_refuses_to_form_a_weight_and_says_what_to_do():
     assert "test_wrap.py:" in text
     assert text.endswith(
         "which has no factored form: sin is not linear in the weight. Take the weight out of targets, train it in "
-        "full, or allow this use to form W0 + scale*A*B with strict=False."
+        "full, or allow this use to materialize W0 + scale*A*B with strict=False."
     )
     lenient = lojax.wrap(net, "w", rank=2)
     lora = trained(lora)

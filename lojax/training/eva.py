@@ -17,7 +17,7 @@ from lojax.adapters.create import within
 from lojax.adapters.initializers import key_for, zeros
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
-from lojax.lowrank.second_moment import Watching
+from lojax.lowrank.second_moment import SecondMomentProbe
 from lojax.training.subspace_iteration import Columns, checked_batches, plain, random_columns, replaced, total
 
 
@@ -115,7 +115,7 @@ def _moments(
 def _watching(adapter: Adapter, shape: tuple[int, ...], columns: jax.Array) -> Adapter:
     entries, _, k = columns.shape
     return plain(
-        Watching, adapter, shape, columns, zeros((entries, k, size(adapter.axes, shape, "out")), columns.dtype)
+        SecondMomentProbe, adapter, shape, columns, zeros((entries, k, size(adapter.axes, shape, "out")), columns.dtype)
     )
 
 

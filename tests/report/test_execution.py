@@ -85,7 +85,7 @@ def test_a_formed_weight_says_why_where_and_what_to_do():
     assert line.startswith(start)
     assert line.endswith(end)
     where = line.removeprefix(start).removesuffix(end)
-    assert "test_report.py:" in where
+    assert "test_execution.py:" in where
     assert where.endswith("(net)")
 
 

@@ -23,17 +23,20 @@ CI draws a new seed for each run and prints it."""
 NO_FACTORED_FORM = (
     "a reshape that merges in axes with out axes",
     "an outer product sums no axis",
-    "no axis of one factor alone is summed",
-    "a sum of two adapted weights",  # the drawn cast step adds the weight to a copy of itself
-    "a convolution whose window or input features lie in the out axes",
-    "experts whose group axis is no stack, or whose in axes are not those summed",
+    "the product sums no axis that one factor has alone",
+    "a convolution whose window or input features are out axes of the adapter",
+    "experts whose group axis is no stack, or whose in axes are not the summed ones",
+    # the drawn cast step adds the weight to a copy of itself
+    "a convolution with a sum of updates",
+    "experts with a sum of updates",
+    "a concatenation of sums of updates, under dropout, or with DoRA",
 )
 UNDER_DORA = (
     "a product that sums some of the axes of a DoRA magnitude",
     "a convolution whose DoRA magnitude is not along the output features",
     "DoRA inside a function with its own forward derivative",
     "experts whose DoRA magnitude is not along their output features",
-    "a concatenation of sums of updates, under dropout, or with DoRA",
+    "a sum of two adapted weights of different shapes, under dropout, or with DoRA",
     "a sum with a weight under DoRA",
     "a sum over some of the axes of a DoRA magnitude",
 )
