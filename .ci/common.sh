@@ -43,7 +43,7 @@ trap finish EXIT
 uv=""
 if python3 -m venv "$root/tools" && "$root/tools/bin/pip" install uv; then uv="$root/tools/bin/uv"; fi
 if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS=$PIP_FIND_LINKS; fi
-pip() { { [ -n "$uv" ] && "$uv" pip "$@"; } || python -m pip "$@"; }
+pip() { { [ -n "$uv" ] && "$uv" pip "$@" -q; } || python -m pip "$@"; }
 
 environment() { "$1" -m venv "$root/$2" && . "$root/$2/bin/activate"; }
 
