@@ -24,7 +24,7 @@ def optimized_tests(file: Path) -> str:
     text = file.read_text()
     if "pytest.mark.optimized" in text:
         return "marked"
-    return "all" if READS_COMPILED.search(text) or file.parent.name == "examples" else "none"
+    return "all" if READS_COMPILED.search(text) else "none"
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def compilation(request: pytest.FixtureRequest):
 
     What lojax builds is the same without them. So they are left out, but where a test asserts what XLA makes of a
     program: in files that read costs, memory or the text of compiled programs, or that have the mark `optimized` (then
-    in the tests that have it alone). Examples run real nets, and are faster with them.
+    in the tests that have it alone).
     """
     which = optimized_tests(request.path)
     quick = which == "none" or (which == "marked" and request.node.get_closest_marker("optimized") is None)
