@@ -23,10 +23,10 @@ FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 def rows() -> list[Any]:
-    return [
-        pytest.param(case, id=f"{case.library}-{case.name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in CASES
-    ]
+    def marks(case: Case) -> list[Any]:
+        return [pytest.mark.slow] * case.slow + [pytest.mark.optimized] * (case.flops is not None)
+
+    return [pytest.param(case, id=f"{case.library}-{case.name}", marks=marks(case)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", rows())

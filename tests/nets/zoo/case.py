@@ -35,7 +35,7 @@ class Case:
         materialized: The weights that cannot stay factored, with a part of the reason that the report gives.
         promotion: The dtype promotion that the net's own code needs.
         flops: An upper bound of the FLOPs of a gradient step, as a share of the materialized step.
-        slow: Whether only ``.ci/run`` proves it.
+        slow: Whether only ``.ci/thorough`` proves it.
     """
 
     name: str
