@@ -11,7 +11,7 @@ from flax import nnx
 
 from lojax.adapters.create import check_key, create
 from lojax.adapters.paths import flatten
-from lojax.adapters.rule import DEFAULTS, Rule, as_rules
+from lojax.adapters.rule import DEFAULTS, Rule, as_rules, explain_unknown_arguments
 from lojax.adapters.targets import assign_rules, check_bias
 from lojax.lowrank.merge import merge
 from lojax.lowrank.strategy import checked_execution
@@ -19,8 +19,9 @@ from lojax.nets.adapted_module import AdaptedModule, as_module
 from lojax.nets.detect import open_net
 from lojax.nets.net import Net
 from lojax.report.execution import Report, report
+from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
-from lojax.rewrite.transform import trace_uses, transform
+from lojax.rewrite.transform import abstractly, trace_uses, transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,21 @@ class Model:
         self.net.check(params)
         apply_fn = self.net.apply if args or kwargs else None
         return _init(key, params, self.rules, self.full, self.exclude, self.bias, apply_fn, args, kwargs)
+
+    def preview(self, params: Any, *args: Any, **kwargs: Any) -> Summary:
+        """What `init` would adapt and train, as the `lojax.summary` of it, without making anything.
+
+        Args:
+            params: As in `init`; shapes (`jax.ShapeDtypeStruct`) are enough.
+            *args: As in `init`.
+            **kwargs: Likewise.
+
+        Returns:
+            A `Summary`: ``print(model.preview(params))`` shows every parameter, ``.text(frozen=False)`` what trains.
+        """
+        return summary(
+            *abstractly(lambda p, args, kwargs: self.init(jax.random.key(0), p, *args, **kwargs), params, args, kwargs)
+        )
 
     def apply(self, frozen: Any, lora: Any, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         """What the net returns, computed with the adapted weights.
@@ -105,6 +121,7 @@ class Model:
         return report(frozen, lora, uses)
 
 
+@explain_unknown_arguments
 def wrap(
     net: Any,
     targets: Any,
@@ -177,6 +194,7 @@ def wrap(
     return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), check_bias(bias))
 
 
+@explain_unknown_arguments
 def init(
     key: jax.Array,
     params: Any,

@@ -420,3 +420,24 @@ def test_biases_train_beside_the_adapters_from_the_pretrained_ones():
 def test_an_unknown_bias_is_refused_at_once():
     with pytest.raises(ValueError, match="bias='lora'; expected one of 'none', 'all', 'lora_only'"):
         lojax.wrap(lambda p, x: x, "w", bias="lora")
+
+
+# --- a dry run ---
+
+
+def test_a_preview_says_what_would_be_adapted_without_making_anything():
+    made = []
+
+    def draw(key, shape, dtype, *, fan_in, rank):
+        made.append(isinstance(key, jax.core.Tracer))
+        return jnp.zeros(shape, dtype)
+
+    model = lojax.wrap(mlp, "**/kernel", rank=8, train="second/bias", init=draw)
+    preview = model.preview(PARAMS, X)
+    assert str(preview) == str(lojax.summary(*model.init(jax.random.key(0), PARAMS, X)))
+    assert made[:2] == [True, True] and made[2:] == [False, False]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    assert preview == model.preview(shapes, jax.ShapeDtypeStruct(X.shape, X.dtype)) == model.preview(PARAMS)
+    rows = {row.path: (row.shape, row.rank, row.requested_rank) for row in preview.rows if row.rank}
+    assert rows == {"first/kernel": ((4, 5), 4, 8), "second/kernel": ((5, 3), 3, 8)}
+    assert "matches none of the 4" in message(ValueError, lojax.wrap(mlp, "**/kernels").preview, PARAMS)
