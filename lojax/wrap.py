@@ -149,7 +149,7 @@ def wrap(
             regex (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where the
             first match wins. In a Linen ``variables`` dict globs and regexes stay in ``params``, unless they name
             another collection.
-        rank: The rank ``r`` of the updates.
+        rank: The rank ``r`` of the updates; lowered for a weight whose min(m, n) is below it, and the summary says so.
         alpha: The numerator of the scale ``alpha / r``; None means ``alpha = rank``.
         scaling: ``"standard"`` or ``"rslora"``.
         init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.

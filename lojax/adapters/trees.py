@@ -58,23 +58,25 @@ def _check_places(
     frozen: Params, lora: Params, weights: Mapping[Path, Leaf], trained: Mapping[Path, Leaf], name: str
 ) -> None:
     """Raises if an argument is in the place of another one, which the first differing path would not show."""
-    for argument, tree in ((name, frozen), ("lora", lora)):
-        if type(tree) is tuple and len(tree) == 2 and _holds_adapters(tree[1]) and not _holds_adapters(tree[0]):
-            other = trained if tree is frozen else weights
-            if other.keys() != (weights if tree is frozen else trained).keys():
+    if weights.keys() != trained.keys():
+        for argument, tree in ((name, frozen), ("lora", lora)):
+            if type(tree) is tuple and len(tree) == 2 and _holds_adapters(tree[1]) and not _holds_adapters(tree[0]):
                 raise ValueError(f"{argument} is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...).")
-    if path := next((path for path, leaf in weights.items() if is_adapter(leaf)), None):
-        swapped = not any(map(is_adapter, trained.values()))
-        rest = (
-            f"and lora holds none: they are swapped. The order is {name}, lora."
-            if swapped
-            else "and only lora may hold adapters. Use the pair that one init returned."
-        )
-        raise ValueError(f"{name} holds an adapter at {path}, {rest}")
-    if hasattr(lora, "shape") and hasattr(lora, "dtype") and weights.keys() != trained.keys():
+        if hasattr(lora, "shape") and hasattr(lora, "dtype"):
+            raise ValueError(
+                f"lora is an array {spec(lora)}, not a tree like {name}. The order is {name}, lora, inputs: is an "
+                "argument missing?"
+            )
+    misplaced = [path for path, leaf in weights.items() if is_adapter(leaf)]
+    if misplaced and not any(map(is_adapter, trained.values())):
         raise ValueError(
-            f"lora is an array {spec(lora)}, not a tree like {name}. The order is {name}, lora, inputs: is an argument "
-            "missing?"
+            f"{name} holds an adapter at {misplaced[0]}, and lora holds none: they are swapped. The order is {name}, "
+            "lora."
+        )
+    if misplaced:
+        raise ValueError(
+            f"{name} holds an adapter at {misplaced[0]}, and only lora may hold adapters. Use the pair that one init "
+            "returned."
         )
 
 
