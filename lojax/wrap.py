@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 from flax import nnx
 
 from lojax.adapters.create import check_key, create
 from lojax.adapters.leaves import check_leaf
 from lojax.adapters.paths import flatten
-from lojax.adapters.rule import DEFAULTS, Rule, Target, as_rules
+from lojax.adapters.rule import DEFAULTS, Rule, Target, as_rules, explain_unknown_arguments
 from lojax.adapters.targets import assign_rules, check_bias
 from lojax.lowrank.merge import merge
 from lojax.lowrank.strategy import check_execution
@@ -21,8 +22,9 @@ from lojax.nets.named_axes import bind_named_axes
 from lojax.nets.net import Net
 from lojax.nets.nnx import NNXNet
 from lojax.report.execution import Report, report
+from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
-from lojax.rewrite.transform import trace_uses, transform
+from lojax.rewrite.transform import trace_abstractly, trace_uses, transform
 from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
 
 Targets: TypeAlias = Target | Rule | Sequence[Target | Rule]
@@ -66,6 +68,23 @@ class Model:
         leaves = {path: leaf for path, leaf in _leaves(params).items() if path not in self.net.state_paths}
         rule_of = assign_rules(leaves, self.rules, full=self.full, exclude=self.exclude, bias=self.bias)
         return _create(key, params, rule_of, self.net.observe if args or kwargs else None, args, kwargs)
+
+    def preview(self, params: Params, *args: object, **kwargs: object) -> Summary:
+        """What `init` would adapt and train, as the `lojax.summary` of it, without making anything.
+
+        Args:
+            params: As in `init`; shapes (`jax.ShapeDtypeStruct`) are enough.
+            *args: As in `init`.
+            **kwargs: Likewise.
+
+        Returns:
+            A `Summary`: ``print(model.preview(params))`` shows every parameter, ``.text(frozen=False)`` what trains.
+        """
+
+        def start(params: Params, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Params, Params]:
+            return self.init(jax.random.key(0), params, *args, **kwargs)
+
+        return summary(*trace_abstractly(start, params, args, kwargs))
 
     def apply(
         self, frozen: Params, lora: Params, *args: object, dropout_key: Key | None = None, **kwargs: object
@@ -129,6 +148,7 @@ class Model:
         return report(frozen, lora, uses)
 
 
+@explain_unknown_arguments
 def wrap(
     net: Any,
     targets: Targets,
@@ -156,7 +176,7 @@ def wrap(
             regex (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where the
             first match wins. In a Linen ``variables`` dict globs and regexes stay in ``params``, unless they name
             another collection.
-        rank: The rank ``r`` of the updates.
+        rank: The rank ``r`` of the updates; lowered for a weight whose min(m, n) is below it, and the summary says so.
         alpha: The numerator of the scale ``alpha / r``; None means ``alpha = rank``.
         scaling: ``"standard"`` or ``"rslora"``.
         init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.
@@ -202,6 +222,7 @@ def wrap(
     return Model(as_net(net), rules, full, excluded, strict, check_execution(execution, strict), check_bias(bias))
 
 
+@explain_unknown_arguments
 def init(
     key: Key,
     params: Params,

@@ -43,7 +43,7 @@ def combine(
             parameter trained in full is taken over if a single tree holds it.
         weights: One number each; negative ones subtract.
         method: One of `METHODS`.
-        rank: The rank that the ``svd`` methods give; the largest of the inputs by default.
+        rank: The rank that the ``svd`` methods give, for a single adapter too; the largest of the inputs by default.
         density: The share of entries that pruning keeps, above 0 and up to 1: for ``ties``, ``dare_linear``,
             ``dare_ties``, ``magnitude_prune`` and their ``_svd`` forms.
         majority: How ``ties`` elects a sign: ``"total"`` or ``"frequency"``.
@@ -64,8 +64,8 @@ def combine(
     """
     settings = _Settings(method, rank, density, majority, key)
     settings.check(adapters, weights)
-    if len(adapters) == 1:
-        settings = _Settings("linear")
+    if len(adapters) == 1:  # scaled, whatever the method, and truncated where a rank is given
+        settings = _Settings("linear") if rank is None else _Settings("svd", rank)
     trees = [flatten(tree) for tree in adapters]
     for tree in trees[1:]:
         if tree.keys() != trees[0].keys():

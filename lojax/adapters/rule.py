@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
 
 import jax.numpy as jnp
 
 from lojax.adapters.initializers import DrawA, initializer
 from lojax.text import suggest
 from lojax.types import Dtype, Leaf, Path
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Target = str | re.Pattern[str] | Callable[[Path, Leaf], bool]
 """A glob (``**/`` crosses levels, ``{a,b}`` is either), a compiled regex (full match), or a predicate (path, leaf)."""
@@ -23,6 +28,45 @@ VARIANTS = ("lora", "dora", "lora-fa")
 
 SCALINGS = {"standard": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / math.sqrt(rank)}
 """How alpha and rank give the scale: Hu et al. 2021 §4.1, and rsLoRA, Kalajdzievski 2023, eq. 2."""
+
+
+SYNONYMS = {
+    "r": "rank=",
+    "lora_alpha": "alpha=",
+    "lora_dropout": "dropout=",
+    "target_modules": "targets=",
+    "modules_to_save": "train=",
+    "exclude_modules": "exclude=",
+    "init_lora_weights": "init=",
+    "layers_to_transform": "layers=",
+    "use_rslora": 'scaling="rslora"',
+    "use_dora": 'variant="dora"',
+}
+"""What PEFT calls our settings."""
+
+
+def explain_unknown_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, with an error for an unknown keyword that names the argument that was meant.
+
+    Where it takes ``**settings``, those are the settings of a `Rule`.
+    """
+    parameters = inspect.signature(function).parameters
+    known = set(parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        known |= {field.name for field in dataclasses.fields(Rule)}
+
+    spellings = sorted(f"{name}=" for name in known if not name.startswith("_"))
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in known:
+                ours = SYNONYMS.get(name, "").partition("=")[0] in known
+                hint = f" Did you mean {SYNONYMS[name]!r}?" if ours else suggest(name, spellings)
+                raise TypeError(f"{function.__qualname__.removesuffix('.__init__')} has no argument {name!r}.{hint}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +132,8 @@ class Rule:
         return float(SCALINGS[str(self.scaling or DEFAULTS.scaling)](alpha, rank)) if rank else 1.0
 
 
+Rule.__init__ = explain_unknown_arguments(Rule.__init__)
+
 DEFAULTS = Rule((), rank=8, scaling="standard", init="kaiming", dropout=0.0, variant="lora")
 """What a rule says that says nothing. ``alpha=None`` means ``alpha = rank``, and ``dtype=None`` float32."""
 
@@ -148,8 +194,9 @@ def _check(rule: Rule) -> Rule:
         raise ValueError(f"{rule}: tokens= has no meaning with train={rule.train!r}.")
     if rule.train not in ("lora", "tokens"):
         return rule
-    if not jnp.issubdtype(rule.dtype or jnp.float32, jnp.floating):
-        raise ValueError(f"{rule}: dtype={rule.dtype!r}; expected a real floating-point dtype, or None for float32.")
+    if not _is_floating(rule.dtype or jnp.float32):
+        text = f"{rule}: dtype={rule.dtype!r}; expected a real floating-point dtype, or None for float32."
+        raise ValueError(text + _suggest_dtype(rule.dtype))
     return rule if rule.train == "tokens" else _check_update(rule)
 
 
@@ -183,6 +230,19 @@ def _indices(rule: Rule, field: str) -> tuple[int, ...]:
     if repeated:
         raise ValueError(f"{rule}: {field} names {repeated[0]} more than once. Name each once.")
     return tuple(int(i) for i in indices)
+
+
+def _is_floating(dtype: Dtype) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 8  # NumPy reads "f16" as 128 bits
+    except TypeError:
+        return False
+
+
+def _suggest_dtype(dtype: Dtype | None) -> str:
+    spelled = re.fullmatch(r"(b?)(?:float|fp|f)(\d+)", str(dtype).lower())
+    name = f"{spelled[1]}float{spelled[2]}" if spelled else str(dtype)
+    return suggest(name, ("bfloat16", "float16", "float32", "float64")) if isinstance(dtype, str) else ""
 
 
 def _is_integer(number: object) -> TypeGuard[int]:

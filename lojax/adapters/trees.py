@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -10,7 +10,8 @@ from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import size
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten, is_leaf
-from lojax.types import Leaf, Params, Path, Shape
+from lojax.text import spec
+from lojax.types import Leaf, Params, Path, PyTree, Shape
 
 
 def check_pair(frozen: Params, lora: Params) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
@@ -18,6 +19,9 @@ def check_pair(frozen: Params, lora: Params) -> tuple[dict[Path, Leaf], dict[Pat
     weights, trained = check_structure(frozen, lora)
     for path in weights:
         weight, leaf = unbox(weights[path]), unbox(trained[path])
+        for x in (weight, leaf):
+            if x is not None and not is_adapter(x):
+                check_leaf(path, x)
         if is_adapter(leaf):
             _check_adapter(path, weight, leaf)
         elif weight is not None and leaf is not None:
@@ -34,6 +38,7 @@ def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tu
         name: What to call the first one.
     """
     weights, trained = flatten(frozen), flatten(lora)
+    _check_places(frozen, lora, weights, trained, name)
     for path in (*weights, *trained):
         if path not in weights or path not in trained:
             missing, holder = ("lora", name) if path in weights else (name, "lora")
@@ -47,6 +52,36 @@ def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tu
             "list against a tuple). Convert one, or use the pair that one init returned."
         )
     return weights, trained
+
+
+def _check_places(
+    frozen: Params, lora: Params, weights: Mapping[Path, Leaf], trained: Mapping[Path, Leaf], name: str
+) -> None:
+    """Raises if an argument is in the place of another one, which the first differing path would not show."""
+    if weights.keys() != trained.keys():
+        for argument, tree in ((name, frozen), ("lora", lora)):
+            if type(tree) is tuple and len(tree) == 2 and _holds_adapters(tree[1]) and not _holds_adapters(tree[0]):
+                raise ValueError(f"{argument} is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...).")
+        if hasattr(lora, "shape") and hasattr(lora, "dtype"):
+            raise ValueError(
+                f"lora is an array {spec(lora)}, not a tree like {name}. The order is {name}, lora, inputs: is an "
+                "argument missing?"
+            )
+    misplaced = [path for path, leaf in weights.items() if is_adapter(leaf)]
+    if misplaced and not any(map(is_adapter, trained.values())):
+        raise ValueError(
+            f"{name} holds an adapter at {misplaced[0]}, and lora holds none: they are swapped. The order is {name}, "
+            "lora."
+        )
+    if misplaced:
+        raise ValueError(
+            f"{name} holds an adapter at {misplaced[0]}, and only lora may hold adapters. Use the pair that one init "
+            "returned."
+        )
+
+
+def _holds_adapters(tree: PyTree) -> bool:
+    return any(map(is_adapter, jax.tree.leaves(tree, is_leaf=is_adapter)))
 
 
 def check_leaf(path: Path, leaf: Leaf) -> None:

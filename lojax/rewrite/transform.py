@@ -134,6 +134,7 @@ def evaluate(
         paths_and_leaves, out_tree = jax.tree_util.tree_flatten_with_path(outputs)
         return [_check_output(keys, leaf) for keys, leaf in paths_and_leaves]
 
+    flat.__name__ = flat.__qualname__ = getattr(f, "__name__", type(f).__name__)  # for JAX's errors and profiles
     outputs = interpreter.run(remove_dead_equations(jax.make_jaxpr(flat)(*avals)), values)
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)

@@ -43,6 +43,7 @@ def optimizer(
         no state.
 
     Raises:
+        TypeError: A transformation is something else.
         ValueError: ``b_ratio`` is not a finite number above 0.
 
     >>> import jax.numpy as jnp
@@ -52,6 +53,8 @@ def optimizer(
     >>> {name: half["w"].tolist() for name, half in updates.items()}
     {'frozen': [-0.0, -0.0], 'lora': [-0.5, -0.5, -0.5]}
     """
+    for name, transform in (("tx", tx), ("magnitude", magnitude), ("full", full)):
+        _check_transformation(name, transform)
     if not (isinstance(b_ratio, numbers.Real) and math.isfinite(b_ratio) and b_ratio > 0):
         raise ValueError(f"b_ratio={b_ratio!r}; expected a finite number above 0: the rate of b over that of a.")
     by_group = {
@@ -71,6 +74,17 @@ def optimizer(
         group: by_group[group] for group in separate | {"train"}
     }
     return optax.multi_transform(transforms | {"frozen": _zero_updates()}, label)
+
+
+def _check_transformation(name: str, value: object) -> None:
+    if (value is None and name != "tx") or (hasattr(value, "init") and hasattr(value, "update")):
+        return
+    hint = ""
+    if isinstance(value, numbers.Real):
+        hint = f" Did you mean optax.adamw({value})?"
+    elif callable(value):
+        hint = " Did you forget to call it?"
+    raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.40}), not an optax transformation.{hint}")
 
 
 def _zero_updates() -> optax.GradientTransformation:

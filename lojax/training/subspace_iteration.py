@@ -40,6 +40,13 @@ def check_batches(
     adapters = {path: x for path, x in flatten(lora).items() if is_adapter(x) and x.a is not None}
     if not adapters:
         raise ValueError(f"{caller}: lora holds no low-rank adapter. Pass the pair that init returned for its targets.")
+    for path, adapter in adapters.items():
+        if adapter.moved_base is not None:
+            raise ValueError(
+                f"{path}: init={adapter.moved_base!r} took the start of this adapter out of the frozen weight, and "
+                f"{caller} would drop the adapter: the net would no longer start at the pretrained model. Call "
+                f'{caller} on what init="kaiming" returns.'
+            )
     return readable, adapters
 
 

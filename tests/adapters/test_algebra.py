@@ -112,6 +112,15 @@ def test_one_adapter_is_scaled_whatever_the_method():
         np.testing.assert_allclose(update("dense", out), -0.3 * update("dense", one["w"]), atol=1e-5, err_msg=method)
 
 
+@pytest.mark.parametrize("method", ["svd", "ties_svd", "dare_linear_svd"])
+def test_one_adapter_takes_the_rank_that_is_asked_for(method):
+    one = {"w": adapter("dense", 0)}
+    out = combine([one], [-0.3], method=method, rank=2, density=0.5, key=jax.random.key(0))["w"]
+    assert (out.rank, out.scale) == (2, 1.0)
+    expected = update("dense", resize(rescale(one, -0.3), 2)["w"])
+    np.testing.assert_allclose(update("dense", out), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["magnitude_prune"])
 def test_each_weight_of_a_stack_is_combined_on_its_own(method):
     """Pruning and elections of one layer do not depend on the others."""

@@ -94,3 +94,67 @@ def test_factors_of_two_ranks_are_refused():
     assert "needs an adapter of shapes (4, 2) and (2, 5), got (4, 2) and (3, 5)" in message(
         ValueError, check_pair, frozen, lora
     )
+
+
+# --- arguments in the wrong place ---
+
+
+def net(params, x):
+    return x @ params["layers"][0]["kernel"]
+
+
+def calls():
+    """Every function that takes the pair, called with two arguments and an input."""
+    model = lojax.wrap(net, "**/kernel", rank=2)
+    x = jnp.ones((2, 6))
+    return {
+        "apply": lambda frozen, lora: model.apply(frozen, lora, x),
+        "merge": lojax.merge,
+        "summary": lojax.summary,
+        "report": lambda frozen, lora: model.report(frozen, lora, x),
+        "transform": lambda frozen, lora: lojax.transform(net)(frozen, lora, x),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_arguments_in_the_wrong_place_are_told_apart(name):
+    (frozen, lora), call = make(), calls()[name]
+    assert message(ValueError, call, lora, frozen) == (
+        "frozen holds an adapter at layers/0/kernel, and lora holds none: they are swapped. The order is frozen, lora."
+    )
+    assert message(ValueError, call, (frozen, lora), jnp.ones((2, 6))) == (
+        "frozen is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...)."
+    )
+    assert message(ValueError, call, frozen, (frozen, lora)) == (
+        "lora is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...)."
+    )
+    assert message(ValueError, call, frozen, jnp.ones((2, 6))) == (
+        "lora is an array float32[2,6], not a tree like frozen. The order is frozen, lora, inputs: is an argument "
+        "missing?"
+    )
+    assert message(ValueError, call, lora, lora).startswith(
+        "frozen holds an adapter at layers/0/kernel, and only lora may hold adapters."
+    )
+
+
+@pytest.mark.parametrize("name", calls())
+def test_a_leaf_that_is_not_an_array_is_named(name):
+    frozen, lora = make()
+    frozen["stats"]["count"] = "three"
+    text = message(TypeError, calls()[name], frozen, lora)
+    assert text.startswith("stats/count is a str ('three'), not an array.")
+
+
+def test_init_names_a_leaf_that_is_not_an_array():
+    params = PARAMS | {"stats": {"count": "three"}}
+    for run in (
+        lambda: lojax.init(jax.random.key(0), params, "**/kernel"),
+        lambda: lojax.wrap(net, "**/kernel").init(jax.random.key(0), params, jnp.ones((2, 6))),
+    ):
+        assert message(TypeError, run).startswith("stats/count is a str ('three'), not an array.")
+
+
+def test_a_pair_of_trees_that_are_tuples_is_a_pair():
+    params = (jnp.ones((6, 4)), jnp.ones((4, 5)))
+    frozen, lora = lojax.init(jax.random.key(0), params, "*", rank=2)
+    check_pair(frozen, lora)

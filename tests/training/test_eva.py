@@ -140,3 +140,10 @@ def test_as_init_it_says_what_to_call(init):
     with pytest.raises(ValueError, match="needs batches") as error:
         lojax.wrap(mlp, "*", init=init)
     assert "lojax.eva(" in str(error.value)
+
+
+def test_an_adapter_that_moved_its_weight_cannot_be_started_again():
+    model = lojax.wrap(mlp, "*", rank=2, init="pissa")
+    frozen, lora = model.init(jax.random.key(0), MLP, BATCHES[0])
+    with pytest.raises(ValueError, match="down: init='pissa' took the start of this adapter out of the frozen weight"):
+        lojax.eva(model.apply, frozen, lora, BATCHES)

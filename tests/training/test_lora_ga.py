@@ -34,7 +34,7 @@ def test_lora_ga_starts_at_the_singular_vectors_of_the_gradient(variant):
         np.testing.assert_allclose(np.linalg.norm(found[name].b, axis=1), c, rtol=1e-4)
         update = 1.5 * np.asarray(found[name].a) @ np.asarray(found[name].b)
         np.testing.assert_allclose(changed[name], MLP[name] - update, rtol=1e-5, atol=1e-6)
-        assert found[name].variant == variant
+        assert (found[name].variant, found[name].moved_base) == (variant, "lora_ga")
     np.testing.assert_allclose(model.apply(changed, found, BATCHES[0]), mlp(MLP, BATCHES[0]), rtol=1e-4, atol=1e-5)
 
 
@@ -134,3 +134,10 @@ def test_as_init_it_says_what_to_call(init):
     with pytest.raises(ValueError, match="needs batches") as error:
         lojax.wrap(mlp, "*", init=init)
     assert "lojax.lora_ga(" in str(error.value)
+
+
+def test_an_adapter_that_moved_its_weight_cannot_be_started_again():
+    model = lojax.wrap(mlp, "*", rank=2, init="pissa")
+    frozen, lora = model.init(jax.random.key(0), MLP, BATCHES[0])
+    with pytest.raises(ValueError, match="down: init='pissa' took the start of this adapter out of the frozen weight"):
+        lojax.lora_ga(batch_loss(model), frozen, lora, BATCHES)
