@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="only print where tracing spends its time")
     options = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # jax.clear_caches leaves a cache on disk
     nets = {
         "BERT (MiniLM), LoRA on query and value": bert_programs,
         "12 layers unrolled, LoRA on every weight": lambda: stack_programs(False),

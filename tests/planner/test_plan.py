@@ -9,8 +9,8 @@ import pytest
 
 from lojax.cli.main import main
 from lojax.planner import aot as ahead
-from lojax.planner.chips import CHIPS, parse_mesh, parse_topology
-from lojax.planner.decoder_config import PRESETS, from_fields, read_config
+from lojax.planner.chips import parse_topology
+from lojax.planner.decoder_config import PRESETS, from_fields
 from lojax.planner.plan import plan, search
 
 LLAMA = {
@@ -141,49 +141,6 @@ def test_a_model_too_large_for_any_slice():
     huge = from_fields(LLAMA | {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 400})
     with pytest.raises(ValueError, match=r"fits on no slice of v5e up to v5e:16x16 .*Take a chip with more memory"):
         search(huge, chip="v5e", batch=256, compiled=False)
-
-
-CONFIGS = {
-    "missing": ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "lacks vocab_size"),
-    "another kind": (LLAMA | {"model_type": "mamba"}, "model_type='mamba'; expected one of llama"),
-    "no number": (LLAMA | {"hidden_size": "wide"}, "hidden_size='wide'; expected a whole number"),
-    "heads": (LLAMA | {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
-    "rope": (LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling of type 'yarn'"),
-    "rope fields": (
-        LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-        "rope_scaling lacks low_freq_factor",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_bad_configs(name, tmp_path):
-    fields, message = CONFIGS[name]
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=message):
-        read_config(tmp_path)
-
-
-def test_files_that_are_no_config(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
-        read_config(tmp_path)
-    with pytest.raises(ValueError, match="There is no preset and no file '9B'; expected one of tiny, 8B, 70B, 405B"):
-        plan("9B", topology="v5e:2x2", mesh="fsdp=4")
-
-
-def test_chips_and_meshes():
-    assert parse_topology("v5p:4x4x4").devices == 64 and parse_mesh({"tensor": 4}, 4) == {
-        "data": 1,
-        "fsdp": 1,
-        "tensor": 4,
-    }
-    for chip in CHIPS.values():
-        sizes = [parse_topology(f"{chip.name}:{shape}").devices for shape in chip.slices]
-        assert sizes == sorted(sizes)
 
 
 def test_the_command_runs_from_the_shell():
