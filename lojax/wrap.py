@@ -206,6 +206,8 @@ def wrap(
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict={strict!r}; expected True or False.")
     rules, full, excluded = compile_rules(
         targets,
         train,

@@ -8,9 +8,12 @@ the state and the rng.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from lojax.types import Params, PyTree
+
+LINEN = "a Linen module"
+"""What errors call a Linen module."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,13 @@ class FunctionNet:
         raise AttributeError(f"{kind} holds no parameters: pass {self.source} to init and apply.")
 
     def check(self, params: Params) -> None:
-        """Accepts any tree. Linen and Haiku name a missing parameter themselves."""
+        """Accepts any tree, but for Linen's ``variables``. Linen and Haiku name a missing parameter themselves."""
+        if self.kind == LINEN and not (isinstance(params, Mapping) and "params" in params):
+            keys = f" (its keys: {', '.join(map(str, params))})" if isinstance(params, Mapping) else ""
+            raise ValueError(
+                f"params has no collection 'params'{keys}. A Linen module takes its whole variables dict: pass "
+                '{"params": params}, with batch_stats and the like beside it.'
+            )
 
     def bind(self, params: Params) -> Params:
         """``params``, since there is nothing else to hold."""
