@@ -17,46 +17,74 @@ from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten, unflatten
 from lojax.checkpoint.adapter_directory import MANIFEST
 from lojax.checkpoint.save_restore import read_manifest, restore, save
-from lojax.cli.target import check_target
+from lojax.cli.paths import check_target, user_path
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory
 from lojax.peft.config import read_config
 from lojax.peft.model_families import name_map, name_maps
 from lojax.peft.name_map import NameMap
 from lojax.peft.read_adapter import freeze, load
+from lojax.peft.write_adapter import foreign_entry
 from lojax.peft.write_adapter import save as save_peft
+from lojax.text import printable
 from lojax.types import ArrayLike, Params, Shape
 
 SUMMARY = "turn a lojax adapter into a PEFT one, or the reverse"
+EXAMPLE = "lojax convert ~/adapters/from-peft ~/adapters/for-jax --map llama --params ~/models/params.safetensors"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("source", type=Path, help="the adapter directory")
-    parser.add_argument("target", type=Path, help="the directory to make")
+    parser.add_argument("source", type=user_path, help="the adapter directory")
+    parser.add_argument("target", type=user_path, help="the directory to make")
     parser.add_argument("--map", required=True, help=f"a file of name rules, or one of {', '.join(name_maps())}")
     parser.add_argument(
         "--params",
-        type=Path,
+        type=user_path,
         help="the JAX base, for its shapes (and its numbers where token rows or DoRA need them): an orbax directory, "
         ".msgpack or .safetensors",
     )
     parser.add_argument("--base", help="base_model_name_or_path for PEFT")
     parser.add_argument("--task", help="task_type for PEFT, such as CAUSAL_LM")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target")
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that lojax wrote")
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts."""
-    check_target(args.target, overwrite=args.overwrite)
-    is_file = Path(args.map).is_file()
-    names = NameMap.parse(Path(args.map).read_text(encoding="utf-8")) if is_file else name_map(args.map)
+    is_ours = (args.source / MANIFEST).is_file()
+    inputs = [args.source, *args.source.glob("*"), *([args.params] if args.params else [])]
+    foreign = foreign_entry if is_ours else _foreign_to_lojax
+    check_target(args.target, inputs, overwrite=args.overwrite, foreign=foreign)
+    names = read_map(args.map)
     params = None if args.params is None else read_params(args.params)
-    if (args.source / MANIFEST).is_file():
+    if is_ours:
         _to_peft(args, names, params)
     else:
         _from_peft(args, names, params)
     print(f"{args.source} -> {args.target}")
+
+
+def read_map(name: str) -> NameMap:
+    """The name map in a file, or the ready one of this name.
+
+    Raises:
+        ValueError: There is neither; or the file holds something else than name rules.
+    """
+    path = user_path(name)
+    if not path.is_file():
+        return name_map(name)
+    try:
+        return NameMap.parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _foreign_to_lojax(directory: Path) -> str | None:
+    """The name of something in a directory that is not of an adapter which `lojax.save` wrote; None where all is."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    if MANIFEST not in names:
+        return names[0] if names else None
+    return next((name for name in names if name != MANIFEST and not name.startswith("arrays-")), None)
 
 
 def _to_peft(args: argparse.Namespace, names: NameMap, params: Params | None) -> None:
@@ -115,15 +143,27 @@ def read_params(path: Path) -> Params:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    if path.is_dir():
-        return _orbax(path.resolve())
-    if path.suffix == ".msgpack":
-        tree = serialization.msgpack_restore(path.read_bytes())
-        return jax.tree.map(lambda leaf: Stored(np.shape(leaf), leaf.dtype, lambda: leaf), tree)
-    if path.suffix == ".safetensors":
-        file = safetensors.open_file(path)
-        return unflatten({name.replace(".", "/"): _stored(file, name) for name in file.entries})
+    try:
+        if path.is_dir():
+            return _orbax(path.resolve())
+        if path.suffix == ".msgpack":
+            return _msgpack(path)
+        if path.suffix == ".safetensors":
+            file = safetensors.open_file(path)
+            return unflatten({name.replace(".", "/"): _stored(file, name) for name in file.entries})
+    except Exception as error:  # msgpack and orbax raise errors of many kinds for a damaged file
+        text = printable(f"{type(error).__name__}: {error}", 500)
+        raise ValueError(f"{path} does not hold a parameter tree ({text}).") from error
     raise ValueError(f"{path} is not an orbax directory, .msgpack or .safetensors.")
+
+
+def _msgpack(path: Path) -> Params:
+    tree = serialization.msgpack_restore(path.read_bytes())
+    leaves = flatten(tree)
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(f"{name or 'its root'} is a {type(leaf).__name__}, not an array")
+    return jax.tree.map(lambda leaf: Stored(np.shape(leaf), leaf.dtype, lambda: leaf), tree)
 
 
 def _stored(file: safetensors.File, name: str) -> Stored:

@@ -17,19 +17,22 @@ from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.checkpoint.adapter_directory import MANIFEST
 from lojax.checkpoint.save_restore import read_manifest, restore
+from lojax.cli.paths import user_path
 from lojax.files import safetensors
-from lojax.peft.config import Config, read_config
-from lojax.peft.read_adapter import weights_file
+from lojax.peft.config import Config
+from lojax.peft.read_adapter import open_adapter
 from lojax.peft.tensor_keys import WRAPPER, FactorPair, read_keys
 from lojax.report.table import table
+from lojax.text import printable
 from lojax.types import Shape
 
 SUMMARY = "show what an adapter directory holds"
+EXAMPLE = "lojax inspect ~/adapters/my-adapter"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("directory", type=Path, help="a PEFT adapter, or one that lojax.save wrote")
+    parser.add_argument("directory", type=user_path, help="a PEFT adapter, or one that lojax.save wrote")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,7 +53,7 @@ def describe(directory: Path) -> str:
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     total = sum(row.parameters for row in rows)
     facts |= {"parameters": f"{total:,} in {len(rows)} weights", "size": f"{size:,} bytes"}
-    lines = [f"{name + ':':12} {value}" for name, value in facts.items()]
+    lines = [f"{name + ':':12} {printable(value)}" for name, value in facts.items()]
     return "\n".join([table(header, [row.cells() for row in rows]), "", *lines])
 
 
@@ -73,7 +76,7 @@ class Row:
         if self.values is not None:
             norm = f"{np.sqrt((self.values**2).sum()):.4g}"
             effective = f"{np.mean([effective_rank(values) for values in self.values]):.2f}"
-        return self.name, self.shape, rank, scale, f"{self.parameters:,}", norm, effective
+        return printable(self.name), self.shape, rank, scale, f"{self.parameters:,}", norm, effective
 
 
 def effective_rank(values: np.ndarray) -> float:
@@ -90,7 +93,12 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 def singular_values(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """Those of ``scale * a @ b`` for ``a`` ``[..., m, r]`` and ``b`` ``[..., r, n]``, the product never formed."""
+    """Those of ``scale * a @ b`` for ``a`` ``[..., m, r]`` and ``b`` ``[..., r, n]``, the product never materialized.
+
+    They are NaN where a factor holds a number that is not finite, for which there is no decomposition.
+    """
+    if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
+        return np.full((1, 1), np.nan)
     r_a = np.linalg.qr(a.astype(np.float64), mode="r")
     r_b = np.linalg.qr(np.swapaxes(b, -1, -2).astype(np.float64), mode="r")
     values = np.linalg.svd(r_a @ np.swapaxes(r_b, -1, -2), compute_uv=False)
@@ -128,27 +136,23 @@ def _shape_text(stack: Sequence[int], ins: Shape, outs: Shape) -> str:
 
 
 def _factor_row(file: safetensors.File, pair: FactorPair, config: Config) -> Row:
-    a, b = file.read(pair.a), file.read(pair.b)
-    rank = config.rank(pair.module) if config["target_parameters"] else a.shape[0]
-    experts = max(a.shape[0] // rank, 1)
+    a_shape, b_shape = file.entries[pair.a].shape, file.entries[pair.b].shape
+    rank = config.rank(pair.module) if config["target_parameters"] else (a_shape or (0,))[0]
+    experts = a_shape[0] // rank if a_shape and rank else 0
+    if not experts or len(a_shape) < 2 or len(b_shape) < 2 or {a_shape[0], math.prod(b_shape[1:])} != {rank * experts}:
+        raise ValueError(f"{file.path}: {pair.a} is {a_shape} and {pair.b} is {b_shape}: not factors of one rank.")
     scale = config.scale(pair.module, rank)
-    flat_a = a.reshape(experts, rank, -1).swapaxes(1, 2)
-    flat_b = b.reshape(b.shape[0], rank, experts).transpose(2, 1, 0)
-    values = singular_values(flat_a, flat_b, scale)
-    shape = _shape_text([experts] if experts > 1 else [], a.shape[1:], b.shape[:1])
-    return Row(pair.module + WRAPPER * pair.depth, shape, rank, scale, a.size + b.size, values)
+    a = file.read(pair.a).reshape(experts, rank, -1).swapaxes(1, 2)
+    b = file.read(pair.b).reshape(b_shape[0], rank, experts).transpose(2, 1, 0)
+    shape = _shape_text([experts] if experts > 1 else [], a_shape[1:], b_shape[:1])
+    return Row(pair.module + WRAPPER * pair.depth, shape, rank, scale, a.size + b.size, singular_values(a, b, scale))
 
 
 def _peft(directory: Path) -> tuple[list[Row], dict[str, str]]:
-    config = read_config(directory)
-    file = safetensors.open_file(weights_file(directory))
+    config, file = open_adapter(directory)
     keys = read_keys(file)
-    for key in keys.single:
-        raise ValueError(
-            f"{file.path}: {key} has no lora_{'B' if 'A' in key.rpartition('lora_')[2] else 'A'} beside it."
-        )
-    for key in keys.foreign:
-        raise ValueError(f"{file.path}: {key} is not a key of PEFT.")
+    for key, reason in keys.unexpected.items():
+        raise ValueError(f"{file.path}: {key} {reason}.")
     rows = [_factor_row(file, pair, config) for pair in keys.pairs]
     full = [*keys.full.items(), *((f"{key.module} {key.extra.field}", key.key) for key in keys.extras)]
     for name, key in full:

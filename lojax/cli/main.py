@@ -1,4 +1,4 @@
-"""``python -m lojax SUBCOMMAND``, for people who only have files."""
+"""``lojax SUBCOMMAND``, or ``python -m lojax SUBCOMMAND``, for people who only have files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lojax.text import printable
+
 COMMANDS = {
     "inspect": "lojax.cli.inspect_adapter",
     "convert": "lojax.cli.convert",
     "merge": "lojax.cli.merge_files",
     "plan": "lojax.cli.plan",
 }
-"""Each subcommand's module. It offers ``SUMMARY``, ``configure(parser)`` and ``run(args)``."""
+"""Each subcommand's module. It offers ``SUMMARY``, ``EXAMPLE``, ``configure(parser)`` and ``run(args)``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,15 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 where the input is at fault: then the reason is on standard error.
     """
-    parser = argparse.ArgumentParser(prog="python -m lojax", description="Low-rank adapters as files.")
+    parser = argparse.ArgumentParser(prog="lojax", description="Low-rank adapters as files.")
     choices = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     modules = {name: importlib.import_module(path) for name, path in COMMANDS.items()}
     for name, module in modules.items():
-        module.configure(choices.add_parser(name, help=module.SUMMARY, description=module.__doc__))
+        example = f"example:\n  {module.EXAMPLE}"
+        module.configure(
+            choices.add_parser(
+                name,
+                help=module.SUMMARY,
+                description=module.__doc__,
+                epilog=example,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
     args = parser.parse_args(argv)
     try:
         modules[args.command].run(args)
     except (OSError, ValueError) as error:
-        print(f"lojax {args.command}: {error}", file=sys.stderr)
+        text = "\n".join(printable(line, 2000) for line in str(error).split("\n"))
+        print(f"lojax {args.command}: {text}", file=sys.stderr)
         return 1
     return 0

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def naming(path: str | os.PathLike[str], *, written_as: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Adds ``path`` to an `OSError` that names no file, as that of a full disk does: writing knows no path.
+
+    ``written_as``: the temporary name of the file, which is replaced by ``path`` in errors.
 
     >>> with naming("model.safetensors"):
     ...     raise OSError(28, "No space left on device")
@@ -20,6 +22,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        names_another = error.filename is not None and error.filename != os.fspath(written_as or "")
+        if names_another or error.errno is None:
             raise
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from error

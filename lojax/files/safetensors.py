@@ -196,6 +196,7 @@ def write(
     produce: Callable[[str], np.ndarray],
     *,
     metadata: Mapping[str, str] | None = None,
+    digest: str | None = None,
     watch: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> None:
     """Writes tensors one at a time, in the order of ``shapes``.
@@ -205,6 +206,7 @@ def write(
         shapes: The dtype and shape of every tensor.
         produce: Returns the tensor of a name; called once for each, in order.
         metadata: Strings to keep in the header; hashes among them are of another file, and are left out.
+        digest: The hash of the bytes of all tensors (`new_hash`), where it is known, to leave in the header.
         watch: Wraps the iteration, for a progress bar.
 
     Raises:
@@ -213,17 +215,8 @@ def write(
         ValueError: ``produce`` returned another dtype or shape than announced.
     """
     strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST, _OLD_DIGEST)}
-    _write(Path(path), shapes, produce, strings, watch)
-
-
-def _write(
-    path: Path,
-    shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    produce: Callable[[str], np.ndarray],
-    metadata: dict[str, str],
-    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> None:
-    header: dict[str, Any] = {"__metadata__": metadata}
+    strings |= {DIGEST: digest} if digest else {}
+    header: dict[str, Any] = {"__metadata__": strings}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         if dtype not in NAMES:
@@ -231,7 +224,7 @@ def _write(
         stop = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
-    metadata[HEADER_DIGEST] = _digest_header(header)
+    strings[HEADER_DIGEST] = _digest_header(header)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with naming(path), open(path, "xb") as stream:
@@ -252,4 +245,4 @@ def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], m
     for array in tensors.values():
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
-    _write(Path(path), shapes, tensors.__getitem__, {**metadata, DIGEST: digest.hexdigest()})
+    write(path, shapes, tensors.__getitem__, metadata=metadata, digest=digest.hexdigest())

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from lojax.peft.patterns import MAX_PATTERNS, ModulePattern, compile_pattern
+from lojax.text import printable
 
 CONFIG = "adapter_config.json"
+_SAVED, _LAYER = r"(^|.*\.)(?:{})($|\..*)", r"(?:^|.*?\.)(?:{})\.(\d+)\."
+"""How PEFT matches the modules saved in full, and the module that holds the layers."""
+Number = TypeVar("Number", int, float)
 
 REFUSED = {
     "lora_bias": "it adds a bias to B",
@@ -58,32 +65,60 @@ class Config:
 
     def rank(self, module: str) -> int:
         """The rank of the adapter on a torch module."""
-        return self._pattern("rank_pattern", module, self.fields["r"])
+        return self._first_match(self._ranks, module, self.fields["r"])
 
     def scale(self, module: str, rank: int) -> float:
         """The factor on the update of a torch module, at its rank."""
-        alpha = self._pattern("alpha_pattern", module, self.fields.get("lora_alpha", 8))
+        alpha = self._first_match(self._alphas, module, self.fields.get("lora_alpha", 8))
         return float(alpha / math.sqrt(rank) if self["use_rslora"] else alpha / rank)
 
-    def _pattern(self, field: str, module: str, default: Any) -> Any:
-        patterns = self[field] or {}
-        hits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        return next(hits, default)
+    @functools.cached_property
+    def _ranks(self) -> list[tuple[ModulePattern, int]]:
+        return [(ModulePattern(key), rank) for key, rank in (self["rank_pattern"] or {}).items()]
+
+    @functools.cached_property
+    def _alphas(self) -> list[tuple[ModulePattern, float]]:
+        return [(ModulePattern(key), alpha) for key, alpha in (self["alpha_pattern"] or {}).items()]
+
+    def _first_match(self, patterns: list[tuple[ModulePattern, Number]], module: str, default: Number) -> Number:
+        return next((value for pattern, value in patterns if pattern.matches(module)), default)
 
     def targets(self, module: str) -> bool:
         """Whether the config asks for an adapter on a torch module, by PEFT's rules."""
-        if _matches(self["exclude_modules"], module):
+        if self._excluded(module) or (self._saved and self._saved.match(module)):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self["modules_to_save"] or ()):
+        if not self._targeted(module):
             return False
         targets = self["target_modules"]
-        if isinstance(targets, str) or targets is None:
-            return targets not in (None, "all-linear") and _matches(targets, module)
-        return _matches(targets, module) and (module in targets or self._transforms_layer_of(module))
+        return isinstance(targets, str) or module in targets or self._transforms_layer_of(module)
 
     def targets_parameter(self, name: str) -> bool:
         """Whether the config asks for an adapter on a parameter through ``target_parameters``."""
-        return _matches(self["target_parameters"] or (), name)
+        return self._parameters(name)
+
+    @functools.cached_property
+    def _targeted(self) -> Callable[[str], bool]:
+        targets = self["target_modules"]
+        return _matcher(None if targets == "all-linear" else targets)
+
+    @functools.cached_property
+    def _excluded(self) -> Callable[[str], bool]:
+        return _matcher(self["exclude_modules"])
+
+    @functools.cached_property
+    def _parameters(self) -> Callable[[str], bool]:
+        return _matcher(self["target_parameters"])
+
+    @functools.cached_property
+    def _saved(self) -> re.Pattern[str] | None:
+        names = self["modules_to_save"]
+        return compile_pattern(_SAVED, *names) if names else None
+
+    @functools.cached_property
+    def _layers(self) -> list[re.Pattern[str]]:
+        names = self["layers_pattern"] or []
+        names = [names] if isinstance(names, str) else names
+        return [compile_pattern(_LAYER, name) for name in names] or [re.compile(r".*?\.[^.]*\.(\d+)\.")]
 
     def tokens(self, module: str) -> tuple[int, ...] | None:
         """The rows of an embedding that train, by its torch module; None where none do.
@@ -98,25 +133,33 @@ class Config:
     @property
     def exchanges_experts(self) -> bool:
         """Whether it is of a PEFT before 0.19, which took experts ``[E, out, in]`` for ``[E, in, out]``."""
-        version = [int(n) for n in str(self["peft_version"] or "0.0").split(".")[:2] if n.isdigit()]
-        return version < [0, 19]
+        version = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", str(self["peft_version"]))
+        return version is None or (int(version[1]), int(version[2])) < (0, 19)
 
     def _transforms_layer_of(self, module: str) -> bool:
-        layers, patterns = self["layers_to_transform"], self["layers_pattern"] or []
+        layers = self["layers_to_transform"]
         if layers is None or layers == []:
             return True
-        names = [patterns] if isinstance(patterns, str) else patterns
-        for start in [rf"(?:^|.*?\.){name}" for name in names] or [r".*?\.[^.]*"]:
-            match = re.match(rf"{start}\.(\d+)\.", module)
-            if match:
-                return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
-        return False
+        match = next((match for pattern in self._layers if (match := pattern.match(module))), None)
+        return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+
+    def maths(self) -> dict[str, Any]:
+        """The fields that decide what the adapter computes."""
+        return {name: self[name] for name in sorted(HONORED)}
 
 
-def _matches(targets: str | Sequence[str] | None, module: str) -> bool:
+def _matcher(targets: str | Sequence[str] | None) -> Callable[[str], bool]:
+    """Whether a name is, or ends with a dot and, one of ``targets``; a string is a regular expression for the name."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in targets or ())
+        pattern = compile_pattern("{}", targets)
+        return lambda name: pattern.fullmatch(name) is not None
+    names = frozenset(targets or ())
+
+    def is_target(name: str) -> bool:
+        pieces = name.split(".")
+        return bool(names) and any(".".join(pieces[i:]) in names for i in range(len(pieces)))
+
+    return is_target
 
 
 def read_config(directory: Path) -> Config:
@@ -131,12 +174,11 @@ def read_config(directory: Path) -> Config:
         raise FileNotFoundError(_missing_text(directory))
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}. Fetch or save the adapter again.") from None
+    except (ValueError, RecursionError) as error:  # a ValueError too for a number of more than 4,300 digits
+        raise ValueError(f"{path} is not JSON: {printable(error)}. Fetch or save the adapter again.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}; expected a JSON object.")
-    check_config(fields, str(path))
-    return Config(fields)
+    return check_config(fields, str(path))
 
 
 def _missing_text(directory: Path) -> str:
@@ -147,47 +189,57 @@ def _missing_text(directory: Path) -> str:
     return f"{directory} holds no {CONFIG}, so it is not a PEFT adapter.{hint}"
 
 
-def check_config(fields: Mapping[str, Any], where: str) -> None:
-    """Raises where ``fields`` cannot be honoured; warns of truthy fields that nobody here knows."""
+def check_config(fields: Mapping[str, Any], where: str) -> Config:
+    """The config; raises where ``fields`` cannot be honored, and warns of truthy fields that nobody here knows."""
+
+    def quoted(name: str) -> str:
+        return printable(repr(fields.get(name)))
+
     if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {fields.get('peft_type')!r}; lojax reads 'LORA' adapters.")
+        raise ValueError(f"{where}: peft_type is {quoted('peft_type')}; lojax reads 'LORA' adapters.")
     for name, reason in REFUSED.items():
         if fields.get(name):
-            raise ValueError(f"{where}: {name}={fields[name]!r} is not supported ({reason}).")
+            raise ValueError(f"{where}: {name}={quoted(name)} is not supported ({reason}).")
     init = fields.get("init_lora_weights")
     if not any(init is value or (isinstance(value, str) and init == value) for value in SAME_BASE):
         raise ValueError(
-            f"{where}: init_lora_weights={init!r} changed the base weights, so this adapter does not belong to the "
-            "original base. Save it with path_initial_model_for_weight_conversion= in PEFT, which makes it plain LoRA."
+            f"{where}: init_lora_weights={quoted('init_lora_weights')} changed the base weights, so this adapter does "
+            "not belong to the original base. Save it with path_initial_model_for_weight_conversion= in PEFT, which "
+            "makes it plain LoRA."
         )
     for name, is_valid in HONORED.items():
         if name in fields and not is_valid(fields[name]):
-            raise ValueError(f"{where}: {name}={fields[name]!r} is not a valid value.")
+            raise ValueError(f"{where}: {name}={quoted(name)} is not a valid value.")
     if "r" not in fields:
         raise ValueError(f"{where} lacks the rank, r.")
     if fields.get("use_dora") and fields.get("target_parameters"):
         raise ValueError(
-            f"{where}: use_dora=True with target_parameters={fields['target_parameters']!r}; PEFT has no DoRA on "
+            f"{where}: use_dora=True with target_parameters={quoted('target_parameters')}; PEFT has no DoRA on "
             "parameters. Adapt them with plain LoRA, in an adapter of their own."
         )
-    _check_patterns(fields, where)
+    config = Config(fields)
+    _check_patterns(config, where)
     unknown = sorted(n for n, v in fields.items() if v and n not in KNOWN)
     if unknown:
-        warnings.warn(f"{where}: unknown fields {', '.join(unknown)} are kept, and not acted on.", stacklevel=3)
+        names = printable(", ".join(unknown))
+        warnings.warn(f"{where}: unknown fields {names} are kept, and not acted on.", stacklevel=3)
+    return config
 
 
-def _check_patterns(fields: Mapping[str, Any], where: str) -> None:
-    regexes = [*(fields.get("rank_pattern") or {}), *(fields.get("alpha_pattern") or {})]
-    regexes += [fields[n] for n in ("target_modules", "exclude_modules") if isinstance(fields.get(n), str)]
-    for regex in regexes:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise ValueError(f"{where}: {regex!r} is not a regular expression ({error}).") from None
+def _check_patterns(config: Config, where: str) -> None:
+    """Compiles every regular expression, as it is used."""
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"):
+        count = 1 if isinstance(config[name], str) else len(config[name] or ())
+        if count > MAX_PATTERNS:
+            raise ValueError(f"{where}: {name} holds {count:,} patterns; lojax reads {MAX_PATTERNS:,} at most.")
+    try:
+        _ = config._ranks, config._alphas, config._targeted, config._excluded, config._saved, config._layers
+    except ValueError as error:
+        raise ValueError(f"{where}: {printable(error, 500)}") from None
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value)
+    return isinstance(value, (int, float)) and type(value) is not bool and -1e300 < value < 1e300
 
 
 def _is_names(value: object) -> bool:
@@ -195,12 +247,16 @@ def _is_names(value: object) -> bool:
 
 
 def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_tokens(value: object) -> bool:
     def is_rows(rows: object) -> bool:
-        return isinstance(rows, list) and all(type(i) is int and i >= 0 for i in rows) and len({*rows}) == len(rows)
+        return (
+            isinstance(rows, list)
+            and all(type(i) is int and 0 <= i < 2**63 for i in rows)
+            and len({*rows}) == len(rows)
+        )
 
     return value is None or is_rows(value) or (isinstance(value, dict) and all(map(is_rows, value.values())))
 

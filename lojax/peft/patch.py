@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import numpy as np
 
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors
-from lojax.peft.config import Config, read_config
+from lojax.peft.config import Config
 from lojax.peft.name_map import group_by
-from lojax.peft.read_adapter import weights_file
-from lojax.peft.tensor_keys import FactorPair, Keys, read_keys
+from lojax.peft.read_adapter import MAX_LISTED, open_adapter
+from lojax.peft.tensor_keys import FactorPair, Keys, Shapes, assign, read_keys
+from lojax.text import printable
 from lojax.types import Shape
 
 BLOCK = 1 << 20
@@ -108,14 +110,17 @@ def patches(adapter: Path, base: Specs, *, experts: str | None = None) -> Patche
     Raises:
         ValueError: Anything in the adapter has no place in the base; all of it is listed.
     """
-    config = read_config(adapter)
-    file = safetensors.open_file(weights_file(adapter))
+    config, file = open_adapter(adapter)
     modules = {name.rpartition(".")[0] for name in base}
     patcher = Patcher(file, config, base, read_keys(file, modules.__contains__), experts)
-    problems = patcher.place_all()
+    problems = [*itertools.islice(patcher.place_all(), MAX_LISTED)]
     if problems:
-        raise ValueError("\n".join([f"{file.path} does not fit the base:", *problems[:20]]))
+        raise ValueError("\n".join([f"{file.path} does not fit the base:", *map(_line, problems)]))
     return patcher.patches
+
+
+def _line(problem: str) -> str:
+    return f"  {printable(problem, 500)}"
 
 
 class Patcher:
@@ -129,23 +134,25 @@ class Patcher:
         # whether the experts of the base may be [expert, out, in] (False) and [expert, in, out] (True)
         is_in_out = experts == "in_out" or config.exchanges_experts
         self.expert_layouts = (False, True) if experts is None else (is_in_out,)
+        self.children = group_by(base, lambda name: name.rpartition(".")[0])
         self.is_transposed = self._vote()
+        self.searches = 0
         self.patches: Patches = {}
 
-    def place_all(self) -> list[str]:
-        """Finds the place of every tensor of the adapter."""
-        problems = [f"  unexpected: {key}" for key in self.keys.foreign]
-        problems += [f"  {key} has no partner: a module has lora_A and lora_B" for key in self.keys.single]
+    def place_all(self) -> Iterator[str]:
+        """Finds the place of every tensor of the adapter; yields what has none."""
+        for key, reason in self.keys.unexpected.items():
+            yield f"unexpected: {key} {reason}"
         for module, pairs in self.modules.items():
-            problems += self._place_module(module, sorted(pairs, key=lambda pair: -pair.depth))
+            yield from self._place_module(module, sorted(pairs, key=lambda pair: -pair.depth))
         for name, key in self.keys.full.items():
-            problems += self._place_full(self.rename(name), key)
+            yield from self._place_full(self.rename(name), key)
         for module, key in self.magnitudes.items():
-            problems += [] if module in self.modules else [f"  {key} has no lora_A and lora_B beside it"]
+            if module not in self.modules:
+                yield f"{key} has no lora_A and lora_B beside it"
         for key in self.keys.extras:
             if key.extra.field == "rows":
-                problems += self._place_rows(key.key, key.module, self.rename(key.module) + ".weight")
-        return problems
+                yield from self._place_rows(key.key, key.module, self.rename(key.module) + ".weight")
 
     def _vote(self) -> bool:
         """Whether square weights are ``[in, out]``: as the others are; only without others as the config says."""
@@ -153,7 +160,8 @@ class Patcher:
         for pair in self.keys.pairs:
             a, b = self._shapes(pair)
             shape = self._base_shape(self.rename(pair.module) + ".weight")
-            if not pair.is_embedding and not pair.depth and len(shape) == len(a) == 2 and shape[0] != shape[1]:
+            is_matrix = len(shape) == len(a) == len(b) == 2 and not pair.is_embedding and not pair.depth
+            if is_matrix and shape[0] != shape[1]:
                 votes.add(shape != (b[0], a[1]))
         return votes.pop() if len(votes) == 1 else bool(self.config["fan_in_fan_out"])
 
@@ -169,51 +177,61 @@ class Patcher:
         weight = f"{target}.weight"
         if [pair.depth for pair in pairs] == [0] and weight in self.base:
             return self._place_weight(pairs[0], weight)
-        names = [n for n in self.base if n.startswith(target + ".") and self.config.targets_parameter(n)]
-        candidates = [
-            (order, is_in_out)
-            for is_in_out in self.expert_layouts
-            for order in itertools.permutations(names, len(pairs))
-            if all(self._fits_experts(name, pair, is_in_out) for name, pair in zip(order, pairs, strict=True))
-        ]
-        if not candidates:
-            near = nearest(weight, list(self.base), 1)
-            return [f"  {module} has no place" + (f" (nearest in the base: {near[0]})" if near else "")]
-        if len(candidates) > 1:
+        names = [name for name in self.children.get(target, ()) if self.config.targets_parameter(name)]
+        shapes = [self._shapes(pair) for pair in pairs]
+        places: list[tuple[list[str], bool]] = []
+        is_certain = len({*shapes}) == len(shapes)
+        for is_in_out in self.expert_layouts:
+            expected = {name: pair for name in names if (pair := self._experts_shapes(name, is_in_out))}
+            order = assign(shapes, expected)
+            if order is not None:
+                places.append((order, is_in_out))
+                is_certain &= sum(pair in shapes for pair in expected.values()) == len(shapes)
+        if not places:
+            return [f"{module} has no place{self._nearest(weight)}"]
+        if len(places) > 1 or not is_certain:
             return [
-                f"  {module}: {', '.join(names)} can be [expert, out, in] or [expert, in, out] by shape; say which "
-                "with experts='out_in' or experts='in_out' (--experts)"
+                f"{module}: {', '.join(names)} can be [expert, out, in] or [expert, in, out] by shape; say which with "
+                "experts='out_in' or experts='in_out' (--experts)"
             ]
-        ((order, is_in_out),) = candidates
+        ((order, is_in_out),) = places
         for name, pair in zip(order, pairs, strict=True):
             self.patches[name] = [self._experts_update(name, pair, is_in_out)]
         return []
 
+    def _nearest(self, weight: str) -> str:
+        """The name in the base nearest to ``weight``, for the first few: the search takes a while in a large base."""
+        self.searches += 1
+        return (
+            f" (nearest in the base: {nearest(weight, [*self.base], 1)[0]})" if self.base and self.searches < 4 else ""
+        )
+
     def _place_weight(self, pair: FactorPair, name: str) -> list[str]:
         """Linear, Conv1D, embedding and convolution."""
         module = pair.module
-        dtype, shape = self.base[name]
-        a, b = self.file.read(pair.a), self.file.read(pair.b)
-        rank, outputs = a.shape[0], b.shape[0]
+        (a_shape, b_shape), (dtype, shape) = self._shapes(pair), self.base[name]
+        if len(a_shape) < 2 or len(b_shape) != len(a_shape):
+            return [f"{module}: lora_A is {a_shape} and lora_B {b_shape}, which are not two factors"]
+        rank, outputs = a_shape[0], b_shape[0]
         if rank != self.config.rank(module):
-            return [f"  {module} has rank {rank}, adapter_config.json says {self.config.rank(module)}"]
+            return [f"{module} has rank {rank}, adapter_config.json says {self.config.rank(module)}"]
         if dtype.kind not in "fV":
-            return [f"  {name} is {dtype}: a quantized base cannot be merged into"]
-        out_in = (outputs, *a.shape[1:])
-        a, b = a.reshape(rank, -1), b.reshape(outputs, -1)
+            return [f"{name} is {dtype}: a quantized base cannot be merged into"]
+        out_in = (outputs, *a_shape[1:])
         fits_in_out = len(shape) == 2 and out_in[::-1] == shape
         is_in_out = pair.is_embedding or (fits_in_out and (out_in != shape or self.is_transposed))
-        if b.shape[1] != rank or (out_in[::-1] if is_in_out else out_in) != shape:
-            return [f"  {module}: lora_B @ lora_A is {out_in}, {name} is {shape}"]
+        if math.prod(b_shape[1:]) != rank or (out_in[::-1] if is_in_out else out_in) != shape:
+            return [f"{module}: lora_B @ lora_A is {out_in}, {name} is {shape}"]
         use_dora, key = bool(self.config["use_dora"]), self.magnitudes.get(module)
         if (key is not None) != use_dora:
             has = "a" if key else "no"
-            return [f"  {module} has {has} lora_magnitude_vector, adapter_config.json says use_dora={use_dora}"]
+            return [f"{module} has {has} lora_magnitude_vector, adapter_config.json says use_dora={use_dora}"]
         magnitude = None if key is None else self.file.read(key)
         if magnitude is not None:
             if magnitude.size != outputs:
-                return [f"  {key} has {magnitude.size} entries, {name} {outputs} outputs"]
+                return [f"{key} has {magnitude.size} entries, {name} {outputs} outputs"]
             magnitude = magnitude.reshape((1, 1, outputs) if is_in_out else (1, outputs, 1))
+        a, b = self.file.read(pair.a).reshape(rank, -1), self.file.read(pair.b).reshape(-1, rank)
         a, b = (b.T, a.T) if is_in_out else (a, b)
         self.patches[name] = [Update(a[None], b[None], self.config.scale(module, rank), magnitude)]
         return []
@@ -222,9 +240,12 @@ class Patcher:
         """A parameter saved in full; the base weight that PEFT saves beside an adapter is not one."""
         shape = self.file.entries[key].shape
         if name not in self.base:
-            return [f"  {key} {shape} has no place"]
-        if self.base[name][1] != shape:
-            return [f"  {key} {shape} has no place: {name} is {self.base[name][1]}"]
+            return [f"{key} {shape} has no place"]
+        dtype, base_shape = self.base[name]
+        if base_shape != shape:
+            return [f"{key} {shape} has no place: {name} is {base_shape}"]
+        if dtype.kind in "fV" and self.file.entries[key].dtype.kind not in "fV":
+            return [f"{key} holds {self.file.entries[key].dtype}, {name} is {dtype}"]
         self.patches.setdefault(name, [Replacement(functools.partial(self.file.read, key))])
         return []
 
@@ -232,24 +253,24 @@ class Patcher:
         """Trained token rows; they come after the embedding itself, which PEFT saves too where it was resized."""
         tokens, shape = self.config.tokens(module), self._base_shape(name)
         if not tokens:
-            return [f"  {key}: adapter_config.json names no trainable_token_indices for {module}"]
+            return [f"{key}: adapter_config.json names no trainable_token_indices for {module}"]
         rows = self.file.entries[key].shape
         if len(shape) != 2 or rows != (len(tokens), shape[1]) or max(tokens) >= shape[0]:
-            return [f"  {key} {rows}: rows {list(tokens)} have no place, {name} is {shape or 'missing'}"]
+            return [f"{key} {rows}: rows {list(tokens)} have no place, {name} is {shape or 'missing'}"]
         before = self.patches.setdefault(name, [])
         if any(isinstance(patch, Update) for patch in before):
-            return [f"  {key}: {name} has an adapter too, which PEFT does not allow"]
+            return [f"{key}: {name} has an adapter too, which PEFT does not allow"]
         before.append(Replacement(functools.partial(self.file.read, key), tokens))
         return []
 
-    def _fits_experts(self, name: str, pair: FactorPair, is_in_out: bool) -> bool:
-        """Whether a pair can belong to a parameter ``[E, d1, d2]``, A over ``d1`` or over ``d2``, or ``[d1, d2]``."""
+    def _experts_shapes(self, name: str, is_in_out: bool) -> Shapes | None:
+        """The shapes of A and B for a parameter ``[E, d1, d2]``, A over ``d2`` or over ``d1``, or ``[d1, d2]``."""
         _, shape = self.base[name]
-        if len(shape) not in (2, 3) or (len(shape) == 2 and is_in_out):
-            return False
+        if len(shape) not in (2, 3) or (len(shape) == 2 and is_in_out) or 0 in shape:
+            return None
         rank = (shape[0] if len(shape) == 3 else 1) * self.config.rank(name)
         columns, rows = shape[-2:] if is_in_out else shape[-2:][::-1]
-        return self._shapes(pair) == ((rank, columns), (rows, rank))
+        return (rank, columns), (rows, rank)
 
     def _experts_update(self, name: str, pair: FactorPair, is_in_out: bool) -> Update:
         """The update of a parameter reached through ``target_parameters``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,16 @@ from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors
 from lojax.peft import factors, tensor_keys
-from lojax.peft.config import Config, read_config
+from lojax.peft.config import CONFIG, Config, read_config
 from lojax.peft.extras import EXTRAS
 from lojax.peft.full_parameters import full_from_torch, full_index, full_shape
 from lojax.peft.model_families import name_map as find_map
 from lojax.peft.name_map import NameMap, Table, TorchParameter, group_by
+from lojax.text import printable
 from lojax.types import Dtype, Leaf, Params, Path, Shape
+
+MAX_LISTED = 40
+"""How many keys the text of an error lists."""
 
 
 def load(
@@ -50,9 +55,7 @@ def load(
         ValueError: The files are damaged, need what lojax does not compute, or do not fit ``params``; the
             text lists every missing, unexpected and mis-shaped key. Nothing is loaded partly.
     """
-    directory = pathlib.Path(path)
-    config = read_config(directory)
-    file = safetensors.open_file(weights_file(directory))
+    config, file = open_adapter(pathlib.Path(path).expanduser())
     table = find_map(name_map).table(params)
     contents = match_keys(file, table, config)
     leaves = flatten(params)
@@ -71,25 +74,44 @@ def freeze(params: Params, lora: Params) -> Params:
     return map_paths(lambda _, p, t: p if t is None or isinstance(t, Adapter) else None, params, lora)
 
 
-def weights_file(directory: pathlib.Path) -> pathlib.Path:
-    """The weights of an adapter directory.
+def open_adapter(directory: pathlib.Path) -> tuple[Config, safetensors.File]:
+    """The config and the weights of an adapter directory.
 
     Raises:
-        ValueError: They are a pickle.
-        FileNotFoundError: There are none.
+        FileNotFoundError: One of them is missing.
+        ValueError: One of them is damaged, they do not belong together, or the weights are a pickle.
     """
-    path = directory / tensor_keys.WEIGHTS
-    if path.is_file():
-        return path
-    pickled = directory / "adapter_model.bin"
-    if pickled.exists():
+    config = read_config(directory)
+    path, pickled = directory / tensor_keys.WEIGHTS, directory / "adapter_model.bin"
+    if not path.is_file() and pickled.exists():
         raise ValueError(
             f"{pickled} is a pickle, which can run any code when it is opened; lojax reads safetensors only. If you "
             "trust its origin, convert it once with PyTorch: "
             "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
             f"'{tensor_keys.WEIGHTS}', metadata={{'format': 'pt'}})"
         )
-    raise FileNotFoundError(f"{directory} holds no {tensor_keys.WEIGHTS}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no {tensor_keys.WEIGHTS}.")
+    file = safetensors.open_file(path)
+    _check_unchanged(config, file, directory / CONFIG)
+    return config, file
+
+
+def _check_unchanged(config: Config, file: safetensors.File, path: pathlib.Path) -> None:
+    """Raises where the config is not the one whose maths `save` left in the metadata of the weights."""
+    try:
+        fields = dict(json.loads(file.metadata.get(tensor_keys.MATHS, "{}")))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{file.path}: {tensor_keys.MATHS} in its metadata is not a JSON object.") from None
+    changed = [name for name, value in fields.items() if config[name] != value]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{path} is not the one that lojax wrote beside {file.path.name}: {printable(name)} is "
+            f"{printable(repr(config[name]))}, and was {printable(repr(fields[name]))}. Fetch it again. If you changed "
+            "it on purpose, take the record out of the weights: t = safetensors.numpy.load_file(path); "
+            "safetensors.numpy.save_file(t, path, metadata={'format': 'pt'})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +140,6 @@ def match_keys(file: safetensors.File, table: Table, config: Config) -> Contents
     shapes = {key: entry.shape for key, entry in file.entries.items()}
     pairs, unexpected = tensor_keys.match_factors(keys.pairs, weights, shapes, config)
     full = [(table.parameters[name], key) for name, key in keys.full.items() if name in table.parameters]
-    unexpected += [*keys.single, *keys.foreign]
     unexpected += [key for name, key in keys.full.items() if name not in table.parameters]
     contents = Contents(pairs, full, {extra.field: [] for extra in EXTRAS})
     misfits = _place_extras(keys.extras, contents, weights, config)
@@ -127,8 +148,9 @@ def match_keys(file: safetensors.File, table: Table, config: Config) -> Contents
     problems = _misshapen_factors(pairs, shapes, config)
     problems += [_misshapen(p, key, shapes[key], want) for p, key, want in expected if shapes[key] != want]
     problems += misfits
+    problems += [f"  unexpected: {printable(key)} {reason}" for key, reason in keys.unexpected.items()]
     problems += _list_keys("unexpected", unexpected, [tensor_keys.PREFIX + name for name in table.parameters])
-    unexpected_keys = set(unexpected)
+    unexpected_keys = {*unexpected, *keys.unexpected}
     missing = [key for key in _missing(contents, weights, config) if key not in unexpected_keys]
     problems += _list_keys("missing", missing, ())
     if problems:
@@ -158,7 +180,7 @@ def _place_extras(
         else:
             reason = key.extra.misfit(weight, config)
         if weight is None or reason:
-            misfits.append(f"  unexpected: {key.key} ({reason})")
+            misfits.append(f"  unexpected: {printable(key.key)} ({printable(reason)})")
         else:
             contents.extras[key.extra.field].append((weight, key.key))
     return misfits
@@ -195,20 +217,19 @@ def _misshapen_factors(
             lines += [_misshapen(weight, key, shape, want) for key, shape, want in triples if shape != want]
         elif rank != config_rank:
             reason = f"adapter_config.json says {config_rank} for {weight.config_key}"
-            lines.append(f"  of another adapter: {keys[0]} has rank {rank}, {reason}")
+            lines.append(f"  of another adapter: {printable(keys[0])} has rank {rank}, {reason}")
     return lines
 
 
 def _misshapen(parameter: TorchParameter, key: str, got: Shape, expected: Shape) -> str:
-    return f"  mis-shaped: {key} is {got}; {parameter.path} {parameter.shape} needs {expected}"
+    return f"  mis-shaped: {printable(key)} is {got}; {parameter.path} {parameter.shape} needs {expected}"
 
 
 def _list_keys(kind: str, keys: Sequence[str], known: Sequence[str]) -> list[str]:
-    lines = []
-    for key in keys[:10]:
-        near = nearest(key, known, 1) if known else []
-        lines.append(f"  {kind}: {key}" + (f" (nearest in the base: {near[0]})" if near else ""))
-    return [*lines, *([f"  {kind}: and {len(keys) - 10} more"] if len(keys) > 10 else [])]
+    lines = [f"  {kind}: {printable(key)}" for key in keys]
+    for i, key in enumerate(keys[:3] if known else ()):  # the search takes a while in a large base
+        lines[i] += f" (nearest in the base: {nearest(key, known, 1)[0]})"
+    return lines
 
 
 def _misfit_text(path: pathlib.Path, problems: list[str], none_fit: bool) -> str:
@@ -216,7 +237,8 @@ def _misfit_text(path: pathlib.Path, problems: list[str], none_fit: bool) -> str
     hint = "Is this the base it was trained on, and does the name map fit it? print(name_map.table(params)) shows."
     if none_fit:
         start = f"{path} is an adapter for another architecture, or the name map is for another: no key fits the base."
-    return "\n".join([start, *problems, hint])
+    more = [f"  and {len(problems) - MAX_LISTED:,} more"] if len(problems) > MAX_LISTED else []
+    return "\n".join([start, *problems[:MAX_LISTED], *more, hint])
 
 
 def _adapters(
@@ -263,7 +285,10 @@ def _full_leaf(leaf: Leaf, count: int, saved: Sequence[tuple[TorchParameter, str
         )
     value = np.array(base) if len(saved) < count else np.empty(base.shape, base.dtype)
     for parameter, key in saved:
-        value[full_index(parameter)] = full_from_torch(parameter, file.read(key)).astype(base.dtype)
+        tensor = file.read(key)
+        if jnp.issubdtype(base.dtype, jnp.floating) and tensor.dtype.kind not in "fV":
+            raise ValueError(f"{file.path}: {printable(key)} holds {tensor.dtype}; {parameter.path} is {base.dtype}.")
+        value[full_index(parameter)] = full_from_torch(parameter, tensor).astype(base.dtype)
     return rebox(leaf, jnp.asarray(value))
 
 

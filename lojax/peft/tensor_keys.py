@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from lojax.files import safetensors
 from lojax.peft.config import Config
 from lojax.peft.extras import EXTRAS, Extra
 from lojax.peft.factors import torch_shapes
 from lojax.peft.name_map import TorchParameter
+from lojax.text import printable
 from lojax.types import Shape
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+MATHS = "lojax_config"
+"""The metadata key under which lojax leaves what the config says of the maths: a changed digit there is noticed."""
 WRAPPER = ".base_layer"
 """What PEFT puts between a module and its parameters when it wraps the module."""
 
@@ -31,6 +35,15 @@ UNSUPPORTED = {
     ".lora_diag": "KaSA singular values",
     ".lora_diag.weight": "KaSA singular values",
 }
+
+
+MAX_LENGTH = 1000
+"""Of a key: longer ones are hostile, and patterns of the config are tried on what they name."""
+
+Shapes = tuple[Shape, Shape]
+"""Of A and B."""
+Place = TypeVar("Place")
+Member = TypeVar("Member")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +72,15 @@ class Keys:
 
     Attributes:
         pairs: Those of factors that have a partner.
-        single: Those of factors that have none.
         extras: Those of tensors besides the factors.
         full: The keys of parameters saved in full, by the name of the parameter.
-        foreign: Those that PEFT does not write.
+        unexpected: The others, and what is wrong with each.
     """
 
     pairs: list[FactorPair]
-    single: list[str]
     extras: list[ExtraKey]
     full: dict[str, str]
-    foreign: list[str]
+    unexpected: dict[str, str]
 
 
 def read_keys(file: safetensors.File, has_module: Callable[[str], bool] = lambda module: True) -> Keys:
@@ -82,34 +93,47 @@ def read_keys(file: safetensors.File, has_module: Callable[[str], bool] = lambda
     Raises:
         ValueError: A key belongs to a feature that lojax does not compute.
     """
-    keys = Keys([], [], [], {}, [])
+    keys = Keys([], [], {}, {})
     factors: dict[tuple[str, int, bool], dict[str, str]] = {}
-    for key in file.entries:
+    extras: dict[tuple[str, str], ExtraKey] = {}
+    for key, entry in file.entries.items():
         name = key.removeprefix(PREFIX)
         for suffix, feature in UNSUPPORTED.items():
             if name.endswith(suffix):
-                raise ValueError(f"{file.path}: {key} holds {feature}, which lojax does not support.")
+                raise ValueError(f"{file.path}: {printable(key)} holds {feature}, which lojax does not support.")
         factor = next((suffix for suffix in FACTORS if name.endswith(suffix)), None)
         extra = next((e for e in EXTRAS if name.endswith((e.suffix, f"{e.suffix}.weight"))), None)
-        if name == key:
-            keys.foreign.append(key)
+        if name == key or len(key) > MAX_LENGTH:
+            keys.unexpected[key] = "is not a key of PEFT"
+        elif (factor or extra) and entry.dtype.kind not in "fV":  # bfloat16 and float8 are of kind V
+            keys.unexpected[key] = f"holds {entry.dtype}, not floating-point numbers"
         elif factor:
             module, depth = _unwrap(name.removesuffix(factor))
             side, is_embedding = FACTORS[factor]
             factors.setdefault((module, depth, is_embedding), {})[side] = key
         elif extra:
-            keys.extras.append(ExtraKey(key, name.removesuffix(".weight").removesuffix(extra.suffix), extra))
+            module = name.removesuffix(".weight").removesuffix(extra.suffix)
+            _put(extras, (module, extra.field), ExtraKey(key, module, extra), key, keys.unexpected)
         else:
             for inserted in (".token_adapter.base_layer.", f"{WRAPPER}.", ".modules_to_save."):
                 name = name.replace(inserted, ".")
-            keys.full[name] = key
+            _put(keys.full, name, key, key, keys.unexpected)
+    keys.extras.extend(extras.values())
     for place, sides in factors.items():
         if len(sides) == 2:
             keys.pairs.append(FactorPair(*place, sides["A"], sides["B"]))
-        else:
-            keys.single.extend(sides.values())
+        for side, key in sides.items() if len(sides) == 1 else ():
+            keys.unexpected[key] = f"has no lora_{'B' if side == 'A' else 'A'} beside it"
     _drop_tied_copies(keys, file, has_module)
     return keys
+
+
+def _put(members: dict[Place, Member], place: Place, member: Member, key: str, unexpected: dict[str, str]) -> None:
+    """Puts a member into its place, which PEFT spells in several ways: a second key for it is unexpected."""
+    if place in members:
+        unexpected[key] = "is the second tensor for one place"
+    else:
+        members[place] = member
 
 
 def _unwrap(name: str) -> tuple[str, int]:
@@ -180,12 +204,27 @@ def _order(
     weights: Sequence[TorchParameter], pairs: Sequence[FactorPair], shapes: Mapping[str, Shape], config: Config
 ) -> Sequence[TorchParameter]:
     """The weights in the order of the pairs: that of the rules where the shapes allow, else another that fits."""
-    if len(pairs) > len(weights):
-        return ()
     weights = sorted(weights, key=lambda weight: weight.order)
-    got = [(shapes[pair.a], shapes[pair.b]) for pair in pairs]
+    shapes_of_pairs = [(shapes[pair.a], shapes[pair.b]) for pair in pairs]
     for exchanged in (config.exchanges_experts, not config.exchanges_experts):
-        for order in itertools.permutations(weights, len(pairs)):
-            if [torch_shapes(w, config.rank(w.config_key), exchanged=exchanged) for w in order] == got:
-                return order
-    return weights[: len(pairs)]
+        expected = {w.name: torch_shapes(w, config.rank(w.config_key), exchanged=exchanged) for w in weights}
+        names = assign(shapes_of_pairs, expected)
+        if names:
+            by_name = {weight.name: weight for weight in weights}
+            return [by_name[name] for name in names]
+    return weights[: len(pairs)] if len(pairs) <= len(weights) else ()
+
+
+def assign(shapes: Iterable[Shapes], expected: Mapping[str, Shapes]) -> list[str] | None:
+    """A name for each pair of shapes, each name once and as early as possible; None where there is not one for each.
+
+    >>> assign([((2, 3), (4, 2)), ((2, 4), (3, 2))], {"down": ((2, 4), (3, 2)), "up": ((2, 3), (4, 2))})
+    ['up', 'down']
+    """
+    names: dict[Shapes, list[str]] = {}
+    for name in reversed([*expected]):
+        names.setdefault(expected[name], []).append(name)
+    try:
+        return [names[pair].pop() for pair in shapes]
+    except (KeyError, IndexError):
+        return None

@@ -21,6 +21,7 @@ from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory, refuse_existing
+from lojax.files.naming import naming
 from lojax.peft import factors
 from lojax.peft.config import CONFIG, Config, check_config
 from lojax.peft.extras import EXTRAS
@@ -28,7 +29,7 @@ from lojax.peft.factors import TorchUpdate
 from lojax.peft.full_parameters import full_to_torch
 from lojax.peft.model_families import name_map as find_map
 from lojax.peft.name_map import NameMap, Table, TorchParameter, group_by
-from lojax.peft.tensor_keys import PREFIX, WEIGHTS, WRAPPER, extra_key, factor_keys
+from lojax.peft.tensor_keys import MATHS, PREFIX, WEIGHTS, WRAPPER, extra_key, factor_keys
 from lojax.types import Leaf, Params, Path
 
 Updates = Mapping[str, tuple[TorchParameter, TorchUpdate]]
@@ -44,7 +45,7 @@ def save(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     config: Config | Mapping[str, Any] | None = None,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` as Hugging Face PEFT reads them.
 
@@ -61,14 +62,18 @@ def save(
         task_type: PEFT's task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``.
         config: Fields to keep, as `read_config` returned them for the adapter this one came from. Those that lojax
             computes are replaced; ``use_rslora`` decides how alpha is spelled.
-        overwrite: Replace an existing directory.
+        overwrite: By default an adapter that lojax wrote to ``path`` is replaced, as by `lojax.save`, and nothing
+            else. True: replace the directory, whatever it holds. False: replace nothing.
 
     Raises:
-        FileExistsError: ``path`` exists.
+        FileExistsError: ``path`` exists, and must not be replaced.
+        OSError: The disk is full, or anything else went wrong with a file; the error names it.
         ValueError: The trees do not fit together, a trained leaf is not mapped (the text lists them), or PEFT cannot
             express what was trained.
     """
-    target = pathlib.Path(path)
+    target = pathlib.Path(path).expanduser()
+    if overwrite is None:
+        overwrite = target.is_dir() and foreign_entry(target) is None
     refuse_existing(target, overwrite=overwrite)
     if frozen is not None:
         check_pair(frozen, lora)
@@ -89,10 +94,21 @@ def save(
     fields["task_type"] = task_type or fields.get("task_type")
     if Config(fields).exchanges_experts:
         fields["peft_version"] = "0.19.0"  # the first whose layout of experts is the one written here
-    check_config(fields, "config=")
+    maths = json.dumps(check_config(fields, "config=").maths())
     with atomic_directory(target, overwrite=overwrite) as fresh:
-        safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
-        (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with naming(target / WEIGHTS, written_as=fresh / WEIGHTS):
+            safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", MATHS: maths})
+        with naming(target / CONFIG, written_as=fresh / CONFIG):
+            (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def foreign_entry(directory: pathlib.Path) -> str | None:
+    """The name of something in a directory that is not of an adapter which `save` wrote; None where all is."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    foreign = next((name for name in names if name not in (CONFIG, WEIGHTS)), None)
+    if foreign is None and names and not safetensors.is_from_lojax(directory / WEIGHTS):
+        return names[-1]
+    return foreign
 
 
 def _weights(trained: Mapping[Path, Leaf], base: Mapping[Path, Leaf]) -> dict[Path, Leaf]:
