@@ -43,26 +43,30 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_of(keys): leaf for keys, leaf in leaves}
 
 
-def unflatten(leaves: Mapping[Path | tuple[str | int, ...], Leaf]) -> Params:
-    """Nested dicts with these leaves: the reverse of `flatten` for a tree of dicts with string keys.
+def unflatten(leaves: Mapping[Path | tuple[Any, ...], Leaf]) -> Params:
+    """Nested dicts of leaves by path: the reverse of `flatten` for a tree of dicts.
 
     Args:
-        leaves: The leaves by path, or by a tuple of keys where those are not the path split at ``/``. The leaf at
-            the empty tuple is the whole tree.
+        leaves: By path, or by the tuple of keys where a key is not a string or holds a ``/``.
 
-    >>> unflatten({"layer/kernel": 1, ("layer", 0): 2})
-    {'layer': {'kernel': 1, 0: 2}}
+    Raises:
+        ValueError: A path is a leaf and a dict at once.
+
+    >>> unflatten({"a/b": 1, "a/c": 2, ("d", 0): 3})
+    {'a': {'b': 1, 'c': 2}, 'd': {0: 3}}
     """
-    root: dict[str | int, Any] = {}
+    tree: dict[Any, Any] = {}
     for path, leaf in leaves.items():
-        keys = path.split("/") if isinstance(path, str) else path
-        if not keys:
-            return leaf
-        node = root
-        for key in keys[:-1]:
+        *parents, last = path.split("/") if isinstance(path, str) else path
+        node = tree
+        for key in parents:
             node = node.setdefault(key, {})
-        node[keys[-1]] = leaf
-    return root
+            if not isinstance(node, dict):
+                raise ValueError(f"{path!r} is below {key!r}, which is a leaf.")
+        if last in node:
+            raise ValueError(f"{path!r} is a leaf and holds other leaves, or is there twice.")
+        node[last] = leaf
+    return tree
 
 
 def map_paths(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:

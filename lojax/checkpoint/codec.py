@@ -124,7 +124,8 @@ def build_tree(manifest: Manifest, arrays: Mapping[str, ArrayLike], *, like: Par
 
     template = like if like is not None else frozen
     if template is None:
-        return unflatten({manifest.keys.get(path, path): leaf(path, None) for path in manifest.paths})
+        leaves = {manifest.keys.get(path, path): leaf(path, None) for path in manifest.paths}
+        return leaves[()] if () in leaves else unflatten(leaves)  # no key at all: the tree is one leaf
     return map_paths(leaf, template)
 
 

@@ -44,6 +44,7 @@ from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
 from lojax.checkpoint.codec import build_tree, check_like, collect_arrays, describe_leaves, flatten_with_keys
 from lojax.checkpoint.manifest import Manifest
+from lojax.files.filesystem import lock_directory
 from lojax.types import ArrayLike, Leaf, Params
 
 _log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ def save(
     """Saves an adapter: its arrays through orbax, and all that the maths needs in ``adapter.json``.
 
     An interruption at any point, SIGKILL and power cut included, leaves the previous checkpoint whole
-    (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). With several
-    processes, each calls this with the same arguments and a path that all of them share.
+    (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). Programs and
+    threads that save to one path take turns. With several processes of one JAX program, each calls this with the same
+    arguments and a path that all of them share.
 
     Args:
         path: A directory, made if need be. One adapter each: ``base/adapters/french``.
@@ -82,6 +84,7 @@ def save(
     Raises:
         FileExistsError: ``overwrite=False`` and there is an adapter at ``path``.
         OSError: The disk is full, or ``path`` cannot be written. The previous checkpoint is whole.
+        TimeoutError: Another program has been saving to ``path`` for ten minutes; the message says which.
         TypeError: A leaf is not an array; ``metadata`` is not JSON.
         ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty.
 
@@ -100,17 +103,14 @@ def save(
     leaves, keys = flatten_with_keys(lora)
     arrays = collect_arrays(leaves)
     _wait_for_pending(directory)
-    if not overwrite and (directory / files.MANIFEST).exists():
-        raise FileExistsError(
-            f"{directory}: holds an adapter. Pass overwrite=True to replace it, or choose another path."
-        )
+    _check_overwrite(directory, overwrite)
     adapted = [path for path, leaf in leaves.items() if is_adapter(leaf)]
     base = None if frozen is None else fingerprint.fingerprint(frozen, adapted)
     adapters, full, other = describe_leaves(leaves)
     manifest = Manifest(
         metadata=metadata, adapters=adapters, full=full, other=other, keys=keys, base=base, arrays="", files={}
     )
-    steps = _write(directory, snapshot(arrays), manifest)
+    steps = _write(directory, snapshot(arrays), manifest, overwrite)
     if wait or jax.process_count() > 1:  # JAX's barriers between devices belong to the main thread
         next(steps)
     if wait:
@@ -143,10 +143,10 @@ def _run_and_log(steps: Iterator[None]) -> None:
         raise
 
 
-def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest) -> Iterator[None]:
+def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest, overwrite: bool) -> Iterator[None]:
     """Writes ``arrays``, then makes them the checkpoint. What comes after the yield may run in another thread."""
-    with _explain_errors(directory):
-        folder = directory / f"arrays-{_claim_number(directory)}"
+    with _explain_errors(directory), contextlib.ExitStack() as stack:
+        folder = directory / f"arrays-{_claim_number(directory, overwrite, stack)}"
         finish_write = start_write(folder, arrays)
         yield
         try:
@@ -154,20 +154,26 @@ def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest)
             if multihost.is_primary_host(0):
                 inventory = files.take_inventory(folder)
                 files.commit(directory, dataclasses.replace(manifest, arrays=folder.name, files=inventory).to_json())
-                files.remove_leftovers(directory)
         finally:
             if jax.process_count() > 1:  # nobody goes on before the checkpoint is there, or has failed
                 multihost.get_barrier_sync_fn()(key=f"lojax-save-{folder}", timeout_ms=600_000)
 
 
-def _claim_number(directory: Path) -> int:
-    """Makes the directory, and room in it. Returns a number for new arrays, the same on every process."""
+def _claim_number(directory: Path, overwrite: bool, stack: contextlib.ExitStack) -> int:
+    """Makes the directory, and locks it until ``stack`` is closed.
+
+    Returns:
+        A number for new arrays, the same on every process.
+    """
     number, failure = -1, None
     if multihost.is_primary_host(0):
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_directory(directory))
+            _check_overwrite(directory, overwrite)  # again: there may have been another save
             number = files.next_number(directory)
             files.remove_leftovers(directory)
+            stack.callback(files.remove_leftovers, directory)
         except OSError as error:  # the other processes wait for a number, so they are told before this one raises
             failure = error
     if jax.process_count() > 1:
@@ -177,20 +183,25 @@ def _claim_number(directory: Path) -> int:
     return number
 
 
+def _check_overwrite(directory: Path, overwrite: bool) -> None:
+    if not overwrite and (directory / files.MANIFEST).exists():
+        raise FileExistsError(
+            f"{directory}: holds an adapter. Pass overwrite=True to replace it, or choose another path."
+        )
+
+
 @contextlib.contextmanager
 def _explain_errors(directory: Path) -> Iterator[None]:
     """Turns what the disk, or tensorstore, says into an `OSError` that names the path and what is left there."""
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(OSError):
-            if multihost.is_primary_host(0):
-                files.remove_leftovers(directory)
         is_whole = (directory / files.MANIFEST).exists()
         state = "The previous checkpoint there is whole." if is_whole else "Nothing was saved."
         text = f"{directory}: the adapter could not be saved: {error}. {state}"
         number = getattr(error, "errno", None)
-        raise (OSError(number, text) if number else OSError(text)) from error
+        kind = type(error) if isinstance(error, (FileExistsError, TimeoutError)) else OSError
+        raise (OSError(number, text) if number else kind(text)) from error
 
 
 def _check_json(metadata: Mapping[str, Any]) -> None:
@@ -233,12 +244,17 @@ def restore(
     directory = files.as_local_path(path)
     _wait_for_pending(directory)
     while True:
+        stamp = files.stamp(directory)
         manifest = read_manifest(directory)
         try:
-            return _restore(directory, manifest, frozen, like, sharding, check_base)
-        except (OSError, ValueError):
-            if files.current_folder(directory) in (None, manifest.arrays):
-                raise  # else a save has just replaced the checkpoint: read the new one
+            lora = _restore(directory, manifest, frozen, like, sharding, check_base)
+        except Exception:  # where files vanish beneath it, orbax raises a TypeError as well as an OSError
+            if files.stamp(directory) == stamp:
+                raise
+            continue
+        if files.stamp(directory) == stamp:
+            return lora
+        # Else a save replaced the checkpoint and removed these arrays meanwhile: read the new one.
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
