@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lojax.adapters.create import create
+from lojax.adapters.create import check_key, create
 from lojax.adapters.paths import flatten
-from lojax.adapters.rule import Rule, as_rules
-from lojax.adapters.targets import checked_bias, plan
+from lojax.adapters.rule import DEFAULTS, Rule, as_rules
+from lojax.adapters.targets import assign_rules, check_bias
 from lojax.lowrank.merge import merge
 from lojax.lowrank.strategy import checked_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
@@ -55,6 +55,7 @@ class Model:
         Raises:
             ValueError: A target matches nothing, a rank is too large, or rules contradict.
         """
+        check_key(key)
         self.net.check(params)
         apply_fn = self.net.apply if args or kwargs else None
         return _init(key, params, self.rules, self.full, self.exclude, self.bias, apply_fn, args, kwargs)
@@ -127,16 +128,17 @@ def wrap(
     Args:
         net: A Flax Linen or NNX module, a transformed Haiku function, an Equinox module, a Flax model of
             Hugging Face transformers, or a function ``f(params, *args, **kwargs)``.
-        targets: Which weights to adapt: a glob over paths (``**/`` crosses levels), a compiled regex
-            (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where
-            the first match wins.
+        targets: Which weights to adapt: a glob over paths (``**/`` crosses levels, ``{a,b}`` is either), a compiled
+            regex (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where the
+            first match wins. In a Linen ``variables`` dict globs and regexes stay in ``params``, unless they name
+            another collection.
         rank: The rank ``r`` of the updates.
         alpha: The numerator of the scale ``alpha / r``; None means ``alpha = rank``.
         scaling: ``"standard"`` or ``"rslora"``.
         init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.
         dropout: The rate of dropout on the adapters' inputs.
         variant: The member of the LoRA family.
-        train: Targets of parameters trained in full, such as a head.
+        train: Targets of parameters trained in full, such as a head. They win over a pattern in ``targets``.
         bias: Which biases train in full as well: ``"none"``, ``"all"``, or ``"lora_only"``, those beside an adapted
             weight. A bias is a parameter whose path ends in ``bias`` (or ``b``, as in Haiku).
         exclude: Targets that stay frozen whatever else matches them.
@@ -172,7 +174,7 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), checked_bias(bias))
+    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), check_bias(bias))
 
 
 def init(
@@ -208,23 +210,16 @@ def init(
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
+    check_key(key)
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
-    return _init(key, params, rules, full, excluded, checked_bias(bias), apply_fn, tuple(example_args), {})
+    return _init(key, params, rules, full, excluded, check_bias(bias), apply_fn, tuple(example_args), {})
 
 
 def compile_rules(
-    targets: Any,
-    train: Any,
-    exclude: Any,
-    *,
-    rank: int = 8,
-    scaling: str = "standard",
-    init: str | Callable[..., Any] = "kaiming",
-    variant: str = "lora",
-    **settings: Any,
+    targets: Any, train: Any, exclude: Any, **settings: Any
 ) -> tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]:
     """The rules that ``targets=``, ``train=`` and ``exclude=`` of `wrap` spell."""
-    defaults = Rule((), rank=rank, scaling=scaling, init=init, variant=variant, **settings)
+    defaults = Rule((), **settings).fill(DEFAULTS)
     full, none = Rule((), train="full"), Rule((), train="none")
     return tuple(as_rules(targets, defaults)), tuple(as_rules(train, full)), tuple(as_rules(exclude, none))
 
@@ -240,7 +235,7 @@ def _init(
     args: Any,
     kwargs: Any,
 ) -> tuple[Any, Any]:
-    chosen = plan(flatten(params), rules, full=full, exclude=exclude, bias=bias)
-    unseen = [path for path, rule in chosen.items() if rule.train in ("lora", "tokens") and rule.axes is None]
+    plan = assign_rules(flatten(params), rules, full=full, exclude=exclude, bias=bias)
+    unseen = [path for path, rule in plan.items() if rule.train in ("lora", "tokens") and rule.axes is None]
     seen = infer_axes(apply_fn, params, unseen, args, kwargs) if apply_fn and unseen else {}
-    return create(key, params, chosen, seen)
+    return create(key, params, plan, seen)

@@ -315,9 +315,9 @@ def test_settings_are_checked_when_the_net_is_wrapped(settings, text):
             "Target '**/kernels' matches none of the 4 parameters. The nearest paths:\n  first/kernel\n",
         ),
         ("first/bias", {}, "first/bias is a vector of shape (5,): a low-rank update needs at least two axes."),
-        ("**/kernel", {"rank": 4}, "second/kernel: rank=4 is above min(m, n) = 3"),
+        (Rule("second/kernel", rank=4), {}, "second/kernel: rank=4 is above min(m, n) = 3"),
         (["**/kernel", "first/kernel"], {}, "first/kernel is matched by contradictory rules: "),
-        ("**/kernel", {"train": "second/*"}, "second/kernel is matched by contradictory rules: targets= adapts it"),
+        ("second/kernel", {"train": "second/*"}, "second/kernel is matched by contradictory rules: targets= adapts it"),
         ("**/kernel", {"exclude": "**/kernel"}, "Nothing trains: "),
     ],
 )

@@ -13,15 +13,15 @@ import jax
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import is_box
-from lojax.types import Leaf, Params, Path
+from lojax.types import Leaf, Path, PyTree
 
 
-def is_leaf(node: Any) -> bool:
+def is_leaf(node: object) -> bool:
     """Where a parameter tree ends: at an array, a box, an adapter, or ``None``."""
     return node is None or is_box(node) or is_adapter(node)
 
 
-def path_of(keys: tuple[Any, ...]) -> str:
+def path_of(keys: tuple[Any, ...]) -> Path:
     """The path of JAX key entries.
 
     >>> path_of((jax.tree_util.DictKey("params"), jax.tree_util.SequenceKey(0)))
@@ -30,20 +30,20 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return "/".join(_name(key) for key in keys)
 
 
-def _name(key: Any) -> str:
+def _name(key: object) -> str:
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[Path, Leaf]:
     """The leaves of ``tree`` by path, ``None`` and boxes and adapters included."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {path_of(keys): leaf for keys, leaf in leaves}
 
 
-def unflatten(leaves: Mapping[Path | tuple[Any, ...], Leaf]) -> Params:
+def unflatten(leaves: Mapping[Path | tuple[Any, ...], Leaf]) -> PyTree:
     """Nested dicts of leaves by path: the reverse of `flatten` for a tree of dicts.
 
     Args:
@@ -69,7 +69,7 @@ def unflatten(leaves: Mapping[Path | tuple[Any, ...], Leaf]) -> Params:
     return tree
 
 
-def map_paths(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_paths(f: Callable[..., Leaf], tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps ``f(path, leaf, *others)`` over trees of one structure (see `is_leaf`)."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, *leaves: f(path_of(keys), *leaves), tree, *rest, is_leaf=is_leaf

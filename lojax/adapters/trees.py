@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.axes import array_shapes
+from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
+from lojax.adapters.axes import size
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten, is_leaf
+from lojax.types import Leaf, Params, Path, Shape
 
 
-def check_pair(frozen: Any, lora: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_pair(frozen: Params, lora: Params) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
     """Both trees by path, or an error that names the first path where they do not fit together."""
-    left, right = check_structure(frozen, lora)
-    for path in left:
-        f, t = unbox(left[path]), unbox(right[path])
-        if is_adapter(t):
-            _check_adapter(path, f, t)
-        elif f is not None and t is not None:
+    weights, trained = check_structure(frozen, lora)
+    for path in weights:
+        weight, leaf = unbox(weights[path]), unbox(trained[path])
+        if is_adapter(leaf):
+            _check_adapter(path, weight, leaf)
+        elif weight is not None and leaf is not None:
             raise ValueError(f"{path} is an array in both frozen and lora; one of them must hold None there.")
-    return left, right
+    return weights, trained
 
 
-def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[dict[str, Any], dict[str, Any]]:
+def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
     """Both trees by path, or an error unless they have the same paths in the same containers.
 
     Args:
@@ -33,10 +33,10 @@ def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[di
         lora: The trained tree.
         name: What to call the first one.
     """
-    left, right = flatten(frozen), flatten(lora)
-    for path in (*left, *right):
-        if path not in left or path not in right:
-            missing, holder = ("lora", name) if path in left else (name, "lora")
+    weights, trained = flatten(frozen), flatten(lora)
+    for path in (*weights, *trained):
+        if path not in weights or path not in trained:
+            missing, holder = ("lora", name) if path in weights else (name, "lora")
             raise ValueError(
                 f"{name} and lora have different structure: {path} is in {holder} but not in {missing}. "
                 "Use the pair that one init (or restore onto the same frozen) returned."
@@ -46,28 +46,36 @@ def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[di
             f"{name} and lora have the same paths in different containers (such as a dict against a FrozenDict, or a "
             "list against a tuple). Convert one, or use the pair that one init returned."
         )
-    return left, right
+    return weights, trained
 
 
-def _check_adapter(path: str, weight: Any, adapter: Adapter) -> None:
+def check_leaf(path: Path, leaf: Leaf) -> None:
+    """Raises a `TypeError` that names the path unless ``leaf`` is an array, a shape, or a number."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, (int, float, complex)):
+        raise TypeError(
+            f"{path} is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
+            "it to the net another way."
+        )
+
+
+def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
     if weight is None:
         raise ValueError(f"{path}: lora holds an adapter, but frozen holds no weight there (None).")
-    if len(adapter.axes) != len(weight.shape):
-        got = f"axes {adapter.axes}"
-        raise ValueError(f"{path}: the weight has shape {tuple(weight.shape)}, but its adapter has {got}.")
-    expected = array_shapes(adapter.axes, weight.shape, adapter.rank, len(adapter.tokens or ()))
+    shape = tuple(weight.shape)
+    if len(adapter.axes) != len(shape):
+        raise ValueError(f"{path}: the weight has shape {shape}, but its adapter has axes {adapter.axes}.")
+    expected = array_shapes(adapter.axes, shape, adapter.rank, len(adapter.tokens or ()))
     got = {name: tuple(x.shape) for name, x in adapter.arrays.items()}
-    wanted = {name: expected[name] for name in got}
-    if got != wanted:
+    if any(expected[name] != got[name] for name in got):
         raise ValueError(
-            f"{path}: a weight of shape {tuple(weight.shape)} with axes {adapter.axes} needs an adapter of "
-            f"shapes {_listed(wanted)}, got {_listed(got)}. "
+            f"{path}: a weight of shape {shape} with axes {adapter.axes} needs an adapter of "
+            f"shapes {_join(expected[name] for name in got)}, got {_join(got.values())}. "
             "Were these params, or this adapter, made for another model?"
         )
-    stack = math.prod(n for n, role in zip(weight.shape, adapter.axes, strict=True) if role == "stack")
-    if isinstance(adapter.scale, tuple) and len(adapter.scale) != stack:
-        raise ValueError(f"{path}: {len(adapter.scale)} scales for a stack of {stack}.")
+    entries = size(adapter.axes, shape, "stack")
+    if isinstance(adapter.scale, tuple) and len(adapter.scale) != entries:
+        raise ValueError(f"{path}: {len(adapter.scale)} scales for a stack of {entries}.")
 
 
-def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
-    return " and ".join(str(shape) for shape in shapes.values())
+def _join(shapes: Iterable[Shape]) -> str:
+    return " and ".join(map(str, shapes))

@@ -93,9 +93,9 @@ def check_fits(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
         check_paths(manifest, leaves, "frozen", directory)
     for path, entry in manifest.adapters.items():
         shape = None if leaves[path] is None else np.shape(unbox(leaves[path]))
-        if shape is None or not _matches(shape, entry.weight):
+        if shape is None or not _matches(shape, entry.weight_shape):
             raise ValueError(
-                f"{path}: the adapter in {directory} is for a weight of shape {entry.weight}, but frozen holds "
+                f"{path}: the adapter in {directory} is for a weight of shape {entry.weight_shape}, but frozen holds "
                 f"{'None' if shape is None else f'shape {shape}'}. It was made for another model."
             )
 

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.axes import array_axes
+from lojax.adapters.adapter import Adapter, array_axes, is_adapter
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair
 from lojax.nets.nnx import NNXNet, copied, open_nnx, variables

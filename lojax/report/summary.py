@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
+
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
@@ -14,13 +16,23 @@ from lojax.report.table import table
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter: its path, shape, rank (None without an adapter), and numbers of parameters."""
+    """One parameter: its path, shape, rank (None without an adapter), and numbers of parameters.
+
+    ``requested_rank`` is the rank that was asked for, where it was above min(m, n): the table says ``8 → 3``.
+    """
 
     path: str
     shape: tuple[int, ...]
     rank: int | None
     trainable: int
     total: int
+    requested_rank: int | None = None
+
+    @property
+    def rank_text(self) -> str:
+        """The rank as the table shows it."""
+        rank = "" if self.rank is None else str(self.rank)
+        return f"{self.requested_rank} → {rank}" if self.requested_rank else rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Summary:
             (
                 row.path,
                 str(row.shape),
-                "" if row.rank is None else str(row.rank),
+                row.rank_text,
                 f"{row.trainable:,}",
                 f"{row.total:,}",
             )
@@ -97,11 +109,11 @@ def summary(frozen: Any, lora: Any) -> Summary:
         weight, trained = unbox(left[path]), unbox(right[path])
         if is_adapter(trained):
             size = trained.parameters
-            shape = tuple(weight.shape)
-            rows.append(Row(path, shape, trained.rank, size, size + math.prod(shape)))
+            shape = np.shape(weight)
+            rows.append(Row(path, shape, trained.rank, size, size + math.prod(shape), trained.requested_rank))
         elif trained is not None:
-            size = math.prod(trained.shape)
-            rows.append(Row(path, tuple(trained.shape), None, size, size))
+            size = math.prod(np.shape(trained))
+            rows.append(Row(path, np.shape(trained), None, size, size))
         elif weight is not None:
-            rows.append(Row(path, tuple(weight.shape), None, 0, math.prod(weight.shape)))
+            rows.append(Row(path, np.shape(weight), None, 0, math.prod(np.shape(weight))))
     return Summary(tuple(rows))

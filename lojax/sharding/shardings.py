@@ -18,8 +18,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.axes import array_axes
+from lojax.adapters.adapter import Adapter, array_axes, is_adapter
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import is_leaf, map_paths, path_of
 from lojax.adapters.trees import check_pair

@@ -101,3 +101,21 @@ def test_the_closing_line_is_what_peft_prints(capsys):
     }
     summary = lojax.summary(*lojax.init(jax.random.key(0), params, "0/kernel", rank=4))
     assert capsys.readouterr().out.strip() == summary.line
+
+
+def test_a_lowered_rank_is_shown():
+    def init(key):
+        return lojax.init(key, {"w": jnp.ones((6, 3))}, "*", rank=8)
+
+    row = str(lojax.summary(*jax.eval_shape(init, jax.random.key(0)))).splitlines()[2]
+    assert row.endswith("(6, 3)  8 → 3         27   45")
+
+
+def test_numbers_are_parameters_too():
+    params = {"w": jnp.ones((6, 3)), "factor": 0.5, "bias": 1.0}
+    frozen, lora = lojax.init(jax.random.key(0), params, "w", rank=2, train="bias")
+    assert [(row.path, row.shape, row.total) for row in lojax.summary(frozen, lora).rows] == [
+        ("bias", (), 1),
+        ("factor", (), 1),
+        ("w", (6, 3), 36),
+    ]

@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import lojax
-from lojax.training.optimizer import labels
+from lojax.training.optimizer import groups
 from tests.helpers import assert_same_bits, products_of_shape
 
 T, M, N, K, RANK = 24, 96, 160, 32, 4
@@ -94,6 +94,11 @@ COMBINED = ["dict", "pair"]
 
 
 # --- what is labelled how ---
+
+
+def labels(tree):
+    """``"train"`` or ``"frozen"`` for every leaf."""
+    return jax.tree.map(lambda group: group if group == "frozen" else "train", groups(tree))
 
 
 def test_labels_of_every_form():
