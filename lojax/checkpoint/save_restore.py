@@ -36,9 +36,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.algebra import subtract
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten
-from lojax.adapters.trees import check_pair
+from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.trees import check_pair, check_structure
 from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
@@ -57,6 +58,7 @@ def save(
     lora: Params,
     *,
     frozen: Params | None = None,
+    start: Params | None = None,
     overwrite: bool = True,
     metadata: Mapping[str, Any] | None = None,
     wait: bool = True,
@@ -73,8 +75,12 @@ def save(
         lora: The trained tree. Boxes are saved with it; arrays may have any sharding.
         frozen: The frozen tree. With it the checkpoint holds a fingerprint of the base, by which
             `restore` refuses to put the adapter on another one. Content is read once per array.
+        start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
+            OLoRA, MiLoRA, LoRA-GA). Such an adapter belongs to the moved weight; with ``start``, what is saved is
+            the difference from it, an adapter of twice the rank for the pretrained weight. Its content, which
+            ``frozen`` does not hold, is then left out of the fingerprint.
         overwrite: Replace an adapter that is already at ``path``.
-        metadata: Anything that JSON can hold: the step, the data, a score.
+        metadata: Anything that JSON can hold: the step, the data, a score. `read_metadata` gives it back.
         wait: False returns once ``lora`` is copied, and writes in the background. The next save to ``path`` waits
             for it. So must the program before it ends: call ``result()``, or this save is lost.
 
@@ -85,8 +91,9 @@ def save(
         FileExistsError: ``overwrite=False`` and there is an adapter at ``path``.
         OSError: The disk is full, or ``path`` cannot be written. The previous checkpoint is whole.
         TimeoutError: Another program has been saving to ``path`` for ten minutes; the message says which.
-        TypeError: A leaf is not an array; ``metadata`` is not JSON.
-        ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty.
+        TypeError: A leaf is not an array; ``metadata`` is not JSON; ``lora`` is a pair of trees.
+        ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty, or holds no adapter and there is no
+            ``frozen`` to show that it is not the base itself.
 
     >>> import tempfile, lojax
     >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
@@ -100,11 +107,15 @@ def save(
     _check_json(metadata)
     if frozen is not None:
         check_pair(frozen, lora)
+    _check_is_lora(lora, frozen)
+    moved = {path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base}
+    if start is not None:
+        lora = _subtract_start(lora, start, moved)
     leaves, keys = flatten_with_keys(lora)
     arrays = collect_arrays(leaves)
     _wait_for_pending(directory)
     _check_overwrite(directory, overwrite)
-    adapted = [path for path, leaf in leaves.items() if is_adapter(leaf)]
+    adapted = [path for path, leaf in leaves.items() if is_adapter(leaf) and (start is None or path not in moved)]
     base = None if frozen is None else fingerprint.fingerprint(frozen, adapted)
     adapters, full, other = describe_leaves(leaves)
     manifest = Manifest(
@@ -122,6 +133,36 @@ def save(
     _pending[directory] = future = executor.submit(_run_and_log, steps)
     executor.shutdown(wait=False)  # the thread ends with its only task
     return future
+
+
+def _check_is_lora(lora: Params, frozen: Params | None) -> None:
+    """Raises where ``lora`` looks like something else: the base, or both trees at once."""
+    if isinstance(lora, tuple) and [_holds_adapter(tree) for tree in lora] == [False, True]:
+        raise TypeError("lora is a pair of trees, (frozen, lora): pass save(path, lora, frozen=frozen).")
+    if frozen is None and not _holds_adapter(lora) and jax.tree.leaves(lora):
+        raise ValueError(
+            "lora holds no adapter, so this would save the parameters of the base. Pass the lora tree of "
+            "`frozen, lora = model.init(...)`; where all that trains is trained in full, pass frozen=frozen as well."
+        )
+
+
+def _holds_adapter(tree: Params) -> bool:
+    return any(is_adapter(leaf) for leaf in flatten(tree).values())
+
+
+def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
+    """``lora`` with the adapters at the ``moved`` paths as differences from ``start``; the rest as it is."""
+    if not moved:
+        raise ValueError(
+            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
+            "lora holds none. Leave it out."
+        )
+    check_structure(start, lora, name="start")
+
+    def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
+        return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf
+
+    return map_paths(difference, lora, start)
 
 
 def _wait_for_pending(directory: Path) -> None:
@@ -255,6 +296,31 @@ def restore(
         if files.stamp(directory) == stamp:
             return lora
         # Else a save replaced the checkpoint and removed these arrays meanwhile: read the new one.
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that `save` was given, without reading an array.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        What was passed as ``metadata``, as JSON holds it: a tuple is a list.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: Its ``adapter.json`` is damaged.
+
+    >>> import tempfile, lojax
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = lojax.save(folder, lora, metadata={"step": 100})
+    ...     lojax.read_metadata(folder)
+    {'step': 100}
+    """
+    directory = files.as_local_path(path)
+    _wait_for_pending(directory)
+    return dict(read_manifest(directory).metadata)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
