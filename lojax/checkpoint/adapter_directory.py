@@ -21,7 +21,8 @@ To read the arrays without lojax::
     folder = json.load(open("PATH/adapter.json"))["arrays"]
     orbax.checkpoint.PyTreeCheckpointer().restore(f"PATH/{folder}")
 
-One process (group) may write to a path at a time; any number may read, also during a save.
+Programs that save to one path take turns (see `lojax.files.filesystem.lock_directory`), where the file system has
+locks; any number may read, also during a save.
 Version 1 differs in one entry: each array has a ``digest``, which is no longer read.
 """
 
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from lojax.checkpoint.manifest import StoredFile
-from lojax.files.filesystem import hash_file, new_hash, parse_json, sync_directory
+from lojax.files.filesystem import hash_file, new_hash, parse_json, sync_directory, sync_tree
 
 MANIFEST = "adapter.json"
 _FOLDER = re.compile(r"arrays-(\d{1,18})")
@@ -78,16 +79,10 @@ def remove_leftovers(directory: Path) -> None:
 
 def take_inventory(folder: Path) -> dict[str, StoredFile]:
     """The size and BLAKE2b of every file in ``folder``. Each file is flushed to disk."""
-    files = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            file = Path(parent, name)
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-            files[file.relative_to(folder).as_posix()] = StoredFile(file.stat().st_size, hash_file(file))
-        sync_directory(parent)
+    sync_tree(folder)
     sync_directory(folder.parent)
-    return dict(sorted(files.items()))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): StoredFile(path.stat().st_size, hash_file(path)) for path in paths}
 
 
 def check_inventory(folder: Path, files: Mapping[str, StoredFile]) -> None:
@@ -139,6 +134,15 @@ def read_json(directory: Path) -> dict[str, Any]:
     if manifest.get("checksum") != _checksum(manifest):
         raise ValueError(f"{file}: the content differs from what was saved (checksum). {_REMEDY}")
     return manifest
+
+
+def stamp(directory: Path) -> tuple[int, int] | None:
+    """What tells one manifest from the next one in its place, without reading them; None where there is none."""
+    try:
+        status = (directory / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns  # an inode is used again, but not in the same nanosecond
 
 
 def current_folder(directory: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
-from lojax.adapters.adapter import Adapter, box_arrays, is_adapter
+from lojax.adapters.adapter import ARRAYS, Adapter, box_arrays, is_adapter
 from lojax.adapters.metadata import is_box, rebox, unbox
 from lojax.adapters.paths import is_leaf, map_paths, path_of, unflatten
 from lojax.adapters.targets import nearest
-from lojax.checkpoint.manifest import ARRAY_FIELDS, STATIC_FIELDS, AdapterEntry, Manifest, StoredArray, stored_name
+from lojax.checkpoint.manifest import STATIC_FIELDS, Manifest, StoredArray, fields_of, stored_name
 from lojax.text import spec
 from lojax.types import ArrayLike, Leaf, Params, Path
 
@@ -54,7 +55,7 @@ def collect_arrays(leaves: Mapping[Path, Leaf]) -> dict[str, ArrayLike]:
     """
     arrays: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        for field, value in _fields(leaf).items():
+        for field, value in fields_of(leaf).items():
             arrays[stored_name(path, field)] = unbox(value)
     for name, value in arrays.items():
         if not isinstance(value, (np.ndarray, np.generic, jax.Array)) or isinstance(value, Tracer):
@@ -66,27 +67,18 @@ def collect_arrays(leaves: Mapping[Path, Leaf]) -> dict[str, ArrayLike]:
     return arrays
 
 
-def _fields(leaf: Leaf) -> dict[str | None, Any]:
-    """The arrays of a leaf by field of the adapter, in their boxes. A parameter trained in full has the field None."""
-    if is_adapter(leaf):
-        return {name: value for name in ARRAY_FIELDS if (value := getattr(leaf, name)) is not None}
-    return {} if leaf is None else {None: leaf}
-
-
 def describe_leaves(
     leaves: Mapping[Path, Leaf],
-) -> tuple[dict[Path, AdapterEntry], dict[Path, StoredArray], tuple[Path, ...]]:
+) -> tuple[dict[Path, Adapter], dict[Path, StoredArray], tuple[Path, ...]]:
     """What the manifest says of each leaf: the adapters, the full arrays, the paths that hold None."""
     adapters, full = {}, {}
     for path, leaf in leaves.items():
-        arrays = {field: _describe_array(value) for field, value in _fields(leaf).items()}
         if is_adapter(leaf):
-            static = {name: getattr(leaf, name) for name in STATIC_FIELDS}
-            if isinstance(leaf.scale, (int, float)):
-                static["scale"] = float(leaf.scale)
-            adapters[path] = AdapterEntry(static, {name: array for name, array in arrays.items() if name})
+            scale = leaf.scale if isinstance(leaf.scale, tuple) else float(leaf.scale)
+            arrays = {str(name): _describe_array(value) for name, value in fields_of(leaf).items()}
+            adapters[path] = dataclasses.replace(leaf, scale=scale, **arrays)
         elif leaf is not None:
-            full[path] = arrays[None]
+            full[path] = _describe_array(leaf)
     return adapters, full, tuple(path for path, leaf in leaves.items() if leaf is None)
 
 
@@ -98,10 +90,9 @@ def _describe_array(leaf: Leaf) -> StoredArray:
 
 
 def _rebuild_box(array: StoredArray, value: ArrayLike) -> Leaf:
-    kind = _BOXES.get(array.box["kind"]) if array.box else None
-    if kind is None or array.box is None:
-        return value
-    return kind(value, names=tuple(tuple(name) if isinstance(name, list) else name for name in array.box["names"]))
+    box = array.box or {}
+    kind, names = _BOXES.get(box.get("kind", "")), box.get("names", [])
+    return kind(value, names=tuple(tuple(x) if isinstance(x, list) else x for x in names)) if kind else value
 
 
 def build_tree(manifest: Manifest, arrays: Mapping[str, ArrayLike], *, like: Params, frozen: Params) -> Params:
@@ -114,17 +105,20 @@ def build_tree(manifest: Manifest, arrays: Mapping[str, ArrayLike], *, like: Par
         if path not in manifest.adapters:
             return None
         entry = manifest.adapters[path]
-        data = {name: arrays[stored_name(path, name)] for name in entry.arrays}
-        if like is not None:
-            data = {name: rebox(getattr(template, name), value) for name, value in data.items()}
-        elif frozen is None:
-            data = {name: _rebuild_box(entry.arrays[name], value) for name, value in data.items()}
-        adapter = Adapter(**dict.fromkeys(ARRAY_FIELDS) | data, **entry.static)
+        data: dict[str, Leaf] = {}
+        for name, array in fields_of(entry).items():
+            data[str(name)] = value = arrays[stored_name(path, name)]
+            if like is not None:
+                data[str(name)] = rebox(getattr(template, str(name)), value)
+            elif frozen is None:
+                data[str(name)] = _rebuild_box(array, value)
+        adapter = dataclasses.replace(entry, **data)
         return box_arrays(template, adapter) if like is None and frozen is not None else adapter
 
     template = like if like is not None else frozen
     if template is None:
-        return unflatten({manifest.keys.get(path, path): leaf(path, None) for path in manifest.paths})
+        leaves = {manifest.keys.get(path, path): leaf(path, None) for path in manifest.paths}
+        return leaves[()] if () in leaves else unflatten(leaves)  # no key at all: the tree is one leaf
     return map_paths(leaf, template)
 
 
@@ -140,17 +134,15 @@ def check_like(manifest: Manifest, like: Params, directory: FilePath) -> None:
                 f"{path}: {directory} holds {expected}, but like holds {got}. Use the targets of the save."
             )
         entry = manifest.adapters.get(path)
-        for name, value in {} if entry is None else entry.static.items():
-            if getattr(leaf, name) != value:
+        for name in STATIC_FIELDS if entry is not None else ():
+            if getattr(leaf, name) != getattr(entry, name):
                 raise ValueError(
-                    f"{path}: {directory} has {name}={value!r}, but like has {getattr(leaf, name)!r}. "
+                    f"{path}: {directory} has {name}={getattr(entry, name)!r}, but like has {getattr(leaf, name)!r}. "
                     f"Use the {name} of the save, or restore without like."
                 )
-        stored: dict[str | None, StoredArray] = {**entry.arrays} if entry else {}
-        if path in manifest.full:
-            stored[None] = manifest.full[path]
-        fields = _fields(leaf)
-        for name in (*ARRAY_FIELDS, None):
+        stored = fields_of(manifest.full.get(path) if entry is None else entry)
+        fields = fields_of(leaf)
+        for name in (*ARRAYS, None):
             expected = spec(stored[name]) if name in stored else None
             got = spec(unbox(fields[name])) if name in fields else None
             if got != expected:

@@ -12,13 +12,14 @@ from pathlib import Path as FilePath
 import jax
 import numpy as np
 
+from lojax.adapters.adapter import Adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.checkpoint.codec import check_paths
 from lojax.checkpoint.digest import digests
 from lojax.checkpoint.manifest import BaseEntry, Manifest
 from lojax.text import spec
-from lojax.types import Leaf, Params, Path, Shape
+from lojax.types import ArrayLike, Leaf, Params, Path, Shape
 
 _REMEDY = "Load the right base, or pass check_base=False to use this one all the same."
 
@@ -47,10 +48,15 @@ def describe_leaf(leaf: Leaf) -> str | None:
 
 def _contents(leaves: Mapping[Path, Leaf], adapted: Iterable[Path]) -> dict[Path, str]:
     """The digest of each adapted weight that holds values; a weight of several arrays has several, in one word."""
-    arrays = {path: jax.tree.leaves(unbox(leaves[path])) for path in adapted}
-    arrays = {path: of for path, of in arrays.items() if all(isinstance(x, (jax.Array, np.ndarray)) for x in of)}
-    values = digests({f"{path}:{i}": array for path, of in arrays.items() for i, array in enumerate(of)})
-    return {path: "-".join(values[f"{path}:{i}"] for i in range(len(of))) for path, of in arrays.items()}
+    arrays = {path: values for path in adapted if (values := _values(leaves[path]))}
+    results = digests({f"{path}:{i}": array for path, of in arrays.items() for i, array in enumerate(of)})
+    return {path: "-".join(results[f"{path}:{i}"] for i in range(len(of))) for path, of in arrays.items()}
+
+
+def _values(leaf: Leaf) -> list[ArrayLike]:
+    """The arrays of a leaf; none where it only has shapes."""
+    arrays = jax.tree.leaves(unbox(leaf))
+    return arrays if all(isinstance(array, (jax.Array, np.ndarray)) for array in arrays) else []
 
 
 def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
@@ -68,10 +74,16 @@ def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
         if path in manifest.full and got is not None:
             raise ValueError(
                 f"{path}: was trained in full, so frozen must hold None there, but it holds {got}. "
-                "Pass the frozen tree that model.init returned, with the targets of the save."
+                "Pass the frozen tree that model.init returned, with the targets= and train= of the save."
             )
         entry = base.get(path)
         expected = got if entry is None else entry.spec
+        if got is None and expected is not None:
+            raise ValueError(
+                f"{path}: frozen holds None, so this init trains it in full, but it was frozen ({expected}) when the "
+                f"adapter in {directory} was saved. Pass the frozen tree of an init with the targets= and train= of "
+                "the save."
+            )
         if got != expected:
             raise ValueError(
                 f"{path}: the adapter in {directory} was trained on {expected}, but frozen holds {got}. {_REMEDY}"
@@ -82,8 +94,27 @@ def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
             raise ValueError(
                 f"{path}: frozen holds other values than the base that the adapter in {directory} was trained on: "
                 f"same shape ({describe_leaf(leaves[path])}), content {content}, expected {expected_contents[path]}. "
-                f"{_REMEDY}"
+                f"{_explain_move(manifest.adapters.get(path)) or _REMEDY}"
             )
+    for path, adapter in manifest.adapters.items():
+        reason = _explain_move(adapter)
+        if reason and path not in expected_contents and _values(leaves[path]):
+            raise ValueError(
+                f"{path}: {directory} was saved without frozen=, so nobody can tell whether frozen holds the weight "
+                f"that its adapter belongs to. {reason} If frozen is that tree, pass check_base=False."
+            )
+
+
+def _explain_move(adapter: Adapter | None) -> str | None:
+    """What to do about an adapter whose start was taken out of its weight; None for any other."""
+    if adapter is None or adapter.moved_base is None:
+        return None
+    return (
+        f"The start of this adapter ({adapter.moved_base}) was taken out of its weight, so it belongs to the frozen "
+        "tree that init returned with it, and is wrong on the pretrained weight. Restore it onto that tree (the same "
+        "init with the same key gives it again), or save an adapter for the pretrained weight: "
+        "lojax.save(path, lora, frozen=frozen, start=start), start being the lora tree of that init."
+    )
 
 
 def check_fits(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
@@ -92,11 +123,12 @@ def check_fits(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
     if not leaves.keys() >= {*manifest.adapters, *manifest.full}:
         check_paths(manifest, leaves, "frozen", directory)
     for path, entry in manifest.adapters.items():
-        shape = None if leaves[path] is None else np.shape(unbox(leaves[path]))
-        if shape is None or not _matches(shape, entry.weight):
+        weight = unbox(leaves[path])
+        if weight is None or not _matches(np.shape(weight), entry.weight_shape):
+            got = "None: this init trains it in full" if weight is None else f"shape {np.shape(weight)}"
             raise ValueError(
-                f"{path}: the adapter in {directory} is for a weight of shape {entry.weight}, but frozen holds "
-                f"{'None' if shape is None else f'shape {shape}'}. It was made for another model."
+                f"{path}: the adapter in {directory} is for a weight of shape {entry.weight_shape}, but frozen holds "
+                f"{got}. Pass the frozen tree of the model and the targets of the save."
             )
 
 

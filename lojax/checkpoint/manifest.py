@@ -20,9 +20,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lojax.adapters.adapter import Adapter, array_axes, array_shapes
+from lojax.adapters.adapter import ARRAYS, Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import check
-from lojax.types import Shape
+from lojax.types import Leaf, Shape
 
 FORMAT, VERSION = "lojax-adapter", 2
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -32,8 +32,6 @@ _FOR_READERS = ("rank", "alpha", "scaling", "weight")
 
 STATIC_FIELDS = {field.name: field.default for field in dataclasses.fields(Adapter) if field.metadata.get("static")}
 """The fields of `Adapter` that are written as JSON, with their defaults."""
-ARRAY_FIELDS = tuple(field.name for field in dataclasses.fields(Adapter) if field.name not in STATIC_FIELDS)
-"""The fields of `Adapter` that are written as arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,71 +77,6 @@ class BaseEntry:
     content: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class AdapterEntry:
-    """One adapter: the static fields of `lojax.Adapter`, and its arrays by field."""
-
-    static: Mapping[str, Any]
-    arrays: Mapping[str, StoredArray]
-
-    @property
-    def rank(self) -> int:
-        """The rank ``r``; 0 where only token rows train."""
-        return self.arrays["a"].shape[-1] if "a" in self.arrays else 0
-
-    @property
-    def weight(self) -> tuple[int | None, ...]:
-        """The shape of the adapted weight; None where no stored array has an axis of that length."""
-        along = array_axes(self.static["axes"])
-        sizes: dict[int | None, int] = {}
-        for name, array in self.arrays.items():
-            sizes |= zip(along[name], array.shape, strict=True)
-        return tuple(sizes.get(axis) for axis in range(len(self.static["axes"])))
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry in the file. Alpha is for readers: it is the value for which scale = alpha / rank."""
-        scale = self.static["scale"]
-        written = {
-            name: value
-            for name, value in self.static.items()
-            if value != STATIC_FIELDS[name] or name in _ALWAYS_WRITTEN
-        }
-        return {
-            "rank": self.rank,
-            "alpha": scale * self.rank if isinstance(scale, float) else None,
-            "scaling": "scale = alpha / rank",
-            **to_plain(written),
-            "weight": list(self.weight),
-            **to_plain(self.arrays),
-        }
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any], path: str) -> AdapterEntry:
-        """The reverse of `to_json`."""
-        arrays = {name: parse(StoredArray, value, name) for name, value in entry.items() if isinstance(value, dict)}
-        written = {name: value for name, value in entry.items() if name not in arrays and name not in _FOR_READERS}
-        if unknown := sorted({*written, *arrays} - {*STATIC_FIELDS, *ARRAY_FIELDS}):
-            raise ValueError(f"{unknown[0]!r} is not a field of lojax.Adapter: perhaps a newer lojax wrote it")
-        hints = _hints(Adapter)
-        static = {
-            name: parse(hints[name], written[name], name)
-            if name in written or default is dataclasses.MISSING
-            else default
-            for name, default in STATIC_FIELDS.items()
-        }
-        weight = tuple(size or 0 for size in parse(tuple[int | None, ...], entry["weight"], "weight"))
-        check(static["axes"], weight, path)
-        if ("a" in arrays) != ("b" in arrays) or not arrays:
-            raise KeyError("b" if "a" in arrays else "a")
-        if ("rows" in arrays) != (static["tokens"] is not None):
-            raise ValueError("rows and tokens go together")
-        expected = array_shapes(static["axes"], weight, entry["rank"], len(static["tokens"] or ()))
-        for name, array in arrays.items():
-            if array.shape != expected[name]:
-                raise ValueError(f"{name} has shape {array.shape}; rank, axes and weight give {expected[name]}")
-        return cls(static, arrays)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All of ``adapter.json``, in the order of the file.
@@ -152,7 +85,7 @@ class Manifest:
         saved: When, UTC.
         software: Versions of the libraries that wrote it.
         metadata: The user's.
-        adapters: The adapters by path.
+        adapters: The adapters by path, each with `StoredArray` in place of its arrays.
         full: The parameters trained in full, by path.
         other: The paths that hold None in `lora`: what stays frozen.
         keys: The keys of each path that does not simply split at ``/`` into strings.
@@ -164,7 +97,7 @@ class Manifest:
     saved: str = dataclasses.field(default_factory=lambda: _now())
     software: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
     metadata: Mapping[str, Any]
-    adapters: Mapping[str, AdapterEntry]
+    adapters: Mapping[str, Adapter]
     full: Mapping[str, StoredArray]
     other: tuple[str, ...]
     keys: Mapping[str, tuple[str | int, ...]]
@@ -175,9 +108,12 @@ class Manifest:
     @property
     def stored(self) -> dict[str, tuple[str, str | None, StoredArray]]:
         """Every stored array by the name that orbax knows: ``(path, field, array)``."""
-        entries = [(path, field, array) for path, e in self.adapters.items() for field, array in e.arrays.items()]
-        entries += [(path, None, array) for path, array in self.full.items()]
-        return {stored_name(path, field): (path, field, array) for path, field, array in entries}
+        leaves = {**self.adapters, **self.full}
+        return {
+            stored_name(path, field): (path, field, array)
+            for path, leaf in leaves.items()
+            for field, array in fields_of(leaf).items()
+        }
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -225,6 +161,13 @@ def _check_names(manifest: Manifest) -> None:
         raise ValueError(f"'base' holds {unknown[0]!r}, which is not a path of the adapter")
 
 
+def fields_of(leaf: Leaf) -> dict[str | None, Any]:
+    """The arrays of a leaf by field of the adapter, in their boxes. A parameter trained in full has the field None."""
+    if is_adapter(leaf):
+        return {name: value for name in ARRAYS if (value := getattr(leaf, name)) is not None}
+    return {} if leaf is None else {None: leaf}
+
+
 def stored_name(path: str, field: str | None) -> str:
     """The name of an array in the orbax checkpoint: its path, and the field of the adapter.
 
@@ -243,14 +186,55 @@ def _quote(part: str) -> str:
     return re.sub(r"[^\w.~@+=:,-]", lambda m: "".join(f"%{byte:02X}" for byte in m[0].encode()), part, flags=re.ASCII)
 
 
+def adapter_to_json(adapter: Adapter) -> dict[str, Any]:
+    """The entry of an adapter, whose arrays are `StoredArray`: its fields, and what readers want to know besides.
+
+    Alpha is the value for which scale = alpha / rank.
+    """
+    written = {
+        name: getattr(adapter, name)
+        for name, default in STATIC_FIELDS.items()
+        if getattr(adapter, name) != default or name in _ALWAYS_WRITTEN
+    }
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.scale * adapter.rank if isinstance(adapter.scale, float) else None,
+        "scaling": "scale = alpha / rank",
+        **to_plain(written),
+        "weight": list(adapter.weight_shape),
+        **to_plain(adapter.arrays),
+    }
+
+
+def adapter_from_json(entry: Mapping[str, Any], path: str) -> Adapter:
+    """The reverse of `adapter_to_json`. What is there for readers must fit the rest."""
+    names = entry.keys() - set(_FOR_READERS)
+    if unknown := sorted(names - {field.name for field in dataclasses.fields(Adapter)}):
+        raise ValueError(f"{unknown[0]!r} is not a field of lojax.Adapter: perhaps a newer lojax wrote it")
+    fields: dict[str, Any] = {name: parse(StoredArray, entry[name], name) if name in names else None for name in ARRAYS}
+    fields |= {name: parse(_hints(Adapter)[name], entry[name], name) for name in STATIC_FIELDS if name in names}
+    adapter = Adapter(**fields)
+    weight = tuple(size or 0 for size in parse(tuple[int | None, ...], entry["weight"], "weight"))
+    check(adapter.axes, weight, path)
+    if (adapter.a is None) != (adapter.b is None) or not adapter.arrays:
+        raise KeyError("a" if adapter.a is None else "b")
+    if (adapter.rows is None) != (adapter.tokens is None):
+        raise ValueError("rows and tokens go together")
+    expected = array_shapes(adapter.axes, weight, entry["rank"], len(adapter.tokens or ()))
+    for name, array in adapter.arrays.items():
+        if array.shape != expected[name]:
+            raise ValueError(f"{name} has shape {array.shape}; rank, axes and weight give {expected[name]}")
+    return adapter
+
+
 def to_plain(value: Any) -> Any:
     """``value`` in the types of JSON; fields of a dataclass that are None are left out.
 
     >>> to_plain({"w": StoredArray((2, 3), "int8")})
     {'w': {'shape': [2, 3], 'dtype': 'int8'}}
     """
-    if hasattr(value, "to_json"):
-        return value.to_json()
+    if isinstance(value, Adapter):
+        return adapter_to_json(value)
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return to_plain({name: item for name, item in fields.items() if item is not None})
@@ -287,8 +271,7 @@ def parse(hint: Any, value: Any, name: str) -> Any:
     if kind is Mapping:
         return {key: _parse_entry(arguments[1], item, key) for key, item in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        from_json = getattr(hint, "from_json", None)
-        return from_json(value, name) if from_json else hint(**_parse_fields(hint, value))
+        return adapter_from_json(value, name) if hint is Adapter else hint(**_parse_fields(hint, value))
     if kind is typing.Literal and value not in arguments:
         raise ValueError(f"{name} holds {value!r}, expected one of {', '.join(map(repr, arguments))}")
     if hint is float and not math.isfinite(value):

@@ -36,14 +36,16 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.algebra import subtract
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten
-from lojax.adapters.trees import check_pair
+from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.trees import check_pair, check_structure
 from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
 from lojax.checkpoint.codec import build_tree, check_like, collect_arrays, describe_leaves, flatten_with_keys
 from lojax.checkpoint.manifest import Manifest
+from lojax.files.filesystem import lock_directory
 from lojax.types import ArrayLike, Leaf, Params
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def save(
     lora: Params,
     *,
     frozen: Params | None = None,
+    start: Params | None = None,
     overwrite: bool = True,
     metadata: Mapping[str, Any] | None = None,
     wait: bool = True,
@@ -63,16 +66,21 @@ def save(
     """Saves an adapter: its arrays through orbax, and all that the maths needs in ``adapter.json``.
 
     An interruption at any point, SIGKILL and power cut included, leaves the previous checkpoint whole
-    (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). With several
-    processes, each calls this with the same arguments and a path that all of them share.
+    (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). Programs and
+    threads that save to one path take turns. With several processes of one JAX program, each calls this with the same
+    arguments and a path that all of them share.
 
     Args:
         path: A directory, made if need be. One adapter each: ``base/adapters/french``.
         lora: The trained tree. Boxes are saved with it; arrays may have any sharding.
         frozen: The frozen tree. With it the checkpoint holds a fingerprint of the base, by which
             `restore` refuses to put the adapter on another one. Content is read once per array.
+        start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
+            OLoRA, MiLoRA, LoRA-GA). Such an adapter belongs to the moved weight; with ``start``, what is saved is
+            the difference from it, an adapter of twice the rank for the pretrained weight. Its content, which
+            ``frozen`` does not hold, is then left out of the fingerprint.
         overwrite: Replace an adapter that is already at ``path``.
-        metadata: Anything that JSON can hold: the step, the data, a score.
+        metadata: Anything that JSON can hold: the step, the data, a score. `read_metadata` gives it back.
         wait: False returns once ``lora`` is copied, and writes in the background. The next save to ``path`` waits
             for it. So must the program before it ends: call ``result()``, or this save is lost.
 
@@ -82,8 +90,10 @@ def save(
     Raises:
         FileExistsError: ``overwrite=False`` and there is an adapter at ``path``.
         OSError: The disk is full, or ``path`` cannot be written. The previous checkpoint is whole.
-        TypeError: A leaf is not an array; ``metadata`` is not JSON.
-        ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty.
+        TimeoutError: Another program has been saving to ``path`` for ten minutes; the message says which.
+        TypeError: A leaf is not an array; ``metadata`` is not JSON; ``lora`` is a pair of trees.
+        ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty, or holds no adapter and there is no
+            ``frozen`` to show that it is not the base itself.
 
     >>> import tempfile, lojax
     >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
@@ -97,20 +107,21 @@ def save(
     _check_json(metadata)
     if frozen is not None:
         check_pair(frozen, lora)
+    _check_is_lora(lora, frozen)
+    moved = {path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base}
+    if start is not None:
+        lora = _subtract_start(lora, start, moved)
     leaves, keys = flatten_with_keys(lora)
     arrays = collect_arrays(leaves)
     _wait_for_pending(directory)
-    if not overwrite and (directory / files.MANIFEST).exists():
-        raise FileExistsError(
-            f"{directory}: holds an adapter. Pass overwrite=True to replace it, or choose another path."
-        )
-    adapted = [path for path, leaf in leaves.items() if is_adapter(leaf)]
+    _check_overwrite(directory, overwrite)
+    adapted = [path for path, leaf in leaves.items() if is_adapter(leaf) and (start is None or path not in moved)]
     base = None if frozen is None else fingerprint.fingerprint(frozen, adapted)
     adapters, full, other = describe_leaves(leaves)
     manifest = Manifest(
         metadata=metadata, adapters=adapters, full=full, other=other, keys=keys, base=base, arrays="", files={}
     )
-    steps = _write(directory, snapshot(arrays), manifest)
+    steps = _write(directory, snapshot(arrays), manifest, overwrite)
     if wait or jax.process_count() > 1:  # JAX's barriers between devices belong to the main thread
         next(steps)
     if wait:
@@ -122,6 +133,36 @@ def save(
     _pending[directory] = future = executor.submit(_run_and_log, steps)
     executor.shutdown(wait=False)  # the thread ends with its only task
     return future
+
+
+def _check_is_lora(lora: Params, frozen: Params | None) -> None:
+    """Raises where ``lora`` looks like something else: the base, or both trees at once."""
+    if isinstance(lora, tuple) and [_holds_adapter(tree) for tree in lora] == [False, True]:
+        raise TypeError("lora is a pair of trees, (frozen, lora): pass save(path, lora, frozen=frozen).")
+    if frozen is None and not _holds_adapter(lora) and jax.tree.leaves(lora):
+        raise ValueError(
+            "lora holds no adapter, so this would save the parameters of the base. Pass the lora tree of "
+            "`frozen, lora = model.init(...)`; where all that trains is trained in full, pass frozen=frozen as well."
+        )
+
+
+def _holds_adapter(tree: Params) -> bool:
+    return any(is_adapter(leaf) for leaf in flatten(tree).values())
+
+
+def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
+    """``lora`` with the adapters at the ``moved`` paths as differences from ``start``; the rest as it is."""
+    if not moved:
+        raise ValueError(
+            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
+            "lora holds none. Leave it out."
+        )
+    check_structure(start, lora, name="start")
+
+    def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
+        return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf
+
+    return map_paths(difference, lora, start)
 
 
 def _wait_for_pending(directory: Path) -> None:
@@ -143,10 +184,10 @@ def _run_and_log(steps: Iterator[None]) -> None:
         raise
 
 
-def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest) -> Iterator[None]:
+def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest, overwrite: bool) -> Iterator[None]:
     """Writes ``arrays``, then makes them the checkpoint. What comes after the yield may run in another thread."""
-    with _explain_errors(directory):
-        folder = directory / f"arrays-{_claim_number(directory)}"
+    with _explain_errors(directory), contextlib.ExitStack() as stack:
+        folder = directory / f"arrays-{_claim_number(directory, overwrite, stack)}"
         finish_write = start_write(folder, arrays)
         yield
         try:
@@ -154,20 +195,26 @@ def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest)
             if multihost.is_primary_host(0):
                 inventory = files.take_inventory(folder)
                 files.commit(directory, dataclasses.replace(manifest, arrays=folder.name, files=inventory).to_json())
-                files.remove_leftovers(directory)
         finally:
             if jax.process_count() > 1:  # nobody goes on before the checkpoint is there, or has failed
                 multihost.get_barrier_sync_fn()(key=f"lojax-save-{folder}", timeout_ms=600_000)
 
 
-def _claim_number(directory: Path) -> int:
-    """Makes the directory, and room in it. Returns a number for new arrays, the same on every process."""
+def _claim_number(directory: Path, overwrite: bool, stack: contextlib.ExitStack) -> int:
+    """Makes the directory, and locks it until ``stack`` is closed.
+
+    Returns:
+        A number for new arrays, the same on every process.
+    """
     number, failure = -1, None
     if multihost.is_primary_host(0):
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_directory(directory))
+            _check_overwrite(directory, overwrite)  # again: there may have been another save
             number = files.next_number(directory)
             files.remove_leftovers(directory)
+            stack.callback(files.remove_leftovers, directory)
         except OSError as error:  # the other processes wait for a number, so they are told before this one raises
             failure = error
     if jax.process_count() > 1:
@@ -177,20 +224,25 @@ def _claim_number(directory: Path) -> int:
     return number
 
 
+def _check_overwrite(directory: Path, overwrite: bool) -> None:
+    if not overwrite and (directory / files.MANIFEST).exists():
+        raise FileExistsError(
+            f"{directory}: holds an adapter. Pass overwrite=True to replace it, or choose another path."
+        )
+
+
 @contextlib.contextmanager
 def _explain_errors(directory: Path) -> Iterator[None]:
     """Turns what the disk, or tensorstore, says into an `OSError` that names the path and what is left there."""
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(OSError):
-            if multihost.is_primary_host(0):
-                files.remove_leftovers(directory)
         is_whole = (directory / files.MANIFEST).exists()
         state = "The previous checkpoint there is whole." if is_whole else "Nothing was saved."
         text = f"{directory}: the adapter could not be saved: {error}. {state}"
         number = getattr(error, "errno", None)
-        raise (OSError(number, text) if number else OSError(text)) from error
+        kind = type(error) if isinstance(error, (FileExistsError, TimeoutError)) else OSError
+        raise (OSError(number, text) if number else kind(text)) from error
 
 
 def _check_json(metadata: Mapping[str, Any]) -> None:
@@ -233,12 +285,42 @@ def restore(
     directory = files.as_local_path(path)
     _wait_for_pending(directory)
     while True:
+        stamp = files.stamp(directory)
         manifest = read_manifest(directory)
         try:
-            return _restore(directory, manifest, frozen, like, sharding, check_base)
-        except (OSError, ValueError):
-            if files.current_folder(directory) in (None, manifest.arrays):
-                raise  # else a save has just replaced the checkpoint: read the new one
+            lora = _restore(directory, manifest, frozen, like, sharding, check_base)
+        except Exception:  # where files vanish beneath it, orbax raises a TypeError as well as an OSError
+            if files.stamp(directory) == stamp:
+                raise
+            continue
+        if files.stamp(directory) == stamp:
+            return lora
+        # Else a save replaced the checkpoint and removed these arrays meanwhile: read the new one.
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that `save` was given, without reading an array.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        What was passed as ``metadata``, as JSON holds it: a tuple is a list.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: Its ``adapter.json`` is damaged.
+
+    >>> import tempfile, lojax
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = lojax.save(folder, lora, metadata={"step": 100})
+    ...     lojax.read_metadata(folder)
+    {'step': 100}
+    """
+    directory = files.as_local_path(path)
+    _wait_for_pending(directory)
+    return dict(read_manifest(directory).metadata)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

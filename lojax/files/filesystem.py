@@ -1,18 +1,28 @@
-"""What a checkpoint asks of a file system: content flushed and hashed, directories locked, JSON that is strict."""
+"""What a checkpoint asks of a file system: content hashed and flushed, directories locked, JSON that is strict."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lojax.text import printable
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MAX_DIGITS = 40
 """Of an integer in JSON; those of a real file have 20 at most."""
+
+_BUSY_LIMIT = 600.0
 
 
 def hash_file(file: Path, start: int = 0, algorithm: Callable[[], Any] | None = None) -> str:
@@ -31,8 +41,17 @@ def new_hash(data: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(data, digest_size=16)
 
 
+def sync_tree(directory: Path) -> None:
+    """Flushes all files in a directory to disk, and their names, so that they survive a power cut."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with open(Path(parent, name), "rb") as stream:
+                os.fsync(stream.fileno())
+        sync_directory(parent)
+
+
 def sync_directory(directory: str | Path) -> None:
-    """Flushes the entries of a directory to disk, so that a file made or renamed in it survives a power cut."""
+    """Flushes the names in a directory to disk, so that a file made or renamed in it survives a power cut."""
     if os.name == "nt":
         return  # Windows cannot open a directory
     descriptor = os.open(directory, os.O_RDONLY)
@@ -40,6 +59,74 @@ def sync_directory(directory: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock_directory(directory: Path, *, timeout: float | None = None) -> Iterator[bool]:
+    """Holds the lock of a directory: at most one thread, of this process or another, is inside at a time.
+
+    The lock is `flock` on the directory itself. So it leaves no file behind, and the system releases it when its
+    holder dies, even by SIGKILL. It says nothing to programs that do not ask for it.
+
+    Args:
+        directory: An existing directory.
+        timeout: Seconds to wait for another holder; the default is ten minutes.
+
+    Yields:
+        Whether there is a lock. There is none on Windows and on file systems that do not offer it.
+
+    Raises:
+        FileNotFoundError: The directory does not exist, or was removed in the meantime.
+        TimeoutError: Another one still holds the lock; the message says which process.
+    """
+    descriptor = _lock(directory, _BUSY_LIMIT if timeout is None else timeout) if fcntl else None
+    if fcntl is None or descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a child forked meanwhile holds a copy
+        os.close(descriptor)
+
+
+def _lock(directory: Path, timeout: float) -> int | None:
+    """The descriptor of the locked directory; None where there are no locks."""
+    assert fcntl is not None
+    start, pause = time.monotonic(), 0.001
+    while True:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+                return descriptor
+            # Else the directory was replaced before we had its lock: the lock is that of the old one.
+        except BlockingIOError:
+            if time.monotonic() - start > timeout:
+                holder = _lock_holder(descriptor)
+                os.close(descriptor)
+                raise TimeoutError(
+                    f"{holder} has been writing to {directory} for {timeout:g} seconds. Wait until it is done, "
+                    "end it, or choose another path"
+                ) from None
+        except FileNotFoundError:
+            os.close(descriptor)
+            raise
+        except OSError:  # EBADF on NFS, whose locks need a file open for writing; ENOTSUP and ENOLCK elsewhere
+            os.close(descriptor)
+            return None
+        os.close(descriptor)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _lock_holder(descriptor: int) -> str:
+    """Who holds the lock of an open directory, as far as Linux tells."""
+    inode = os.fstat(descriptor).st_ino
+    with contextlib.suppress(OSError):
+        if match := re.search(rf"FLOCK +ADVISORY +WRITE (\d+) \S+:{inode} ", Path("/proc/locks").read_text()):
+            return "another thread of this process" if int(match[1]) == os.getpid() else f"process {match[1]}"
+    return "another process"
 
 
 def parse_json(text: bytes) -> Any:

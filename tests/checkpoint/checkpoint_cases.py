@@ -47,6 +47,11 @@ def at_step(step: int) -> dict[str, Any]:
     return {"head": head, "query": lojax.Adapter(a, b, 2.0, ("in", "out"), 0.0), "rest": None}
 
 
+def save_full(path: Path, lora: Any, **settings: Any) -> Any:
+    """Saves a lora without an adapter: all of it is trained in full, and ``frozen`` says so."""
+    return lojax.save(path, lora, frozen=jax.tree.map(lambda _: None, lora), **settings)
+
+
 def arrays_folder(path: Path) -> Path:
     """The folder that the checkpoint at ``path`` names."""
     return path / json.loads((path / files.MANIFEST).read_text())["arrays"]

@@ -68,7 +68,7 @@ def test_restores_bit_for_bit(version):
     assert manifest.metadata == {"step": 1234, "note": "golden"}
     assert manifest.software["jax"] == "0.10.2"
     entry = manifest.adapters["blocks/kernel"]
-    assert (entry.rank, entry.weight, entry.static["scale"]) == (2, (3, 6, 2, 4), 8.0)
+    assert (entry.rank, entry.weight_shape, entry.scale) == (2, (3, 6, 2, 4), 8.0)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

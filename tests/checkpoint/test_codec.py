@@ -19,7 +19,7 @@ from lojax.checkpoint.codec import (
     describe_leaves,
     flatten_with_keys,
 )
-from lojax.checkpoint.manifest import AdapterEntry, Manifest, StoredArray
+from lojax.checkpoint.manifest import Manifest, StoredArray
 
 
 def _every_field() -> lojax.Adapter:
@@ -35,6 +35,8 @@ def _every_field() -> lojax.Adapter:
         rows=np.full((2, 4), 4, np.float32),
         tokens=(5, 1),
         ranks=(2, 1, 2),
+        requested_rank=9,
+        moved_base="pissa",
         frozen_a=True,
     )
     for field in dataclasses.fields(lojax.Adapter):
@@ -56,7 +58,7 @@ def test_every_field_of_an_adapter_comes_back_through_the_file(tmp_path):
     assert_same_bits(restored, lora)
     adapter = restored["layer"]["w"]
     assert (adapter.scale, adapter.tokens, adapter.ranks) == ((0.5, 1.0, 2.0), (5, 1), (2, 1, 2))
-    assert adapter.frozen_a is True and adapter.b.names == (None, None, "model")
+    assert adapter.frozen_a is True and adapter.moved_base == "pissa" and adapter.b.names == (None, None, "model")
 
 
 def test_flatten_with_keys_tells_only_of_keys_that_the_path_does_not():
@@ -73,8 +75,8 @@ def test_collect_arrays_names_each_array_by_path_and_field():
 
 def test_describe_leaves():
     adapters, full, other = describe_leaves({"w": _every_field(), "bias": np.ones(2, np.int8), "rest": None})
-    assert isinstance(adapters["w"], AdapterEntry) and adapters["w"].rank == 2 and adapters["w"].weight == (3, 6, 4)
-    assert adapters["w"].arrays["b"].box == {"kind": "Partitioned", "names": [None, None, "model"]}
+    assert adapters["w"].rank == 2 and adapters["w"].weight_shape == (3, 6, 4)
+    assert adapters["w"].b.box == {"kind": "Partitioned", "names": [None, None, "model"]}
     assert full == {"bias": StoredArray((2,), "int8")} and other == ("rest",)
 
 

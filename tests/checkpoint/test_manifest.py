@@ -10,25 +10,24 @@ import pytest
 from helpers import message
 
 import lojax
+from lojax.adapters.adapter import ARRAYS
 from lojax.checkpoint.manifest import (
-    ARRAY_FIELDS,
     STATIC_FIELDS,
-    AdapterEntry,
     BaseEntry,
     Manifest,
     StoredArray,
     StoredFile,
+    adapter_from_json,
+    adapter_to_json,
     parse,
     stored_name,
     to_plain,
 )
 
-STATIC = {**STATIC_FIELDS, "scale": 2.0, "axes": ("in", "out")}
-
 
 def test_the_fields_are_those_of_the_adapter():
-    assert {*STATIC_FIELDS, *ARRAY_FIELDS} == {field.name for field in dataclasses.fields(lojax.Adapter)}
-    assert {"a", "b", "magnitude", "rows"} <= {*ARRAY_FIELDS} and {"scale", "axes"} <= {*STATIC_FIELDS}
+    assert {*STATIC_FIELDS, *ARRAYS} == {field.name for field in dataclasses.fields(lojax.Adapter)}
+    assert {"a", "b", "magnitude", "rows"} <= {*ARRAYS} and {"scale", "axes"} <= {*STATIC_FIELDS}
 
 
 @pytest.mark.parametrize(
@@ -77,22 +76,33 @@ def test_a_stored_array_knows_its_size_and_goes_through_json():
             parse(StoredArray, {**to_plain(array), "box": box}, "w")
 
 
-def test_an_adapter_entry_tells_rank_alpha_and_weight():
-    entry = AdapterEntry(STATIC, {"a": StoredArray((5, 3), "float32"), "b": StoredArray((3, 7), "float32")})
-    fields = entry.to_json()
+def _adapter(**fields):
+    arrays = {"a": StoredArray((5, 3), "float32"), "b": StoredArray((3, 7), "float32")}
+    return lojax.Adapter(**{**arrays, "scale": 2.0, "axes": ("in", "out"), **fields})
+
+
+def test_an_adapter_goes_through_json_with_rank_alpha_and_weight_for_readers():
+    fields = adapter_to_json(_adapter())
     assert list(fields)[:3] == ["rank", "alpha", "scaling"] and (fields["rank"], fields["alpha"]) == (3, 6.0)
     assert fields["weight"] == [5, 7] and "frozen_a" not in fields  # what has its default is left out
-    assert AdapterEntry.from_json(fields, "w") == entry
-    rows = AdapterEntry({**STATIC, "tokens": (0, 4)}, {"rows": StoredArray((2, 7), "float32")})
-    assert rows.rank == 0 and rows.weight == (None, 7)  # nothing stored has the length of the vocabulary
-    assert AdapterEntry.from_json(rows.to_json(), "w") == rows
+    assert adapter_from_json(fields, "w") == _adapter()
+    rows = _adapter(a=None, b=None, tokens=(0, 4), rows=StoredArray((2, 7), "float32"))
+    assert adapter_to_json(rows)["weight"] == [None, 7]  # nothing stored has the length of the vocabulary
+    assert adapter_from_json(adapter_to_json(rows), "w") == rows
+
+
+@pytest.mark.parametrize(
+    "change", [{"rank": 4}, {"weight": [5, 8]}, {"b": None}, {"tokens": [1]}, {"scale": None}, {"axes": ["in", "in"]}]
+)
+def test_an_adapter_whose_entry_contradicts_itself_is_refused(change):
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        adapter_from_json({**adapter_to_json(_adapter()), **change}, "w")
 
 
 def test_a_manifest_goes_through_json_and_names_its_arrays(tmp_path):
-    entry = AdapterEntry(STATIC, {"a": StoredArray((5, 3), "float32"), "b": StoredArray((3, 7), "float32")})
     manifest = Manifest(
         metadata={"step": 1},
-        adapters={"w": entry},
+        adapters={"w": _adapter()},
         full={"head": StoredArray((2,), "int8")},
         other=("rest",),
         keys={"rest": ("rest", 0)},
