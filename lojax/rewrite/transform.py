@@ -44,6 +44,7 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
         ``g(frozen, lora, *args, dropout_key=None, **kwargs)``.
 
     Raises:
+        TypeError: ``f`` is not a function.
         ValueError: ``execution`` is unknown, or is ``"materialize"`` with ``strict``.
 
     >>> f = lambda params, x: x @ params["w"]
@@ -55,6 +56,8 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
     """
 
     execution = check_execution(execution, strict)
+    if not callable(f):
+        raise TypeError(f"transform takes a function f(params, ...), got {f!r}. For a module, use lojax.wrap.")
 
     @functools.wraps(f, updated=())
     def adapted(
