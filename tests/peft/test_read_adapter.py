@@ -254,7 +254,7 @@ def test_a_changed_digit_in_the_config_of_our_own_files_is_noticed(tmp_path):
     config.write_text(json.dumps(fields | {"lora_alpha": 5}))
     text = refusal(tmp_path)
     assert (
-        f"{config} is not the one that lojax wrote beside adapter_model.safetensors: lora_alpha is 5, and was 4" in text
+        f"{config} is not the one that lojax wrote beside adapter_model.safetensors: lora_alpha is 5, and was 3" in text
     )
     assert "safetensors.numpy.save_file(t, path, metadata={'format': 'pt'})" in text
     config.write_text(json.dumps(fields | {"task_type": "CAUSAL_LM", "base_model_name_or_path": "org/other"}))
