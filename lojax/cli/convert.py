@@ -177,6 +177,8 @@ def _orbax(path: Path) -> Params:
     # orbax wraps the tree in one or two more layers, by version
     metadata = getattr(metadata, "item_metadata", metadata)
     tree = getattr(metadata, "tree", metadata)
+    if not tree:
+        raise ValueError("no arrays of orbax are in it")
 
     @functools.cache
     def restored() -> list[np.ndarray]:

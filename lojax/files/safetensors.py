@@ -145,20 +145,21 @@ def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
     def is_sizes(value: object) -> bool:
         return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
-    tensor = f"tensor {_quoted(name)}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise _damaged(path, f"{tensor} lacks a dtype, shape or data_offsets")
+        raise _damaged(path, f"tensor {_quoted(name)} lacks a dtype, shape or data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"{tensor} has shape {_quoted(shape)} and data_offsets {_quoted(offsets)}")
+        raise _damaged(path, f"tensor {_quoted(name)} has shape {_quoted(shape)} and data_offsets {_quoted(offsets)}")
     if len(shape) > MAX_AXES:  # the product of thousands of sizes takes quadratic time
-        raise _damaged(path, f"{tensor} has {len(shape):,} axes, of which NumPy has {MAX_AXES} at most")
+        raise _damaged(path, f"tensor {_quoted(name)} has {len(shape):,} axes, of which NumPy has {MAX_AXES} at most")
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
-        raise ValueError(f"{path}: {tensor} has dtype {_quoted(fields['dtype'])}; lojax reads {', '.join(DTYPES)}.")
+        raise ValueError(
+            f"{path}: tensor {_quoted(name)} has dtype {_quoted(fields['dtype'])}; lojax reads {', '.join(DTYPES)}."
+        )
     dtype = DTYPES[fields["dtype"]]
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
         claim = f"shape {_quoted(shape)} of {fields['dtype']} in {offsets[1] - offsets[0]:,} bytes"
-        raise _damaged(path, f"{tensor} claims {claim}")
+        raise _damaged(path, f"tensor {_quoted(name)} claims {claim}")
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 

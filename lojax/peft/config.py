@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -162,13 +163,14 @@ def _matcher(targets: str | Sequence[str] | None) -> Callable[[str], bool]:
     return is_target
 
 
-def read_config(directory: Path) -> Config:
+def read_config(directory: str | os.PathLike[str]) -> Config:
     """Reads and checks the config of an adapter directory.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is not JSON, has a field of the wrong type, or asks for what lojax does not do.
     """
+    directory = Path(directory).expanduser()
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(_missing_text(directory))

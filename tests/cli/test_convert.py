@@ -16,6 +16,7 @@ import lojax.peft
 from lojax.checkpoint.save_restore import restore
 from lojax.cli.main import main
 from lojax.files import safetensors
+from tests.peft.adapter_files import copied
 from tests.peft.layouts import EMBEDDING, LAYOUTS, golden
 
 LAYOUT = LAYOUTS["heads"]
@@ -118,3 +119,78 @@ def test_wrong_arguments_say_what_to_do(arguments, reason, rules, tmp_path, caps
 def test_an_existing_target_is_refused(rules, tmp_path, capsys):
     assert main(["convert", str(golden("linear")[0]), str(tmp_path), "--map", rules]) == 1
     assert "exists. Choose another directory, or pass --overwrite" in capsys.readouterr().err
+
+
+def as_safetensors(tensors: Any, path: Path) -> None:
+    safetensors.write_all(path, tensors, {})
+
+
+BROKEN = {
+    "strings.msgpack": lambda path: path.write_bytes(serialization.msgpack_serialize({"a": {"b": "text"}})),
+    "numbers.msgpack": lambda path: path.write_bytes(serialization.msgpack_serialize({"a": 3})),
+    "root.msgpack": lambda path: path.write_bytes(serialization.msgpack_serialize("text")),
+    "noise.msgpack": lambda path: path.write_bytes(bytes(range(256))),
+    "empty.msgpack": lambda path: path.write_bytes(b""),
+    "noise.safetensors": lambda path: path.write_bytes(bytes(range(256))),
+    "leaf_and_dict.safetensors": lambda path: as_safetensors({"a": np.ones(1), "a.b": np.ones(1)}, path),
+    "not_orbax": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_params_that_are_broken_are_refused_with_their_path(name, rules, tmp_path, capsys):
+    BROKEN[name](tmp_path / name)
+    arguments = ["convert", str(golden("linear")[0]), str(tmp_path / "out"), "--map", rules]
+    assert main([*arguments, "--params", str(tmp_path / name)]) == 1
+    assert f"{tmp_path / name} does not hold a parameter tree (" in capsys.readouterr().err
+
+
+def test_a_file_of_rules_that_is_broken_is_named(tmp_path, capsys):
+    for data in (b"not a rule", b"\xff\xfe"):
+        (tmp_path / "rules.txt").write_bytes(data)
+        arguments = ["convert", str(golden("linear")[0]), str(tmp_path / "out"), "--map", str(tmp_path / "rules.txt")]
+        assert main(arguments) == 1
+        assert f"{tmp_path / 'rules.txt'}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["params", ".", "adapter"])
+def test_a_target_that_is_or_holds_an_input_is_refused(target, rules, tmp_path, capsys):
+    params_file("orbax", tmp_path)
+    copied("linear", tmp_path / "adapter")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    arguments = ["--map", rules, "--params", str(tmp_path / "params"), "--overwrite"]
+    assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / target), *arguments]) == 1
+    assert "which is an input" in capsys.readouterr().err
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_overwrite_replaces_only_what_lojax_wrote(rules, tmp_path, capsys):
+    params = params_file("safetensors", tmp_path)
+    there = [
+        "convert",
+        str(golden("linear")[0]),
+        str(tmp_path / "ours"),
+        "--map",
+        rules,
+        "--params",
+        params,
+        "--overwrite",
+    ]
+    back = ["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--map", rules, "--overwrite"]
+    for arguments, target in ((there, "ours"), (back, "theirs")):
+        assert main(arguments) == 0 and main(arguments) == 0
+        (tmp_path / target / "notes.txt").write_text("precious")
+        assert main(arguments) == 1
+        assert "holds notes.txt, which lojax did not write" in capsys.readouterr().err
+        (tmp_path / target / "notes.txt").unlink()
+    copied("linear", tmp_path / "of PEFT")
+    (tmp_path / "of PEFT" / "golden.safetensors").unlink()
+    assert main([*back[:2], str(tmp_path / "of PEFT"), *back[3:]]) == 1
+
+
+def test_the_home_of_the_user_is_known(rules, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params_file("safetensors", tmp_path)
+    copied("linear", tmp_path / "adapter")
+    assert main(["convert", "~/adapter", "~/ours", "--map", "~/rules.txt", "--params", "~/params.safetensors"]) == 0
+    assert main(["inspect", "~/ours"]) == 0

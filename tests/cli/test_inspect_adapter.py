@@ -75,3 +75,37 @@ def test_what_is_no_adapter_is_refused(spoil, reason, tmp_path):
 def test_an_empty_directory_is_refused(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     assert "lojax inspect: " in (error := capsys.readouterr().err) and "holds no adapter_config.json" in error
+
+
+def test_terminal_escapes_out_of_a_file_are_not_printed(tmp_path, capsys):
+    config = {"base_model_name_or_path": "\x1b]0;owned\x07", "task_type": "\u202egnp.exe"}
+    path = edited(
+        copied("linear", tmp_path, config=config),
+        lambda t: t.update({"base_model.model.\x1b[31mhead.weight": np.zeros(3, np.float32)}),
+    )
+    assert main(["inspect", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert all(line.isprintable() for line in output.splitlines()) and "\\x1b[31mhead.weight" in output
+    edited(path, lambda t: t.update({"\x1b[31mstray": np.zeros(3, np.float32)}))
+    assert main(["inspect", str(path)]) == 1
+    assert "\\x1b[31mstray is not a key of PEFT" in (error := capsys.readouterr().err) and "\x1b" not in error
+
+
+@pytest.mark.parametrize(
+    "shapes", [((), (6, 2)), ((2,), (6, 2)), ((2, 6), (6,)), ((2, 6), (6, 3)), ((0, 6), (6, 0)), ((2, 6), (6, 2, 5))]
+)
+@pytest.mark.parametrize("experts", [False, True])
+def test_factors_of_any_shape_are_refused(shapes, experts, tmp_path):
+    pair = {
+        f"base_model.model.layers.0.q.lora_{s}.weight": np.ones(shape, np.float32)
+        for s, shape in zip("AB", shapes, strict=True)
+    }
+    config = {"target_parameters": ["w"]} if experts else {}
+    text = message(ValueError, describe, edited(copied("linear", tmp_path, config=config), lambda t: t.update(pair)))
+    assert "not factors of one rank" in text and str(tmp_path) in text
+
+
+def test_factors_that_are_not_finite_are_shown_as_such(tmp_path):
+    key = "base_model.model.layers.0.q.lora_A.weight"
+    text = describe(edited(copied("linear", tmp_path), lambda t: t.update({key: np.full((2, 6), np.inf, np.float32)})))
+    assert next(line for line in text.splitlines() if line.startswith("layers.0.q ")).split()[-2] == "nan"

@@ -18,7 +18,23 @@ def test_every_subcommand_offers_what_main_needs(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     assert stopped.value.code == 0
-    assert module.__doc__.split()[0] in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert module.__doc__.split()[0] in text
+    assert f"example:\n  {module.EXAMPLE}\n" in text and module.EXAMPLE.startswith(f"lojax {name} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_every_subcommand_parses(name, monkeypatch):
+    module = importlib.import_module(COMMANDS[name])
+    taken = []
+    monkeypatch.setattr(module, "run", taken.append)
+    assert main(module.EXAMPLE.split()[1:]) == 0
+    assert taken
+
+
+def test_errors_hold_no_terminal_escapes(capsys):
+    assert main(["inspect", "\x1b[31mnowhere"]) == 1
+    assert "\\x1b[31mnowhere is not a directory" in capsys.readouterr().err
 
 
 def test_the_module_runs():

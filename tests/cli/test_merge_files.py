@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -230,6 +231,74 @@ def test_an_existing_target_is_refused(tmp_path, capsys):
     assert main(arguments) == 1
     assert "exists. Choose another directory, or pass --overwrite to replace it." in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("target", [".", "..", "base", "adapter", "base/..", "link", "base/model.safetensors", "blobs"])
+def test_a_target_that_is_or_holds_an_input_is_refused(target, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir((tmp_path / "root").mkdir() or tmp_path / "root")
+    blob = written(Path("blobs/1234"), golden("linear")[1])
+    Path("base").mkdir()
+    Path("base/model.safetensors").symlink_to(blob.resolve())  # as in the cache of the Hugging Face hub
+    copied("linear", Path("adapter"))
+    Path("link").symlink_to("base")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    assert main(["merge", "base", "adapter", target, "--overwrite"]) == 1
+    assert "which is an input. Choose another directory." in capsys.readouterr().err
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_target_inside_the_base_is_taken(tmp_path):
+    base = sharded(tmp_path / "base", golden("linear")[1])
+    assert main(["merge", str(base), str(golden("linear")[0]), str(base / "merged")]) == 0
+
+
+@pytest.mark.parametrize(
+    "entry", ["notes.txt", "pytorch_model.bin", "mine/deep.txt", "other.safetensors", "config.json"]
+)
+def test_overwrite_replaces_only_what_lojax_wrote(entry, tmp_path, capsys):
+    base = sharded(tmp_path / "base", golden("linear")[1])
+    arguments = ["merge", str(base), str(golden("linear")[0]), str(tmp_path / "out"), "--overwrite"]
+    assert main(arguments) == 0 and main(arguments) == 0, "what it wrote is replaced"
+    if entry == "config.json":  # somebody else's model, with a config of the same name
+        for path in (tmp_path / "out").glob("*.safetensors"):
+            path.unlink()
+    path = tmp_path / "out" / entry
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+    assert main(arguments) == 1
+    assert f"holds {entry.partition('/')[0]}, which lojax did not write" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+
+
+def test_a_merged_model_can_be_merged_again(tmp_path):
+    """Its base may be a file of lojax, whose digest is not that of what is merged into it."""
+    safetensors.write_all(tmp_path / "model.safetensors", golden("linear")[1], {"format": "pt"})
+    merge(tmp_path / "model.safetensors", golden("linear")[0], tmp_path / "one")
+    merge(tmp_path / "one", golden("linear")[0], tmp_path / "two")
+    assert set(read(tmp_path / "two" / "model.safetensors")) == set(golden("linear")[1])
+
+
+def test_many_misfits_are_refused_in_linear_time(tmp_path):
+    count = 20_000
+    base = {f"layers.{i}.w.weight": np.zeros((2, 2), np.float16) for i in range(2000)}
+    keys = [f"base_model.model.other.{i}.lora_{side}.weight" for i in range(count) for side in "AB"]
+    adapter = edited(copied("linear", tmp_path / "a"), lambda t: t.update(dict.fromkeys(keys, np.zeros((2, 2), "f2"))))
+    path = written(tmp_path / "model.safetensors", base)
+    start = time.process_time()
+    assert "has no place (nearest in the base: layers." in refusal(path, adapter)
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("q.lora_A.weight", ()), ("q.lora_A.weight", (0, 6)), ("q.lora_B.weight", (6,)), ("o.lora_A.weight", (2, 0))],
+)
+def test_factors_of_any_shape_are_refused(key, shape, tmp_path):
+    spoil = lambda t: t.update({f"base_model.model.layers.0.{key}": np.zeros(shape, np.float32)})
+    text = refusal(
+        written(tmp_path / "model.safetensors", golden("linear")[1]), edited(copied("linear", tmp_path / "a"), spoil)
+    )
+    assert "does not fit the base" in text and "layers.0" in text
 
 
 def test_memory_stays_near_the_largest_tensor(tmp_path):

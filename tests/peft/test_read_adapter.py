@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import message
+from helpers import assert_same_bits, message
 
 import lojax
 import lojax.peft
 from lojax.adapters.adapter import is_adapter
-from tests.peft.adapter_files import copied, edited, outputs, written
+from lojax.files import safetensors
+from tests.peft.adapter_files import copied, edited, outputs, tensors_of, written
 from tests.peft.layouts import EXPERTS, LAYOUTS, ROWS, golden, shaped
 
 FLAT = LAYOUTS["flat"]
@@ -257,3 +260,152 @@ def test_a_rank_above_both_sides_of_the_weight_is_imported_exactly(tmp_path):
     lojax.peft.save(tmp_path / "again", lora, lojax.peft.freeze(base, lora), FLAT.names)
     again = lojax.peft.load(tmp_path / "again", base, FLAT.names)
     jax.tree.map(np.testing.assert_array_equal, again, lora)
+
+
+# --- hostile and damaged files ---
+
+
+def test_a_changed_digit_in_the_config_of_our_own_files_is_noticed(tmp_path):
+    """It changes the scale and nothing else: no shape tells."""
+    base = FLAT.base(golden("linear")[1])
+    lora = lojax.peft.load(golden("linear")[0], base, FLAT.names)
+    lojax.peft.save(tmp_path, lora, lojax.peft.freeze(base, lora), FLAT.names)
+    config = tmp_path / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    assert fields["lora_alpha"] == 3
+    config.write_text(json.dumps(fields | {"lora_alpha": 5}))
+    text = refusal(tmp_path)
+    assert (
+        f"{config} is not the one that lojax wrote beside adapter_model.safetensors: lora_alpha is 5, and was 3" in text
+    )
+    assert "safetensors.numpy.save_file(t, path, metadata={'format': 'pt'})" in text
+    config.write_text(json.dumps(fields | {"task_type": "CAUSAL_LM", "base_model_name_or_path": "org/other"}))
+    assert_same_bits(lojax.peft.load(tmp_path, base, FLAT.names), lora)
+
+
+def test_the_way_to_keep_a_config_that_was_changed_on_purpose_works(tmp_path):
+    safetensors_of_others = pytest.importorskip("safetensors.numpy")
+    base = FLAT.base(golden("linear")[1])
+    lora = lojax.peft.load(golden("linear")[0], base, FLAT.names)
+    lojax.peft.save(tmp_path, lora, lojax.peft.freeze(base, lora), FLAT.names)
+    config, path = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(config.read_text().replace('"lora_alpha": 3', '"lora_alpha": 30'))
+    assert "lora_alpha is 30, and was 3" in refusal(tmp_path)
+    safetensors_of_others.save_file(safetensors_of_others.load_file(path), path, metadata={"format": "pt"})
+    again = lojax.peft.load(tmp_path, base, FLAT.names)
+    assert again["layers"]["0"]["q"]["kernel"].scale == 10 * lora["layers"]["0"]["q"]["kernel"].scale
+
+
+@pytest.mark.parametrize("record", ["{", "[1]", "3", "[" * 100_000, '{"r": 77}'])
+def test_a_record_of_the_config_that_is_no_such_thing_is_refused(record, tmp_path):
+    path = copied("linear", tmp_path)
+    tensors = tensors_of(path)
+    (path / "adapter_model.safetensors").unlink()
+    safetensors.write_all(path / "adapter_model.safetensors", tensors, {"lojax_config": record})
+    text = refusal(path)
+    assert "lojax_config in its metadata is not a JSON object" in text or "r is 2, and was 77" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (
+            ["base_model.model.head.weight", "base_model.model.head.base_layer.weight"],
+            "is the second tensor for one place",
+        ),
+        (
+            ["base_model.model.head.modules_to_save.weight", "base_model.model.head.weight"],
+            "is the second tensor for one",
+        ),
+        (["base_model.model." + "a." * 600 + "weight"], "is not a key of PEFT"),
+    ],
+)
+def test_keys_that_would_be_dropped_in_silence_are_refused(keys, reason, tmp_path):
+    more = {f"base_model.model.{key}": np.full((3, 6), i, np.float32) for i, key in enumerate(keys)}
+    text = refusal(edited(copied("linear", tmp_path), lambda tensors: tensors.update(more)))
+    assert reason in text and len(text) < 1000
+
+
+def test_two_spellings_of_one_magnitude_are_refused(tmp_path):
+    key = "base_model.model.layers.0.q.lora_magnitude_vector"
+    more = {f"{key}.weight": np.ones(6, np.float32)}
+    path = edited(copied("dora", tmp_path), lambda tensors: tensors.update(more))
+    text = message(ValueError, lojax.peft.load, path, FLAT.base(golden("dora")[1]), FLAT.names)
+    assert "is the second tensor for one place" in text
+
+
+def test_factors_of_whole_numbers_are_refused(tmp_path):
+    path = edited(copied("linear", tmp_path), lambda tensors: tensors.update({KEY: tensors[KEY].view(np.int32)}))
+    assert f"unexpected: {KEY} holds int32, not floating-point numbers" in refusal(path)
+
+
+def test_a_parameter_of_whole_numbers_in_the_place_of_another_is_refused(tmp_path):
+    key = "base_model.model.head.weight"
+    path = edited(copied("patterns", tmp_path), lambda tensors: tensors.update({key: tensors[key].view(np.int32)}))
+    text = message(ValueError, lojax.peft.load, path, FLAT.base(golden("patterns")[1]), FLAT.names)
+    assert f"{key} holds int32; head/kernel is float32" in text and str(path) in text
+
+
+MANY = {
+    "foreign keys": lambda i: f"key{i}",
+    "modules of no base": lambda i: f"base_model.model.layers.{i}.q.lora_A.weight",
+    "parameters of no base": lambda i: f"base_model.model.layers.{i}.weight",
+    "magnitudes of no base": lambda i: f"base_model.model.layers.{i}.lora_magnitude_vector",
+    "token rows of no base": lambda i: f"base_model.model.layers.{i}.token_adapter.trainable_tokens_delta",
+    "wrappers": lambda i: f"base_model.model.layers{'.base_layer' * (i % 80)}.{i}.lora_B.weight",
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_the_time_to_refuse_many_keys_is_linear_in_their_number(kind, tmp_path):
+    count = 20_000
+    path = written(
+        tmp_path,
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]},
+        {MANY[kind](i): np.zeros(1, np.float16) for i in range(count)},
+    )
+    start = time.process_time()
+    text = refusal(path)
+    assert time.process_time() - start < 5
+    assert "more" in text and len(text) < 10_000 and str(path) in text
+
+
+def test_terminal_escapes_out_of_a_file_are_not_printed(tmp_path):
+    more = {"base_model.model.\x1b[31mred\x07.lora_A.weight": np.zeros((2, 6), np.float32), "\ud800": np.zeros(1)}
+    text = refusal(edited(copied("linear", tmp_path), lambda tensors: tensors.update(more)))
+    assert "\\x1b[31mred" in text and "\\ud800" in text and all(line.isprintable() for line in text.splitlines())
+
+
+# --- ranks ---
+
+
+@pytest.mark.parametrize("rank", [4, 8, 20])
+def test_a_rank_above_the_sides_of_its_weight_is_loaded_as_it_is(rank, tmp_path):
+    """PEFT allows it, as on a head of three classes: there the update is of rank 3, and the factors are not."""
+    rng = np.random.default_rng(rank)
+    a, b = rng.normal(size=(rank, 6)).astype(np.float32), rng.normal(size=(3, rank)).astype(np.float32)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["head"]}
+    tensors = {f"base_model.model.head.lora_{side}.weight": x for side, x in (("A", a), ("B", b))}
+    base = FLAT.base(golden("linear")[1])
+    lora = lojax.peft.load(written(tmp_path / "in", fields, tensors), base, FLAT.names)
+    assert lora["head"]["kernel"].rank == rank
+    frozen = lojax.peft.freeze(base, lora)
+    merged = lojax.merge(frozen, lora)["head"]["kernel"]
+    np.testing.assert_allclose(merged, base["head"]["kernel"] + 2 * (b @ a).T, rtol=1e-5, atol=1e-4)
+    x = golden("linear")[2]
+    np.testing.assert_allclose(
+        outputs(FLAT, base, lora, x), FLAT.apply(lojax.merge(frozen, lora), x), rtol=1e-4, atol=1e-4
+    )
+    lojax.peft.save(tmp_path / "out", lora, frozen, FLAT.names)
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors)
+    lojax.save(tmp_path / "orbax", lora)
+    assert_same_bits(lojax.restore(tmp_path / "orbax"), lora)
+
+
+def test_the_home_of_the_user_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copied("linear", tmp_path / "adapter")
+    base = FLAT.base(golden("linear")[1])
+    lora = lojax.peft.load("~/adapter", base, FLAT.names)
+    lojax.peft.save("~/again", lora, lojax.peft.freeze(base, lora), FLAT.names)
+    assert lojax.peft.read_config("~/again")["r"] == 2 and (tmp_path / "again").is_dir()

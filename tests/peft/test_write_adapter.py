@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -265,6 +267,53 @@ def test_an_existing_directory_is_refused_unless_overwritten(tmp_path):
     lojax.peft.save(tmp_path / "out", lora, frozen, names, overwrite=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_adapter_that_lojax_wrote_is_replaced_by_default_as_by_lojax_save(tmp_path):
+    _, lora, frozen, *_ = loaded("linear", LAYOUTS["flat"])
+    names = LAYOUTS["flat"].names
+    (tmp_path / "out").mkdir()
+    for scale in (1, 2):
+        lojax.peft.save(tmp_path / "out", lojax.rescale(lora, scale), frozen, names)
+        assert fields(tmp_path / "out")["lora_alpha"] == 3 * scale
+    text = message(FileExistsError, lojax.peft.save, tmp_path / "out", lora, frozen, names, overwrite=False)
+    assert "exists. Choose another directory, or pass overwrite=True" in text
+
+
+@pytest.mark.parametrize("kind", ["of PEFT", "half", "a config", "a model", "a file"])
+def test_what_lojax_did_not_write_is_replaced_only_when_asked(kind, tmp_path):
+    path, lora, frozen, *_ = loaded("linear", LAYOUTS["flat"])
+    names, out = LAYOUTS["flat"].names, tmp_path / "out"
+    if kind == "a file":
+        out.write_text("precious")
+    else:
+        shutil.copytree(path, out)
+        (out / "golden.safetensors").unlink()
+    if kind == "a config":
+        (out / "adapter_model.safetensors").unlink()
+    if kind == "half":
+        (out / "adapter_model.safetensors").write_bytes(b"precious")
+    if kind == "a model":
+        lojax.peft.save(out, lora, frozen, names, overwrite=True)
+        (out / "model.safetensors").write_bytes(b"precious")
+    text = message(FileExistsError, lojax.peft.save, out, lora, frozen, names)
+    assert f"{out} exists. Choose another directory, or pass overwrite=True to replace it." in text
+    assert out.exists()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    """A limit on the size of a file stands for the end of the disk."""
+    _, lora, frozen, *_ = loaded("linear", LAYOUTS["flat"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, name in ((100, "adapter_model.safetensors"), (20_000, "adapter_config.json")):
+        big = {"revision": "x" * 100_000}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            text = message(OSError, lojax.peft.save, tmp_path / "out", lora, frozen, LAYOUTS["flat"].names, config=big)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "File too large" in text and str(tmp_path / "out" / name) in text
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
