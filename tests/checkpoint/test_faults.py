@@ -382,6 +382,7 @@ _FORGED = {
     "unknown field": (_set("adapters", "query", "exec", to="x"), "exec"),
     "unknown array": (_set("adapters", "query", "c", to={"shape": [1], "dtype": "float32", "digest": ""}), "'c'"),
     "path twice": (_set("other", to=["query"]), "twice"),
+    "a leaf below a leaf": (_set("other", to=["head/more"]), "'head/more' is below 'head', which is a leaf"),
     "keys": (_set("keys", to={"head": [{}]}), "'keys'"),
     "base": (_set("base", to=[1]), "'base'"),
     "base entry": (_set("base", to={"head": {"spec": 1}}), "'base'"),
