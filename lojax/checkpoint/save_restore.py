@@ -284,7 +284,7 @@ def restore(
     """
     directory = files.as_local_path(path)
     _wait_for_pending(directory)
-    while True:
+    while True:  # once, unless a save replaces the checkpoint meanwhile
         stamp = files.stamp(directory)
         manifest = read_manifest(directory)
         try:
