@@ -17,6 +17,7 @@ from lojax.adapters.trees import check_pair
 from lojax.compat import remove_dead_equations
 from lojax.lowrank.strategy import check_execution
 from lojax.lowrank.value import LowRank, from_adapter
+from lojax.rewrite.constant_base import warn_if_frozen_is_constant
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.rewrite.rules import RULES
@@ -28,7 +29,10 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
 
     ``g`` computes ``f`` with every adapted weight ``W0`` replaced by ``W0 + scale * a @ b``, factored
     wherever its use allows. It composes with `jit`, `grad`, `vmap`, `scan`, `shard_map` like any pure
-    function. No gradient flows to ``frozen``.
+    function. No gradient flows to ``frozen``. Under `jit`, pass ``frozen`` as an argument: captured, it becomes
+    constants of the program.
+
+    ``g`` traces ``f`` at every call, under `jit` or not: print values with `jax.debug.print`.
 
     Args:
         f: A function whose first argument is a parameter tree.
@@ -63,6 +67,7 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
     def adapted(
         frozen: Params, lora: Params, *args: PyTree, dropout_key: Key | None = None, **kwargs: PyTree
     ) -> PyTree:
+        warn_if_frozen_is_constant(frozen, lora)
         interpreter = Interpreter(RULES, execution, Recorder(strict))
         return evaluate(f, interpreter, lowrank_params(frozen, lora, dropout_key), args, kwargs)
 
