@@ -358,7 +358,8 @@ OTHERS = {
     "summary: lora twice": (
         lambda: lojax.summary(LORA, LORA),
         ValueError,
-        "frozen holds an adapter at first/kernel, and only lora may hold adapters. Use the pair that one init returned.",
+        "frozen holds an adapter at first/kernel, and only lora may hold adapters.",
+        "Use the pair that one init returned.",
     ),
     "apply: the net returns a string": (
         lambda: lojax.transform(lambda p, x: (mlp(p, x), "done"))(FROZEN, LORA, X),
