@@ -45,7 +45,7 @@ from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
 from lojax.checkpoint.codec import build_tree, check_like, collect_arrays, describe_leaves, flatten_with_keys
 from lojax.checkpoint.manifest import Manifest
-from lojax.files.filesystem import lock_directory
+from lojax.files.filesystem import lock_directory, parse_json
 from lojax.types import ArrayLike, Leaf, Params
 
 _log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def _explain_errors(directory: Path) -> Iterator[None]:
 
 def _check_json(metadata: Mapping[str, Any]) -> None:
     try:
-        json.dumps(metadata, allow_nan=False)
+        parse_json(json.dumps(metadata, allow_nan=False).encode())  # also what `restore` refuses, such as 1 beside "1"
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be JSON (numbers, strings, lists, dicts with string keys): {error}.") from error
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lojax.files.filesystem import lock_directory, sync_directory, sync_tree
+from lojax.files.naming import naming
 
-_OLD = ".old"
+_NEW, _OLD = "new", "old"
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
@@ -40,47 +41,58 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     ...     [path.name for path in Path(root).rglob("*")]
     ['out', 'file']
     """
-    refuse_existing(target, overwrite=overwrite)
     place = Path(os.path.realpath(target))
-    with _name_in_errors(target):
+    with naming(target):
         place.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(place)
-        with _locked_fresh_directory(place) as fresh:
-            try:
-                yield fresh
-                # Flushed before it gets its name: after a power cut the name must not stand for files without content.
-                sync_tree(fresh)
-                refuse_existing(target, overwrite=overwrite)
-                _put(fresh, place)
-            finally:
-                _remove(fresh)  # it has the old content once it has changed places with ``place``
+        refuse_existing(target, overwrite=overwrite)
+        with _staging_directory(place) as staging:
+            fresh = staging / _NEW
+            fresh.mkdir()
+            yield fresh
+            # Flushed before it gets its name: after a power cut the name must not stand for files without content.
+            sync_tree(fresh)
+            refuse_existing(target, overwrite=overwrite)
+            if not place.exists():
+                fresh.rename(place)
+            elif not exchange(fresh, place):
+                # Two renames. A program stopped between them leaves no ``place``: `_dispose` puts the old one back.
+                place.rename(staging / _OLD)
+                fresh.rename(place)
+            sync_directory(place.parent)
 
 
 @contextlib.contextmanager
-def _locked_fresh_directory(place: Path) -> Iterator[Path]:
-    """A new directory beside ``place``. Its lock tells others that its program is alive."""
+def _staging_directory(place: Path) -> Iterator[Path]:
+    """A hidden directory beside ``place``, removed at the end. Its lock tells others that its program is alive."""
     with contextlib.ExitStack() as stack:
         while True:
-            fresh = place.with_name(f".{place.name}.lojax-{secrets.token_hex(4)}")
-            fresh.mkdir()
+            staging = place.with_name(f".{place.name}.lojax-{secrets.token_hex(4)}")
+            staging.mkdir()
             try:
-                stack.enter_context(lock_directory(fresh))
+                stack.enter_context(lock_directory(staging))
                 break
             except FileNotFoundError:  # another program took it for a leftover, in the moment before it was locked
                 continue
-        yield fresh
+        stack.callback(_dispose, staging, place)
+        yield staging
 
 
-def _put(fresh: Path, place: Path) -> None:
-    if not place.exists():
-        fresh.rename(place)
-    elif not exchange(fresh, place):
-        # Two renames. A program killed between them leaves no ``place``: `_clean_up` puts the old one back.
-        old = fresh.with_name(fresh.name + _OLD)
-        place.rename(old)
-        fresh.rename(place)
-        _remove(old)
-    sync_directory(place.parent)
+def _dispose(staging: Path, place: Path) -> None:
+    """Removes a staging directory, but for the old content of ``place`` where nothing has taken that name."""
+    if (staging / _OLD).exists() and not place.exists():
+        (staging / _OLD).rename(place)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _clean_up(place: Path) -> None:
+    """Disposes of what killed programs left beside ``place``."""
+    for name in os.listdir(place.parent):
+        if name.startswith(f".{place.name}.lojax-"):
+            staging = place.with_name(name)
+            with contextlib.suppress(OSError), lock_directory(staging, timeout=0) as is_locked:
+                if is_locked:  # else its program is alive, or nobody can tell
+                    _dispose(staging, place)
 
 
 def exchange(left: Path, right: Path) -> bool:
@@ -98,41 +110,3 @@ def exchange(left: Path, right: Path) -> bool:
     else:
         return False
     return function is not None and function(*arguments) == 0
-
-
-def _clean_up(place: Path) -> None:
-    """Removes what programs that were killed left beside ``place``, and finishes the replacing of ``place`` itself."""
-    prefix = f".{place.name}.lojax-"
-    for name in sorted(os.listdir(place.parent)):
-        leftover = place.with_name(name)
-        if not name.startswith(prefix):
-            continue
-        if name.endswith(_OLD):
-            if place.exists() and not leftover.with_suffix("").exists():
-                _remove(leftover)
-            continue
-        with contextlib.suppress(OSError), lock_directory(leftover, timeout=0) as is_locked:
-            if is_locked:  # else its program lives, or nobody knows
-                old = leftover.with_name(name + _OLD)
-                if old.exists() and not place.exists():
-                    old.rename(place)
-                _remove(leftover)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _name_in_errors(target: Path) -> Iterator[None]:
-    """Adds the path to an error of the system that has none, such as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        state = "What was there is unchanged." if target.exists() else "Nothing was written."
-        raise OSError(error.errno, f"{target} could not be written: {error.strerror}. {state}") from error

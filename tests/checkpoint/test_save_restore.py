@@ -275,6 +275,8 @@ def test_what_cannot_be_saved(tmp_path):
     assert "two leaves at the path a/b" in message(ValueError, save, tmp_path, {"a/b": x, "a": {"b": x}})
     assert "metadata must be JSON" in message(TypeError, save, tmp_path, {"x": x}, metadata={"a": x})
     assert "metadata must be JSON" in message(TypeError, save, tmp_path, {"x": x}, metadata={"a": float("nan")})
+    for metadata in ({"a": 10**50}, {1: 1, "1": 2}):  # which JSON holds, and `restore` refuses
+        assert "metadata must be JSON" in message(TypeError, lojax.save, tmp_path, cases.at_step(1), metadata=metadata)
     assert "local path" in message(ValueError, lojax.save, "gs://bucket/x", {"x": x})
     frozen, lora = cases.pair()
     assert "different structure" in message(ValueError, lojax.save, tmp_path, lora["params"], frozen=frozen)
