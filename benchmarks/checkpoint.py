@@ -1,11 +1,11 @@
-"""A checkpoint costs its adapter's bytes and next to no training time; hashing runs at memory speed.
+"""Claim: a checkpoint costs its adapter's bytes and almost no training time, and hashing runs at memory speed.
 
-Prints, and writes to ``results/checkpoint.{json,md}``:
+Prints and writes to ``results/checkpoint.{json,md}``:
 
-1. the bytes on disk against the bytes of the adapter;
+1. the bytes on disk and the bytes of the adapter;
 2. how long ``lojax.save`` blocks a training loop for a 20 MB adapter, with ``wait=False`` and without,
    and how long ``lojax.restore`` takes;
-3. the speed of `lojax.checkpoint.digest` against copying the same memory and against hashes of the standard library.
+3. the speed of `lojax.checkpoint.digest`, of copying the same memory, and of the standard library's hashes.
 
     python benchmarks/checkpoint.py
 """
@@ -38,7 +38,7 @@ MIB = 1 << 20
 
 
 def adapter(layers: int, width: int, rank: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:
-    """``(frozen, lora)`` of a transformer's query and value: ``layers * 2`` adapters, trained (b is not zero)."""
+    """``(frozen, lora)`` with adapters on query and value of every layer, b not zero."""
     kernel = jax.ShapeDtypeStruct((width, width), jnp.float32)
     layer = {"attention": {"self": {name: {"kernel": kernel} for name in ("query", "key", "value")}}}
     params = {"params": {"encoder": {f"layer_{i}": layer for i in range(layers)}}}
@@ -56,18 +56,18 @@ def size_on_disk(path: Path) -> int:
 
 
 def seconds(f: Callable[[], Any], times: int = 7) -> list[float]:
-    """The times of a call, after one to warm up."""
+    """The times of several calls, after one to warm up."""
     f()
-    taken = []
+    durations = []
     for _ in range(times):
         start = time.perf_counter()
         f()
-        taken.append(time.perf_counter() - start)
-    return taken
+        durations.append(time.perf_counter() - start)
+    return durations
 
 
 def sizes(folder: Path) -> list[dict[str, Any]]:
-    """Checkpoint bytes against adapter bytes."""
+    """Bytes of checkpoints and of their adapters."""
     rows = []
     for name, settings in {
         "6 layers of 384, r=8 (MiniLM)": (6, 384, 8),
@@ -86,36 +86,36 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
 
 
 def times(folder: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds for an adapter of 20 MB: what a training loop waits for. CPU time does not depend on the load."""
+    """Milliseconds that a training loop waits for an adapter of 20 MB. CPU time does not depend on the load."""
     frozen, lora = adapter(48, 768, 34)
-    path, blocked, busy, whole = folder / "times", [], [], []
-    lojax.save(path, lora, frozen=frozen)  # the content of the base is read once
+    path, blocked, blocked_cpu, complete = folder / "times", [], [], []
+    lojax.save(path, lora, frozen=frozen)  # the base is hashed only once
     for _ in range(15):
         start, start_cpu = time.perf_counter(), time.thread_time()
         saving = lojax.save(path, lora, frozen=frozen, wait=False)
         blocked.append(time.perf_counter() - start)
-        busy.append(time.thread_time() - start_cpu)
+        blocked_cpu.append(time.thread_time() - start_cpu)
         saving.result()
-        whole.append(time.perf_counter() - start)
-    found = {
+        complete.append(time.perf_counter() - start)
+    measurements = {
         "save(wait=False) blocks": blocked,
-        "save(wait=False) blocks, CPU time": busy,
-        "save(wait=False) until complete": whole,
+        "save(wait=False) blocks, CPU time": blocked_cpu,
+        "save(wait=False) until complete": complete,
         "save": seconds(lambda: lojax.save(path, lora, frozen=frozen)),
         "restore, base checked": seconds(lambda: jax.block_until_ready(lojax.restore(path, frozen=frozen))),
         "a copy of the arrays in memory": seconds(lambda: jax.tree.map(np.array, lora)),
     }
     return {
-        name: {"best": 1e3 * min(taken), "median": 1e3 * statistics.median(taken), "worst": 1e3 * max(taken)}
-        for name, taken in found.items()
+        name: {"best": 1e3 * min(values), "median": 1e3 * statistics.median(values), "worst": 1e3 * max(values)}
+        for name, values in measurements.items()
     }
 
 
 def speeds() -> dict[str, float]:
-    """Bytes a second, in 1e9, over 256 MiB; the best of several."""
+    """GB a second over 256 MiB, the best of several runs."""
     array = np.random.default_rng(0).integers(0, 1 << 32, 64 * MIB, np.uint32)
     target = np.empty_like(array)
-    found = {
+    calls = {
         "memory copy": lambda: np.copyto(target, array),
         "memory read (np.max)": array.max,
         "digest, float32": lambda: digest(array.view(np.float32)),
@@ -124,11 +124,11 @@ def speeds() -> dict[str, float]:
         "hashlib.blake2b": lambda: hashlib.blake2b(array.data),
         "hashlib.sha256": lambda: hashlib.sha256(array.data),
     }
-    return {name: array.nbytes / 1e9 / min(seconds(f)) for name, f in found.items()}
+    return {name: array.nbytes / 1e9 / min(seconds(f)) for name, f in calls.items()}
 
 
 def machine() -> dict[str, Any]:
-    """What this ran on."""
+    """The machine and the versions."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
     names = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -142,34 +142,39 @@ def machine() -> dict[str, Any]:
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The results as tables."""
-    lines = ["# Adapter checkpoints", "", ", ".join(f"{name} {value}" for name, value in found["machine"].items()), ""]
+    lines = [
+        "# Adapter checkpoints",
+        "",
+        ", ".join(f"{name} {value}" for name, value in results["machine"].items()),
+        "",
+    ]
     lines += ["| adapter | its bytes | on disk | over | at most 64 KiB over |", "|---|---:|---:|---:|---|"]
-    for row in found["sizes"]:
+    for row in results["sizes"]:
         name, size, total, over, fits = row.values()
         lines.append(f"| {name} | {size:,} | {total:,} | {over:+,} | {'yes' if fits else 'no'} |")
     lines += ["", "| 20 MB adapter of 192 arrays, ms | best | median | worst |", "|---|---:|---:|---:|"]
-    for name, taken in found["milliseconds"].items():
-        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in taken.values())} |")
-    copy = found["GB/s"]["memory copy"]
+    for name, values in results["milliseconds"].items():
+        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in values.values())} |")
+    copy = results["GB/s"]["memory copy"]
     lines += ["", "| 256 MiB | GB/s | of a memory copy |", "|---|---:|---:|"]
-    lines += [f"| {name} | {value:.2f} | {value / copy:.0%} |" for name, value in found["GB/s"].items()]
+    lines += [f"| {name} | {value:.2f} | {value / copy:.0%} |" for name, value in results["GB/s"].items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measures, prints and writes."""
-    found: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": machine()}
     folder = Path(tempfile.mkdtemp())
     try:
-        found |= {"sizes": sizes(folder), "milliseconds": times(folder), "GB/s": speeds()}
+        results |= {"sizes": sizes(folder), "milliseconds": times(folder), "GB/s": speeds()}
     finally:
         shutil.rmtree(folder)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "checkpoint.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "checkpoint.md").write_text(markdown(found))
-    print(markdown(found))
+    (RESULTS / "checkpoint.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "checkpoint.md").write_text(markdown(results))
+    print(markdown(results))
 
 
 if __name__ == "__main__":

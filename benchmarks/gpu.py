@@ -1,14 +1,14 @@
 """Claim: on a GPU a LoRA step runs at the speed of the frozen net with dx, and well above full fine-tuning.
 
-The one script for a GPU; everything is measured in one run, all ways in turn:
+The only script for a GPU. Everything is measured in one run, all methods in turn:
 
 1. one dense layer, gradient of A, B and x, over sizes x tokens x ranks, bfloat16 and float32;
 2. a stack of layers with the shapes of an 8B Llama, LoRA on all seven weights of each, block remat and scan;
-3. the same stack in torch with PEFT, eager and compiled, where torch and a CUDA device are found.
+3. the same stack in torch with PEFT, eager and compiled, where torch finds a CUDA device.
 
-    python benchmarks/gpu.py                     # all, some minutes
-    python benchmarks/gpu.py --quick             # the shapes of the claims only
-    python benchmarks/gpu.py --smoke             # tiny shapes, to see on a CPU that everything runs
+    python benchmarks/gpu.py                     # everything, some minutes
+    python benchmarks/gpu.py --quick             # only the shapes of the claims
+    python benchmarks/gpu.py --smoke             # tiny shapes, to check on a CPU that everything runs
     python benchmarks/gpu.py --peak 989          # peak dense bfloat16 TFLOP/s of the device, for MFU
 """
 
@@ -26,19 +26,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs r
 
 import jax
 import jax.numpy as jnp
-from layer_cost import FLOOR, SCALE, Layer, arguments, filled, gradient
-from layer_ways import OURS, WAYS, frozen_way, full_way, literal_way
-from measure import alternated, compiled_cost, ratio, table, write
+from layer_cost import FLOOR, SCALE, Layer, arguments, gradient, randomize
+from layer_methods import METHODS, OURS, frozen_method, full_method, literal_method
+from measure import PyTree, alternated, compiled_cost, ratio, table, write
 from net_cost import products, programs
-from nets import Net, drawn
+from nets import Net, draw
 
-LAYER_WAYS = {
-    FLOOR: frozen_way,
-    **{name: WAYS[name] for name in OURS[:3]},
-    "literal W0+BA": literal_way,
-    "full fine-tuning": full_way,
+LAYER_METHODS = {
+    FLOOR: frozen_method,
+    **{name: METHODS[name] for name in OURS[:3]},
+    "literal W0+BA": literal_method,
+    "full fine-tuning": full_method,
 }
-STACK_WAYS = (FLOOR, *OURS[:3], "by hand", "full fine-tuning")
+STACK_METHODS = (FLOOR, *OURS[:3], "by hand", "full fine-tuning")
 LLAMA_8B = Net("llama", width=4096, heads=32, kv_heads=8, inner=14336, vocabulary=32768, remat=True, dtype=jnp.bfloat16)
 
 
@@ -64,7 +64,7 @@ def full_sizes() -> Sizes:
 
 
 def quick_sizes() -> Sizes:
-    """The shapes that the claims name."""
+    """The shapes of the claims."""
     stack = dataclasses.replace(LLAMA_8B, layers=8, scanned=True)
     return Sizes([Layer(8192, 4096, 4096, 16), Layer(2048, 1024, 1024, 16)], [(stack, 4, 2048, 16)], 7, 5)
 
@@ -75,23 +75,24 @@ def smoke_sizes() -> Sizes:
     return Sizes([Layer(64, 32, 48, 4)], [(dataclasses.replace(small, scanned=True), 2, 16, 4)], rounds=3, repeat=2)
 
 
-def again(f: Callable[..., Any], args: tuple[Any, ...], times: int) -> Any:
-    """The last of several calls, launched without waiting in between."""
+def repeat_call(f: Callable[..., Any], args: tuple[Any, ...], times: int) -> Any:
+    """The result of the last of several calls, dispatched without waiting in between."""
     for _ in range(times):
         out = f(*args)
     return out
 
 
 def layer_rows(sizes: Sizes, peak: float | None) -> tuple[list[dict[str, Any]], Any]:
-    """A row for each layer and dtype: milliseconds of the floor, and every way over it."""
+    """A row for each layer and dtype: milliseconds of the floor, and every method relative to it."""
     rows, raw = [], []
     for dtype in sizes.dtypes:
         for layer in sizes.layers:
             ready = {}
-            for name, make in LAYER_WAYS.items():
-                way = make(layer.m, layer.n, layer.rank, SCALE)
-                args = filled(arguments(way, layer, dtype))
-                ready[name] = functools.partial(again, jax.jit(gradient(way, "A, B, x")), args, sizes.repeat)
+            for name, make in LAYER_METHODS.items():
+                method = make(layer.m, layer.n, layer.rank, SCALE)
+                args = randomize(arguments(method, layer, dtype))
+                step = jax.jit(gradient(method, "A, B, x"))
+                ready[name] = functools.partial(repeat_call, step, args, sizes.repeat)
             seconds = alternated(ready, rounds=sizes.rounds, warm=2)
             floor = statistics.median(seconds[FLOOR]) / sizes.repeat
             row: dict[str, Any] = {"layer": str(layer), "dtype": str(jnp.dtype(dtype)), "floor ms": 1e3 * floor}
@@ -107,25 +108,25 @@ def layer_rows(sizes: Sizes, peak: float | None) -> tuple[list[dict[str, Any]], 
 
 
 def stack_rows(sizes: Sizes, peak: float | None) -> tuple[list[dict[str, Any]], Any]:
-    """A row for each stack and way: tokens a second, MFU, memory."""
+    """A row for each stack and method: tokens a second, MFU, memory."""
     rows, raw = [], []
     for net, lines, tokens, rank in sizes.stacks:
         x = jax.ShapeDtypeStruct((lines, tokens, net.width), net.dtype)
         labels = jax.ShapeDtypeStruct((lines, tokens), jnp.int32)
-        found = {name: found for name, found in programs(net, x, labels, rank).items() if name in STACK_WAYS}
+        steps = {name: step for name, step in programs(net, x, labels, rank).items() if name in STACK_METHODS}
         frozen_flops, low_rank_flops = products(net, x, rank)
         ready, memory = {}, {}
-        for name, (f, args) in found.items():
+        for name, (f, args) in steps.items():
             compiled = jax.jit(f).lower(*args).compile()
-            held = compiled.memory_analysis()
-            memory[name] = held.temp_size_in_bytes + held.output_size_in_bytes + held.argument_size_in_bytes
-            ready[name] = functools.partial(again, compiled, drawn(args), 1), compiled_cost(compiled)
+            usage = compiled.memory_analysis()
+            memory[name] = usage.temp_size_in_bytes + usage.output_size_in_bytes + usage.argument_size_in_bytes
+            ready[name] = functools.partial(repeat_call, compiled, draw(args), 1), compiled_cost(compiled)
         seconds = alternated({name: run for name, (run, _) in ready.items()}, rounds=sizes.rounds)
         for name in ready:
             second = statistics.median(seconds[name])
             useful = frozen_flops * 1.5 if name == "full fine-tuning" else frozen_flops
             useful += low_rank_flops if name in (*OURS, "by hand") else 0
-            row: dict[str, Any] = {"stack": _named(net, lines, tokens, rank), "way": name, "ms": 1e3 * second}
+            row: dict[str, Any] = {"stack": _describe(net, lines, tokens, rank), "method": name, "ms": 1e3 * second}
             row |= {"/ floor": ratio(seconds, name, FLOOR), "tokens/s": lines * tokens / second}
             row |= {"times full's speed": 1 / ratio(seconds, name, "full fine-tuning")}
             row |= {"product TFLOP/s": useful / second / 1e12, "GiB": memory[name] / 2**30}
@@ -134,11 +135,11 @@ def stack_rows(sizes: Sizes, peak: float | None) -> tuple[list[dict[str, Any]], 
                 row["MFU"] = row["product TFLOP/s"] / peak
             rows.append(row)
             print(row, flush=True)
-        raw.append({"stack": _named(net, lines, tokens, rank), "seconds": seconds})
+        raw.append({"stack": _describe(net, lines, tokens, rank), "seconds": seconds})
     return rows, raw
 
 
-def _named(net: Net, rows: int, tokens: int, rank: int) -> str:
+def _describe(net: Net, rows: int, tokens: int, rank: int) -> str:
     return f"{net.layers} layers {'scanned' if net.scanned else 'unrolled'}, {rows}x{tokens}, r={rank}"
 
 
@@ -167,8 +168,8 @@ def torch_rows(sizes: Sizes, *, anywhere: bool) -> list[dict[str, Any]]:
         for compiled in (False, True) if device == "cuda" else (False,):
             run = torch.compile(model) if compiled else model
             second = _torch_seconds(run, data, sizes.rounds, device)
-            way = "PEFT + torch.compile" if compiled else "PEFT + torch"
-            row = {"stack": _named(net, lines, tokens, rank), "way": way, "ms": 1e3 * second}
+            method = "PEFT + torch.compile" if compiled else "PEFT + torch"
+            row = {"stack": _describe(net, lines, tokens, rank), "method": method, "ms": 1e3 * second}
             rows.append(row | {"tokens/s": lines * tokens / second})
             print(rows[-1], flush=True)
         del model, run
@@ -176,7 +177,7 @@ def torch_rows(sizes: Sizes, *, anywhere: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _torch_seconds(run: Any, data: Any, rounds: int, device: str) -> float:
+def _torch_seconds(run: Any, data: PyTree, rounds: int, device: str) -> float:
     """The median of forward and backward, from the third call on."""
     import time
 
@@ -195,28 +196,28 @@ def _torch_seconds(run: Any, data: Any, rounds: int, device: str) -> float:
 def main() -> None:
     """Measures and writes ``gpu_DEVICE``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, nothing written")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes; writes nothing")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peak", type=float, help="peak dense bfloat16 TFLOP/s of the device")
     parser.add_argument("--no-torch", action="store_true")
     options = parser.parse_args()
     if jax.default_backend() != "gpu" and not options.smoke:
-        parser.error(f"JAX runs on {jax.default_backend()} here, not on a GPU; --smoke runs tiny shapes anywhere.")
+        parser.error(f"JAX runs on {jax.default_backend()}, not on a GPU. Use --smoke to run tiny shapes anywhere.")
     sizes = smoke_sizes() if options.smoke else quick_sizes() if options.quick else full_sizes()
 
-    notes, torch_found = "torch was not asked for.", []
-    if not options.no_torch:  # first, while JAX holds no memory
+    notes, torch_results = "torch was skipped.", []
+    if not options.no_torch:  # first, before JAX allocates memory
         try:
-            torch_found = torch_rows(sizes, anywhere=options.smoke)
-            notes = "torch holds its token embedding as well, and took its turn before JAX."
+            torch_results = torch_rows(sizes, anywhere=options.smoke)
+            notes = "torch also stores its token embedding, and ran before JAX."
         except ImportError as error:
             notes = f"No torch comparison: no {error.name} here."
     stacks, raw_stacks = stack_rows(sizes, options.peak)
     layers, raw_layers = layer_rows(sizes, options.peak)
-    stacks += torch_found
+    stacks += torch_results
     text = "\n\n".join(
         [
-            "The floor is the frozen program, forward and dx; other columns are times over it (medians within rounds).",
+            "The floor is the frozen program, forward and dx; other columns are relative to it, medians within rounds.",
             f"## Stacks of an 8B Llama's shapes\n\nForward and backward, no optimizer. {notes}\n\n{table(stacks)}",
             f"## One dense layer, gradient of A, B and x\n\n{table(layers)}",
         ]

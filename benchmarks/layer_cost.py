@@ -1,7 +1,7 @@
 """Claim: an adapted layer costs the frozen layer plus its low-rank products, and no weight-sized memory.
 
-One dense layer, every execution of lojax and every library in the same run with the same scale, factors and dtype:
-FLOPs, bytes and temporaries of value_and_grad as XLA counts them, and on this device also the step time.
+One dense layer, every execution of lojax and every library in the same run, with the same scale, factors and dtype:
+FLOPs, bytes and temporaries of value_and_grad as XLA counts them, and the step time on this device.
 
     python benchmarks/layer_cost.py                    # this device, with clocks
     python benchmarks/layer_cost.py --no-time          # counts only
@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from layer_ways import OURS, PEERS, Way, available
-from measure import alternated, bars, cost, ratio, table, topology, write
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from layer_methods import OURS, PEERS, Method, available
+from measure import Array, PyTree, alternated, bars, cost, ratio, table, topology, write
 
 SCALE = 2.0
 FLOOR = "frozen (floor)"
 MIB = 2**20
 COLUMNS = (("GFLOP", "flops", 1e9), ("MiB accessed", "bytes", MIB), ("MiB of temporaries", "temporaries", MIB))
-"""What every way is compared by: title, field of `measure.Cost`, unit."""
+"""The columns of the comparison: title, field of `measure.Cost`, unit."""
 
 
 class Layer(NamedTuple):
@@ -62,53 +64,53 @@ TIMED = [
 ]
 
 
-def gradient(way: Way, wrt: str) -> Callable[..., Any]:
-    """value_and_grad of ``|y|² / 2`` with respect to what trains, and to x where ``wrt`` says so."""
+def gradient(method: Method, wrt: str) -> Callable[..., Any]:
+    """value_and_grad of ``|y|² / 2`` with respect to the trained arrays, and to x where ``wrt`` says so."""
 
-    def loss(trained: Any, x: Any, frozen: Any) -> Any:
-        return jnp.sum(way.apply(trained, frozen, x).astype(jnp.float32) ** 2) / 2
+    def loss(trained: PyTree, x: Array, frozen: PyTree) -> Any:
+        return jnp.sum(method.apply(trained, frozen, x).astype(jnp.float32) ** 2) / 2
 
     return jax.value_and_grad(loss, argnums=(0, 1) if wrt == "A, B, x" else 0)
 
 
-def arguments(way: Way, layer: Layer, dtype: Any) -> tuple[Any, Any, Any]:
+def arguments(method: Method, layer: Layer, dtype: DTypeLike) -> tuple[Any, Any, Any]:
     """``(trained, x, frozen)`` as shapes."""
     shapes = (layer.m, layer.n), (layer.m, layer.rank), (layer.rank, layer.n), (layer.tokens, layer.m)
     w, a, b, x = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-    trained, frozen = jax.eval_shape(functools.partial(way.build, scale=SCALE), w, a, b)
+    trained, frozen = jax.eval_shape(functools.partial(method.build, scale=SCALE), w, a, b)
     return trained, x, frozen
 
 
-def filled(tree: Any) -> Any:
-    """The same shapes with random numbers."""
+def randomize(tree: PyTree) -> Any:
+    """Random numbers of these shapes."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / np.sqrt(x.shape[0]), x.dtype), tree)
 
 
 def count(
-    makers: Mapping[str, Callable[..., Way]], layers: Sequence[Layer], dtype: Any, sharding: Any
+    makers: Mapping[str, Callable[..., Method]], layers: Sequence[Layer], dtype: DTypeLike, sharding: Sharding | None
 ) -> list[dict[str, Any]]:
-    """One row for each layer, gradient and way: what XLA counts."""
+    """What XLA counts, one row for each layer, gradient and method."""
     rows = []
     for layer in layers:
         print(f"counting {layer}", flush=True)
         for wrt in ("A, B, x", "A, B"):
             for name, make in makers.items():
-                way = make(layer.m, layer.n, layer.rank, SCALE)
-                found = cost(gradient(way, wrt), *arguments(way, layer, dtype), sharding=sharding)
-                rows.append({"layer": layer, "wrt": wrt, "way": name, **dataclasses.asdict(found)})
+                method = make(layer.m, layer.n, layer.rank, SCALE)
+                counts = cost(gradient(method, wrt), *arguments(method, layer, dtype), sharding=sharding)
+                rows.append({"layer": layer, "wrt": wrt, "method": name, **dataclasses.asdict(counts)})
     return rows
 
 
-def shown(rows: Sequence[Mapping[str, Any]], wrt: str) -> str:
-    """The counts of one gradient as a table, FLOPs and bytes also over the floor's."""
+def counts_table(rows: Sequence[Mapping[str, Any]], wrt: str) -> str:
+    """The counts of one gradient as a table, with FLOPs and bytes relative to the floor."""
     lines = []
     for row in (row for row in rows if row["wrt"] == wrt):
-        (floor,) = [r for r in rows if (r["layer"], r["wrt"], r["way"]) == (row["layer"], wrt, FLOOR)]
+        (floor,) = [r for r in rows if (r["layer"], r["wrt"], r["method"]) == (row["layer"], wrt, FLOOR)]
         lines.append(
             {
                 "layer": str(row["layer"]),
-                "way": row["way"],
+                "method": row["method"],
                 "GFLOP": row["flops"] / 1e9,
                 "/ floor": row["flops"] / floor["flops"],
                 "MiB accessed": row["bytes"] / MIB,
@@ -120,54 +122,57 @@ def shown(rows: Sequence[Mapping[str, Any]], wrt: str) -> str:
     return table(lines)
 
 
-def judged(rows: Sequence[Mapping[str, Any]], ours: str) -> str:
-    """The claims for one of our ways, each with the rows that break it."""
+def judge_claims(rows: Sequence[Mapping[str, Any]], ours: str) -> str:
+    """The claims for one execution of lojax, each with the rows that violate it."""
 
-    def against(column: str, slack: float = 1.0) -> str:
-        worse: dict[str, list[float]] = {}
-        for mine in (row for row in rows if row["way"] == ours):
-            for other in (row for row in rows if row["way"] in (*PEERS, "literal W0+BA")):
+    def compare_with_peers(column: str, slack: float = 1.0) -> str:
+        excess: dict[str, list[float]] = {}
+        for mine in (row for row in rows if row["method"] == ours):
+            for other in (row for row in rows if row["method"] in (*PEERS, "literal W0+BA")):
                 same = (other["layer"], other["wrt"]) == (mine["layer"], mine["wrt"])
                 if same and mine[column] > slack * other[column]:
-                    over = mine[column] / other[column] if other[column] else float("inf")
-                    worse.setdefault(other["way"], []).append(over)
-        said = (f"above {way} on {len(over)} of {count} rows, by up to {max(over):.3f}" for way, over in worse.items())
-        return "; ".join(said) or "yes, on every row"
+                    ratio_to_peer = mine[column] / other[column] if other[column] else float("inf")
+                    excess.setdefault(other["method"], []).append(ratio_to_peer)
+        violations = (
+            f"above {method} on {len(ratios)} of {count} rows, by up to {max(ratios):.3f}"
+            for method, ratios in excess.items()
+        )
+        return "; ".join(violations) or "yes, on every row"
 
-    count = sum(row["way"] == ours for row in rows)
-    over = max(
+    count = sum(row["method"] == ours for row in rows)
+    worst = max(
         row["flops"] / (4 * t * m * n + 6 * t * r * (m + n))
         for row in rows
-        if (row["way"], row["wrt"]) == (ours, "A, B, x")
+        if (row["method"], row["wrt"]) == (ours, "A, B, x")
         for t, m, n, r in [row["layer"]]
     )
     return "\n".join(
         [
-            f"- FLOPs over 4Tmn + 6Tr(m+n), the worst row: {over:.4f} (the bound is 1.02).",
-            f"- FLOPs at most those of every peer (+0.1 %): {against('flops', 1.001)}.",
-            f"- Temporaries at most those of every peer: {against('temporaries')}.",
-            f"- Bytes accessed at most those of every peer: {against('bytes')}.",
+            f"- FLOPs over 4Tmn + 6Tr(m+n), the worst row: {worst:.4f} (the bound is 1.02).",
+            f"- FLOPs at most those of every peer (+0.1 %): {compare_with_peers('flops', 1.001)}.",
+            f"- Temporaries at most those of every peer: {compare_with_peers('temporaries')}.",
+            f"- Bytes accessed at most those of every peer: {compare_with_peers('bytes')}.",
         ]
     )
 
 
-def beside(rows: Sequence[Mapping[str, Any]], wrt: str, column: str, unit: float) -> str:
-    """One number of every way as a table: a row for each layer, a column for each way."""
+def comparison_table(rows: Sequence[Mapping[str, Any]], wrt: str, column: str, unit: float) -> str:
+    """One count as a table: a row for each layer, a column for each method."""
     lines: dict[Layer, dict[str, Any]] = {}
     for row in (row for row in rows if row["wrt"] == wrt):
-        lines.setdefault(row["layer"], {"layer": str(row["layer"])})[row["way"]] = row[column] / unit
+        lines.setdefault(row["layer"], {"layer": str(row["layer"])})[row["method"]] = row[column] / unit
     return table(list(lines.values()))
 
 
-def timed(makers: Mapping[str, Callable[..., Way]], rounds: int) -> tuple[str, Any]:
-    """Step times of ``A, B, x`` in ratio to the floor, as a table, and the raw seconds."""
+def measure_times(makers: Mapping[str, Callable[..., Method]], rounds: int) -> tuple[str, Any]:
+    """Step times of ``A, B, x`` relative to the floor, as a table, and the raw seconds."""
     rows, raw = [], []
     for layer in TIMED:
         programs = {}
         for name, make in makers.items():
-            way = make(layer.m, layer.n, layer.rank, SCALE)
-            step = jax.jit(gradient(way, "A, B, x"))
-            programs[name] = functools.partial(step, *filled(arguments(way, layer, jnp.float32)))
+            method = make(layer.m, layer.n, layer.rank, SCALE)
+            step = jax.jit(gradient(method, "A, B, x"))
+            programs[name] = functools.partial(step, *randomize(arguments(method, layer, jnp.float32)))
         seconds = alternated(programs, rounds=rounds, warm=2)
         raw.append({"layer": layer, "seconds": seconds})
         floor = f"{1e3 * statistics.median(seconds[FLOOR]):.1f} ms"
@@ -182,7 +187,7 @@ def timed(makers: Mapping[str, Callable[..., Way]], rounds: int) -> tuple[str, A
 
 
 def main() -> None:
-    """Counts, times, writes."""
+    """Counts, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead")
     parser.add_argument("--no-time", action="store_true", help="no clocks")
@@ -198,23 +203,23 @@ def main() -> None:
     text = [
         f"One dense layer, {jnp.dtype(dtype)}, scale {SCALE}; value_and_grad of |y|²/2. The floor is the frozen layer.",
         *missing,
-        "## The claims\n\n" + "\n\n".join(f"{name}:\n\n{judged(rows, name)}" for name in OURS[:3]),
+        "## The claims\n\n" + "\n\n".join(f"{name}:\n\n{judge_claims(rows, name)}" for name in OURS[:3]),
         "## Gradient of A, B and x (a layer inside a net)",
-        *(f"{title}\n\n{beside(rows, 'A, B, x', column, unit)}" for title, column, unit in COLUMNS),
-        "## All counts, gradient of A, B and x\n\n" + shown(rows, "A, B, x"),
-        "## All counts, gradient of A and B alone (the first layer of a net)\n\n" + shown(rows, "A, B"),
+        *(f"{title}\n\n{comparison_table(rows, 'A, B, x', column, unit)}" for title, column, unit in COLUMNS),
+        "## All counts, gradient of A, B and x\n\n" + counts_table(rows, "A, B, x"),
+        "## All counts, gradient of A and B alone (the first layer of a net)\n\n" + counts_table(rows, "A, B"),
     ]
     data: dict[str, Any] = {"counts": rows}
     if not (options.tpu or options.no_time):
-        times, data["seconds"] = timed(makers, options.rounds)
+        times, data["seconds"] = measure_times(makers, options.rounds)
         text.insert(-2, "## Step time over the floor's (gradient of A, B and x)\n\n" + times)
     write(name, "What one adapted dense layer costs", "\n\n".join(text), data, device=device, clocks="seconds" in data)
-    chosen = [layer for layer in layers if layer.rank == 16 and layer.tokens >= 2048][-2:]
+    plotted = [layer for layer in layers if layer.rank == 16 and layer.tokens >= 2048][-2:]
     panels = {}
     for column, unit in (("flops", "FLOPs"), ("bytes", "bytes accessed")):
-        for layer in chosen:
-            here = {row["way"]: row[column] for row in rows if (row["layer"], row["wrt"]) == (layer, "A, B, x")}
-            panels[f"{unit}\n{layer}"] = {way: value / here[FLOOR] for way, value in here.items()}
+        for layer in plotted:
+            values = {row["method"]: row[column] for row in rows if (row["layer"], row["wrt"]) == (layer, "A, B, x")}
+            panels[f"{unit}\n{layer}"] = {method: value / values[FLOOR] for method, value in values.items()}
     bars(name, panels, label="over the frozen layer with dx (the red line)")
 
 

@@ -1,10 +1,10 @@
-"""Question: which weights, which rank, which member of the family? The rank table of the LoRA paper on our main job.
+"""Question: which weights, which rank, which variant? The rank table of the LoRA paper on our main job.
 
 The data and net of ``examples/finetune_text.py`` (docstrings of installed packages, test modules unseen in training;
-all-MiniLM-L6-v2), a budget of a few hundred steps, the same learning rate for all: the one chosen for rank 8 on query
-and value, on held-out training rows. First ranks against targets (Hu et al. 2021, table 6), then one row a
-variant, start, or optimizer at rank 8 on query and value. Rows that are in the JSON are kept, so a run that was stopped
-goes on; ``--fresh`` starts over.
+all-MiniLM-L6-v2), a few hundred steps, and one learning rate for all: the one chosen for rank 8 on query and value on
+held-out training rows. First ranks against targets (Hu et al. 2021, table 6), then one row for each variant, start, or
+optimizer at rank 8 on query and value. Rows in the JSON are not run again, so an interrupted run resumes; ``--fresh``
+starts over.
 
     python benchmarks/lora_study.py [--seeds 0,1,2] [--steps 300]
 """
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from measure import RESULTS, table, write
+from measure import RESULTS, Array, PyTree, table, write
 from nets import examples
 
 import lojax
@@ -59,21 +59,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def runs(
-    what: Mapping[str, Any], seeds: Sequence[int], steps: int, data: Any, classes: tuple[str, ...]
+def train_seeds(
+    settings_of_row: Mapping[str, Any], seeds: Sequence[int], steps: int, data: PyTree, classes: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
-    """Trains once for each seed, compiled once; accuracy on the test rows and what was trained."""
-    options = {"targets": KERNELS["q, v"], "rank": 8} | dict(what)
+    """Trains once for each seed, compiled once; yields test accuracy and the number of trained parameters."""
+    options = {"targets": KERNELS["q, v"], "rank": 8} | dict(settings_of_row)
     start, rho, ratio = options.pop("start", None), options.pop("rho", 1.0), options.pop("b_ratio", 1.0)
     settings = training.Settings("lora", RATE, rank=options["rank"], max_steps=steps, length=LENGTH, classes=classes)
     net, _ = bert.load(model_files.find(), len(classes), key=jax.random.key(0), dropout=0.0)
     model = lojax.wrap(net, alpha=ALPHA, train="**/classifier/**", **options)
 
-    def loss(frozen: Any, lora: Any, batch: Any) -> Any:
+    def loss(frozen: PyTree, lora: PyTree, batch: PyTree) -> Any:
         logits = model.apply(frozen, lora, batch.tokens, batch.mask)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
-    def init(key: Any, params: Any, *example: Any, seed: int) -> Any:
+    def init(key: Array, params: PyTree, *example: PyTree, seed: int) -> Any:
         frozen, lora = model.init(key, params, *example)
         batches = [training.batch_at(data[0], dataclasses.replace(settings, seed=seed), i) for i in range(8)]
         if start == "eva":
@@ -82,7 +82,7 @@ def runs(
             frozen, lora = lojax.lora_ga(loss, frozen, lora, batches)
         return frozen, lora
 
-    def apply(frozen: Any, lora: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(frozen: PyTree, lora: PyTree, *args: PyTree, **kwargs: Any) -> Any:
         key = kwargs.get("rngs", {}).get("dropout") if options.get("dropout") else None
         return model.apply(frozen, lora, *args, dropout_key=key, **kwargs)
 
@@ -90,13 +90,13 @@ def runs(
     program = training.build(method, settings, len(data[0].labels))
     for seed in seeds:
         _, variables = bert.load(model_files.find(), len(classes), key=jax.random.key(seed), dropout=0.0)
-        mine = program._replace(init=functools.partial(init, seed=seed))
-        done = training.train(mine, variables, data, dataclasses.replace(settings, seed=seed))
-        adapters = [x for x in jax.tree.leaves(done.state.trained, is_leaf=_is_adapter) if _is_adapter(x)]
+        seeded = program._replace(init=functools.partial(init, seed=seed))
+        run = training.train(seeded, variables, data, dataclasses.replace(settings, seed=seed))
+        adapters = [x for x in jax.tree.leaves(run.state.trained, is_leaf=_is_adapter) if _is_adapter(x)]
         yield {
             "seed": seed,
-            "test_accuracy": done.history.epochs[-1]["test_accuracy"],
-            "training_loss": float(np.mean(done.history.losses[-50:])),
+            "test_accuracy": run.history.epochs[-1]["test_accuracy"],
+            "training_loss": float(np.mean(run.history.losses[-50:])),
             "adapter_parameters": sum(adapter.parameters for adapter in adapters),
         }
 
@@ -106,29 +106,29 @@ def _is_adapter(node: Any) -> bool:
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """What is tried, by name."""
+    """The settings of every row, by name."""
     grid = {f"{name}; r={rank}": {"targets": t, "rank": rank} for name, t in KERNELS.items() for rank in RANKS}
     return grid | VARIANTS
 
 
-def shown(found: list[dict[str, Any]]) -> str:
+def format_accuracy(records: list[dict[str, Any]]) -> str:
     """The mean accuracy over the seeds, with its standard deviation, in percent."""
-    scores = 100 * np.array([one["test_accuracy"] for one in found])
+    scores = 100 * np.array([one["test_accuracy"] for one in records])
     return f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else f"{scores.mean():.1f}"
 
 
 def report(results: Mapping[str, list[dict[str, Any]]], steps: int, seeds: tuple[int, ...]) -> None:
     """Writes the tables, the numbers and the plot."""
-    done = {name: found for name, found in results.items() if len(found) == len(seeds)}
+    done = {name: records for name, records in results.items() if len(records) == len(seeds)}
     grid = [
         {"targets": name}
-        | {f"r={rank}": shown(done[place]) for rank in RANKS if (place := f"{name}; r={rank}") in done}
+        | {f"r={rank}": format_accuracy(done[row]) for rank in RANKS if (row := f"{name}; r={rank}") in done}
         for name in KERNELS
     ]
     variants = [
         {
             "rank 8 on query and value": name,
-            "test accuracy": shown(done[name]),
+            "test accuracy": format_accuracy(done[name]),
             "training loss": float(np.mean([one["training_loss"] for one in done[name]])),
             "adapter parameters": f"{done[name][0]['adapter_parameters']:,}",
         }
@@ -136,7 +136,7 @@ def report(results: Mapping[str, list[dict[str, Any]]], steps: int, seeds: tuple
         if name in done
     ]
     text = (
-        f"{steps} steps of 8 rows, two to an update; AdamW at {RATE:g} with warm-up and cosine decay, alpha {ALPHA:g}; "
+        f"{steps} steps of 8 rows, two per update; AdamW at {RATE:g} with warm-up and cosine decay, alpha {ALPHA:g}; "
         f"{len(seeds)} seeds: mean ± standard deviation of the test accuracy in percent. No row was tuned.\n\n"
         f"{table(grid)}\n\n{table(variants)}"
     )
@@ -168,7 +168,7 @@ def draw(done: Mapping[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> None:
-    """Runs what is not there yet, writing after every row."""
+    """Runs the missing rows and writes the results after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=300)
@@ -180,12 +180,12 @@ def main() -> None:
         text_data.encode_rows(part, list(classes), model_files.find() / "tokenizer.json", LENGTH) for part in texts
     )
     file = RESULTS / f"{NAME}.json"
-    kept = json.loads(file.read_text())["data"] if file.exists() and not options.fresh else {}
-    results: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("steps") == options.steps else {}
-    for name, what in rows().items():
-        found = results.setdefault(name, [])
-        missing = [seed for seed in options.seeds if all(one["seed"] != seed for one in found)]
-        found += runs(what, missing, options.steps, data, classes) if missing else []
+    earlier = json.loads(file.read_text())["data"] if file.exists() and not options.fresh else {}
+    results: dict[str, list[dict[str, Any]]] = earlier.get("runs", {}) if earlier.get("steps") == options.steps else {}
+    for name, settings in rows().items():
+        records = results.setdefault(name, [])
+        missing = [seed for seed in options.seeds if all(record["seed"] != seed for record in records)]
+        records += train_seeds(settings, missing, options.steps, data, classes) if missing else []
         report(results, options.steps, options.seeds)
 
 

@@ -1,9 +1,9 @@
-"""How every benchmark measures and writes down: XLA's own counts, alternated clocks, one JSON and one table.
+"""How every benchmark measures and reports: XLA's own counts, alternated clocks, one JSON and one table.
 
-XLA counts the floating-point operations, the bytes accessed and the temporary memory of a compiled program,
-whatever else the machine does. A clock is used only for what XLA cannot count; then all programs run in turn
-within each round, and what is reported is the median over the rounds of the ratio within a round, which a
-busy machine disturbs far less than a ratio of medians.
+XLA counts the floating-point operations, the bytes accessed and the temporary memory of a compiled program; a busy
+machine does not change them. Clocks are only for what XLA cannot count. Then all programs run in turn in every round,
+and the reported number is the median over the rounds of the ratio within a round, which a busy machine disturbs far
+less than a ratio of medians.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+from jax.sharding import Sharding
+from jax.stages import Compiled
 
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+"""A tree of arrays, of shapes, or of what else JAX can flatten."""
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "lojax", "qwix", "quax", "keras", "torch", "peft", "transformers", "libtpu")
 
@@ -33,7 +38,7 @@ class Cost:
         flops: Floating-point operations; the body of a scan counts once.
         bytes: Bytes accessed, as XLA estimates them.
         temporaries: Bytes of temporary memory.
-        outputs: Bytes of results, where gradients lie; XLA may use their room before they are written.
+        outputs: Bytes of results, gradients among them; XLA may use their memory before they are written.
         kernels: Instructions of the entry computation that launch something (fusions, products, loops, copies).
     """
 
@@ -44,7 +49,7 @@ class Cost:
     kernels: int
 
 
-def compiled_cost(compiled: Any) -> Cost:
+def compiled_cost(compiled: Compiled) -> Cost:
     """The `Cost` of a compiled program."""
     analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return Cost(
@@ -56,7 +61,7 @@ def compiled_cost(compiled: Any) -> Cost:
     )
 
 
-def cost(f: Callable[..., Any], *args: Any, sharding: Any = None) -> Cost:
+def cost(f: Callable[..., Any], *args: PyTree, sharding: Sharding | None = None) -> Cost:
     """Compiles ``f`` for arguments of these shapes and counts.
 
     Args:
@@ -65,12 +70,13 @@ def cost(f: Callable[..., Any], *args: Any, sharding: Any = None) -> Cost:
         sharding: Where to compile for, such as one device of a described topology; None for the default device.
     """
 
-    def described(x: Any) -> Any:
+    def describe(x: Array) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return compiled_cost(jax.jit(f).lower(*jax.tree.map(described, args)).compile())
+    return compiled_cost(jax.jit(f).lower(*jax.tree.map(describe, args)).compile())
 
 
+# Instructions that launch no kernel.
 _FREE = ("parameter(", "constant(", "tuple(", "get-tuple-element(", "bitcast(", "copy-done(", "after-all(")
 
 
@@ -91,7 +97,7 @@ def topology(name: str) -> tuple[str, Any]:
 
 
 def alternated(programs: Mapping[str, Callable[[], Any]], *, rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every program in each of ``rounds`` rounds; within a round all run once, first and last in turn."""
+    """Seconds of every program in each round. A round runs every program once, and every other round in reverse."""
     for _ in range(warm):
         for run in programs.values():
             jax.block_until_ready(run())
@@ -110,7 +116,7 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> float:
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """What a result was measured on: versions, device and load; nothing that names a machine or a path."""
+    """What a result was measured on: versions, device and load, but no machine and no path."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -131,11 +137,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
     """Rows as a markdown table; floats get three digits."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_shown(row.get(name)) for name in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_format(row.get(name)) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _format(value: PyTree) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
@@ -147,7 +153,7 @@ def write(
     name: str,
     title: str,
     text: str,
-    data: Any,
+    data: PyTree,
     *,
     device: str | None = None,
     clocks: bool = True,
@@ -157,21 +163,21 @@ def write(
 
     Args:
         name: The file's stem.
-        title: The claim or question, for the heading.
-        text: Markdown: tables and what they say.
-        data: What was measured, as JSON.
-        device: What it was compiled for, where that is not the default device.
-        clocks: Whether clocks were read, so that the page must say if the machine was busy.
+        title: The heading.
+        text: Markdown: tables and comments.
+        data: The measurements, as JSON.
+        device: The device that programs were compiled for, if not the default device.
+        clocks: Whether clocks were read, so that the page warns if the machine was busy.
         folder: Where to write.
     """
-    where = environment(device)
-    versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
+    setup = environment(device)
+    versions = ", ".join(f"{package} {version}" for package, version in setup["versions"].items())
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"environment": where, "data": data}, indent=1) + "\n")
-    busy = clocks and where["load"] > 2 * (os.cpu_count() or 1)
-    note = f"**The machine was busy with other work (load {where['load']:.0f}): milliseconds mean nothing here, "
-    note += "ratios little, counts are exact.**\n\n"
-    page = f"# {title}\n\n{where['device']}; Python {where['python']}, {versions}.\n\n{note * busy}{text}\n"
+    (folder / f"{name}.json").write_text(json.dumps({"environment": setup, "data": data}, indent=1) + "\n")
+    busy = clocks and setup["load"] > 2 * (os.cpu_count() or 1)
+    note = f"**The machine was busy (load {setup['load']:.0f}): ignore milliseconds and "
+    note += "distrust ratios; counts are exact.**\n\n"
+    page = f"# {title}\n\n{setup['device']}; Python {setup['python']}, {versions}.\n\n{note * busy}{text}\n"
     (folder / f"{name}.md").write_text(page)
     print(page)
 
@@ -189,8 +195,8 @@ def bars(name: str, groups: Mapping[str, Mapping[str, float]], *, label: str, fl
     )
     for panel, (title, group) in zip(panels[0], groups.items(), strict=True):
         values = [group.get(name, float("nan")) for name in names]
-        drawn = panel.barh(names, values, color=["#1b6ca8" if "lojax" in name else "#b8b8b8" for name in names])
-        panel.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
+        patches = panel.barh(names, values, color=["#1b6ca8" if "lojax" in name else "#b8b8b8" for name in names])
+        panel.bar_label(patches, fmt="%.2f", padding=2, fontsize=8)
         panel.axvline(floor, color="#c0392b", linewidth=1)
         panel.set_title(title, fontsize=10)
         panel.margins(x=0.15)

@@ -1,8 +1,8 @@
 """Claims: merging runs at the speed of memory, and switching adapters compiles nothing.
 
-Merge: all weights of a stack at once, against copying the same bytes (a jitted negation: read all, write all).
-A merge must read and write every weight, so the copy is the floor. Switch: one jitted forward pass and one
-jitted step, given other adapters of the same shape, and the compilations that JAX reports meanwhile.
+Merge: all weights of a stack at once, against copying the same bytes (a jitted negation). A merge must read and write
+every weight, so the copy is the floor. Switch: one jitted forward pass and one jitted step get other adapters of the
+same shapes, and the compilations that JAX reports are counted.
 
     python benchmarks/merge_and_switch.py [--rounds 15]
 """
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from measure import alternated, cost, ratio, table, write
-from nets import SCALE, Net, drawn
+from nets import SCALE, Net, draw
 
 import lojax
 from lojax.adapters.adapter import is_adapter
@@ -25,9 +25,9 @@ from lojax.adapters.paths import flatten
 RANK = 16
 
 
-def adapted(net: Net, seed: int = 0) -> tuple[Any, Any, Any]:
-    """``(model, frozen, lora)`` with every weight of the layers adapted and B away from zero."""
-    params = drawn(net.shapes(), seed)
+def make_model(net: Net, seed: int = 0) -> tuple[Any, Any, Any]:
+    """``(model, frozen, lora)`` with every weight of the layers adapted and B not zero."""
+    params = draw(net.shapes(), seed)
     axes = ("stack",) * net.scanned + ("in", "out")
     weights = lambda path, leaf: path.startswith("layers") and leaf.ndim == len(axes) and "norm" not in path
     model = lojax.wrap(net.loss, weights, rank=RANK, alpha=SCALE * RANK, axes=axes)
@@ -35,9 +35,9 @@ def adapted(net: Net, seed: int = 0) -> tuple[Any, Any, Any]:
     return model, frozen, jax.tree.map(lambda x: x + 0.01, lora)
 
 
-def merged(title: str, net: Net, rounds: int) -> tuple[dict[str, Any], Any]:
-    """One row: the time of a merge over that of a copy."""
-    model, frozen, lora = adapted(net)
+def measure_merge(title: str, net: Net, rounds: int) -> tuple[dict[str, Any], Any]:
+    """One row: the time of a merge relative to that of a copy."""
+    model, frozen, lora = make_model(net)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree))
     adapters = {path: t for path, t in flatten(lora).items() if is_adapter(t)}
     product = jax.jit(jnp.matmul)
@@ -64,9 +64,9 @@ def merged(title: str, net: Net, rounds: int) -> tuple[dict[str, Any], Any]:
     return row, seconds
 
 
-def switched(net: Net) -> list[dict[str, Any]]:
-    """One row for each jitted program: compilations at the first adapter and at three others."""
-    model, frozen, lora = adapted(net)
+def count_compilations(net: Net) -> list[dict[str, Any]]:
+    """One row for each jitted program: compilations for the first adapter and for three others."""
+    model, frozen, lora = make_model(net)
     x, labels = jnp.ones((1, 16, net.width), net.dtype), jnp.zeros((1, 16), jnp.int32)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -84,7 +84,7 @@ def switched(net: Net) -> list[dict[str, Any]]:
         compiled.clear()
         jax.block_until_ready([program(frozen, other, x, labels) for other in others])
         rows.append({"program": title, "compilations, first adapter": first, "three others": len(compiled)})
-        assert first > 0, "JAX reports compilations under another name: this counts nothing"
+        assert first > 0, "this JAX reports compilations under another name, so nothing was counted"
     return rows
 
 
@@ -106,14 +106,14 @@ def main() -> None:
     }
     rows, data = [], {}
     for title, net in nets.items():
-        row, data[title] = merged(title, net, options.rounds)
+        row, data[title] = measure_merge(title, net, options.rounds)
         rows.append(row)
-    switches = switched(Net("gpt2", layers=2, width=64, heads=4, inner=128, vocabulary=64))
+    switches = count_compilations(Net("gpt2", layers=2, width=64, heads=4, inner=128, vocabulary=64))
     text = (
-        f"Rank {RANK} on every weight of the layers. Aimed at: a merge at 0.5 of a copy or better.\n\n{table(rows)}\n\n"
-        "`A B alone` is the float32 product of the factors, without the weight: XLA writes it (4 bytes a number) and "
-        "reads it again for the sum, where a copy of bfloat16 moves 4 bytes a number in all. Sums by blocks of rows "
-        "that stay in the cache (`lax.map`, `fori_loop`), and as 16 fused products of vectors, were slower still.\n\n"
+        f"Rank {RANK} on every weight of the layers. Goal: a merge at 0.5 of a copy or better.\n\n{table(rows)}\n\n"
+        "`A B alone` is the float32 product of the factors, without the weight. XLA writes it (4 bytes an element) and "
+        "reads it again for the sum, where a copy of bfloat16 moves 4 bytes an element in all. Summing blocks of rows "
+        "that fit into the cache (`lax.map`, `fori_loop`), or 16 fused outer products, was slower still.\n\n"
         f"## Switching the adapter of a jitted program\n\n{table(switches)}"
     )
     name = f"merge_and_switch_{jax.default_backend()}"

@@ -1,8 +1,8 @@
 """Claim: a LoRA step of the real MiniLM is no slower than with any other library, torch and PEFT included.
 
-all-MiniLM-L6-v2 with a classifier of seven classes, rank 8 on query and value, the head trained in full, 16
-rows of 64 tokens, float32, no dropout: loss, gradient and AdamW. lojax and qwix adapt the Linen BERT of
-examples/; PEFT adapts transformers' BERT in torch, with as many threads as there are cores. All run in turn.
+all-MiniLM-L6-v2 with a classifier of seven classes, rank 8 on query and value, the head trained in full, 16 rows of 64
+tokens, float32, no dropout: loss, gradient and AdamW. lojax and qwix adapt the Linen BERT from examples/; PEFT adapts
+transformers' BERT in torch, with one thread a core. All run in turn.
 
     python benchmarks/minilm_step.py [--rounds 15]
 """
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import alternated, cost, ratio, table, write
-from nets import examples, minilm, minilm_by_hand, minilm_written
+from measure import Array, PyTree, alternated, cost, ratio, table, write
+from nets import examples, minilm, minilm_by_hand, minilm_by_hand_variables
 
 import lojax
 
@@ -36,16 +36,16 @@ def batch(seed: int = 0) -> tuple[Any, Any, Any]:
 
 
 class Stepper:
-    """A jitted training step that keeps its state; calling it runs one step."""
+    """A jitted training step with its state; calling it runs one step."""
 
-    def __init__(self, apply: Callable[..., Any], trained: Any, frozen: Any) -> None:
+    def __init__(self, apply: Callable[..., Any], trained: PyTree, frozen: PyTree) -> None:
         tx = optax.adamw(1e-4)
 
-        def loss(trained: Any, frozen: Any, tokens: Any, mask: Any, labels: Any) -> Any:
+        def loss(trained: PyTree, frozen: PyTree, tokens: Array, mask: Array, labels: Array) -> Any:
             logits = apply(trained, frozen, tokens, mask)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        def step(trained: Any, state: Any, frozen: Any, *data: Any) -> Any:
+        def step(trained: PyTree, state: PyTree, frozen: PyTree, *data: PyTree) -> Any:
             value, grads = jax.value_and_grad(loss)(trained, frozen, *data)
             updates, state = tx.update(grads, state, trained)
             return optax.apply_updates(trained, updates), state, value
@@ -64,31 +64,31 @@ class Stepper:
 
 
 def jax_steppers() -> dict[str, Stepper]:
-    """lojax, LoRA by hand, qwix where installed, the head alone, everything."""
+    """lojax, LoRA by hand, full fine-tuning, and qwix where it is installed."""
     net, variables = minilm()
     shapes = (jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32),) * 2
     head = "**/classifier/*"
 
-    def adapted(targets: Any) -> tuple[Any, Any, Any]:
+    def adapt(targets: Any) -> tuple[Any, Any, Any]:
         model = lojax.wrap(net, targets, rank=RANK, alpha=ALPHA, train=[head], strict=True)
         frozen, lora = model.init(jax.random.key(0), variables, *shapes)
         return (lambda trained, frozen, *x: model.apply(frozen, trained, *x)), lora, frozen
 
-    _, lora, frozen = adapted(TARGETS)
+    _, lora, frozen = adapt(TARGETS)
     by_hand = minilm_by_hand()
-    found = {
-        "lojax": Stepper(*adapted(TARGETS)),
-        "by hand": Stepper(lambda t, f, *x: by_hand(minilm_written(f, t), *x), lora, frozen),
+    steppers = {
+        "lojax": Stepper(*adapt(TARGETS)),
+        "by hand": Stepper(lambda t, f, *x: by_hand(minilm_by_hand_variables(f, t), *x), lora, frozen),
         "full fine-tuning": Stepper(lambda trained, frozen, *x: net.apply(trained, *x), variables, ()),
     }
     try:
-        found["qwix"] = qwix_stepper(net, variables, shapes)
+        steppers["qwix"] = qwix_stepper(net, variables, shapes)
     except ImportError:
-        print("qwix is not installed here")
-    return found
+        print("qwix is not installed")
+    return steppers
 
 
-def qwix_stepper(net: Any, variables: Any, shapes: Any) -> Stepper:
+def qwix_stepper(net: Any, variables: PyTree, shapes: PyTree) -> Stepper:
     """The same adapters through qwix."""
     import qwix
     from flax import traverse_util
@@ -104,14 +104,14 @@ def qwix_stepper(net: Any, variables: Any, shapes: Any) -> Stepper:
     trained = {path: leaf for path, leaf in values.items() if trains[path]}
     frozen = {path: leaf for path, leaf in values.items() if not trains[path]}
 
-    def apply(trained: Any, frozen: Any, *x: Any) -> Any:
+    def apply(trained: PyTree, frozen: PyTree, *x: Array) -> Any:
         return module.apply(traverse_util.unflatten_dict({**trained, **frozen}), *x)
 
     return Stepper(apply, trained, frozen)
 
 
 def torch_steps(compiled: bool) -> dict[str, Callable[[], Any]]:
-    """PEFT on torch, eager and, if asked, compiled (which needs a C++ compiler)."""
+    """PEFT on torch: eager, and with ``compiled`` also compiled (which needs a C++ compiler)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BertForSequenceClassification
@@ -120,12 +120,12 @@ def torch_steps(compiled: bool) -> dict[str, Callable[[], Any]]:
     torch.set_num_threads(os.cpu_count() or 1)
     tokens, mask, labels = (torch.from_numpy(np.asarray(x, np.int64)) for x in batch())
 
-    def stepper(compile_it: bool) -> Callable[[], Any]:
+    def stepper(compiled: bool) -> Callable[[], Any]:
         settings = {"num_labels": 7, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         base = BertForSequenceClassification.from_pretrained(model_files.find(), **settings)
         lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"], modules_to_save=["classifier"])
         model = get_peft_model(base, lora).train()
-        run = torch.compile(model) if compile_it else model
+        run = torch.compile(model) if compiled else model
         tx = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
         def step() -> Any:
@@ -137,14 +137,14 @@ def torch_steps(compiled: bool) -> dict[str, Callable[[], Any]]:
 
         return step
 
-    found = {"PEFT + torch": stepper(False)}
+    steppers = {"PEFT + torch": stepper(False)}
     if compiled:
-        found["PEFT + torch.compile"] = stepper(True)
-    return found
+        steppers["PEFT + torch.compile"] = stepper(True)
+    return steppers
 
 
 def main() -> None:
-    """Measures all that are installed."""
+    """Measures every library that is installed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-torch", action="store_true")
@@ -156,11 +156,11 @@ def main() -> None:
         try:
             programs |= torch_steps(options.compile)
         except ImportError as error:
-            print(f"no torch comparison: no module {error.name}")
+            print(f"No comparison with torch: {error.name} is not installed.")
     seconds = alternated(programs, rounds=options.rounds, warm=3)
     rows = []
     for name in programs:
-        row: dict[str, Any] = {"way": name, "ms a step": 1e3 * statistics.median(seconds[name])}
+        row: dict[str, Any] = {"method": name, "ms a step": 1e3 * statistics.median(seconds[name])}
         row["lojax / this"] = ratio(seconds, "lojax", name)
         if name in steppers:
             count = steppers[name].cost
@@ -170,7 +170,7 @@ def main() -> None:
     text = (
         f"{ROWS} rows of {TOKENS} tokens, rank {RANK} on query and value, head in full, AdamW, float32. Medians of "
         f"{options.rounds} alternated steps; the ratios are medians within a round. torch's BERT has the pooler that "
-        "the Linen one replaces by a mean over tokens (0.1 % of the products)."
+        "the Linen one replaces with a mean over tokens (0.1 % of the FLOPs)."
     )
     write("minilm_step", "A LoRA step of the real MiniLM", f"{text}\n\n{table(rows)}", seconds)
 

@@ -1,9 +1,9 @@
 """Claim: a LoRA step of a whole net costs the frozen net with dx, plus the low-rank products, and little memory.
 
-GPT-2-like and Llama-like nets of four layers, unrolled and scanned, LoRA on every weight of the layers: lojax by each
-of its executions, LoRA written by hand into the net, literal W0 + BA, full fine-tuning, and the floor (the frozen
-net, forward and dx). FLOPs, bytes and temporaries are XLA's; the bodies of a scan count once, so there FLOPs compare
-only with each other. Libraries that adapt modules and not functions are compared in minilm_step.py.
+GPT-2-like and Llama-like nets of four layers, unrolled and scanned, with LoRA on every weight of the layers: each
+execution of lojax, LoRA written into the net by hand, literal W0 + BA, full fine-tuning, and the floor (the frozen net,
+forward and dx). FLOPs, bytes and temporaries are XLA's; it counts the body of a scan once, so compare scanned nets only
+with each other. Libraries that adapt modules rather than functions are compared in minilm_step.py.
 
     python benchmarks/net_cost.py [--rounds 9] [--no-time]
     python benchmarks/net_cost.py --tpu v5e            # compiled ahead of time for a TPU (needs libtpu, no TPU)
@@ -20,9 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from layer_ways import EXECUTIONS
-from measure import alternated, bars, cost, ratio, table, topology, write
-from nets import SCALE, Net, drawn, written
+from jax.sharding import Sharding
+from layer_methods import EXECUTIONS
+from measure import Array, alternated, bars, cost, ratio, table, topology, write
+from nets import SCALE, Net, draw, insert_by_hand
 
 import lojax
 
@@ -55,25 +56,33 @@ def inputs(net: Net, rows: int = 2, tokens: int = 256) -> tuple[Any, Any]:
     )
 
 
-def programs(net: Net, x: Any, labels: Any, rank: int = RANK) -> dict[str, Program]:
-    """value_and_grad of every way, with the shapes of its arguments; what trains comes first."""
+def programs(net: Net, x: Array, labels: Array, rank: int = RANK) -> dict[str, Program]:
+    """value_and_grad of every method, with the shapes of its arguments, the trained ones first."""
     params = net.shapes()
     models = {
-        f"lojax {way}": lojax.wrap(
-            net.loss, targets(net), rank=rank, alpha=SCALE * rank, strict=way != "materialize", execution=way
+        f"lojax {execution}": lojax.wrap(
+            net.loss,
+            targets(net),
+            rank=rank,
+            alpha=SCALE * rank,
+            strict=execution != "materialize",
+            execution=execution,
         )
-        for way in EXECUTIONS
+        for execution in EXECUTIONS
     }
     frozen, lora = jax.eval_shape(models["lojax auto"].init, jax.random.key(0), params, x, labels)
-    by_hand = functools.partial(written, formed=False), functools.partial(written, formed=True)
     losses: dict[str, tuple[Callable[..., Any], Any, Any]] = {
         FLOOR: (lambda x, params, labels: net.loss(params, x, labels), x, (params, labels)),
         **{
             name: (lambda t, f, x, labels, apply=model.apply: apply(f, t, x, labels), lora, (frozen, x, labels))
             for name, model in models.items()
         },
-        "by hand": (lambda t, f, x, labels: net.loss(by_hand[0](f, t), x, labels), lora, (frozen, x, labels)),
-        "literal W0+BA": (lambda t, f, x, labels: net.loss(by_hand[1](f, t), x, labels), lora, (frozen, x, labels)),
+        "by hand": (lambda t, f, x, labels: net.loss(insert_by_hand(f, t), x, labels), lora, (frozen, x, labels)),
+        "literal W0+BA": (
+            lambda t, f, x, labels: net.loss(insert_by_hand(f, t, materialized=True), x, labels),
+            lora,
+            (frozen, x, labels),
+        ),
         "merge, then apply": (
             lambda t, f, x, labels: net.loss(lojax.merge(f, t), x, labels), lora, (frozen, x, labels),
         ),
@@ -82,7 +91,7 @@ def programs(net: Net, x: Any, labels: Any, rank: int = RANK) -> dict[str, Progr
     return {name: (jax.value_and_grad(loss), (trained, *rest)) for name, (loss, trained, rest) in losses.items()}
 
 
-def products(net: Net, x: Any, rank: int = RANK) -> tuple[int, int]:
+def products(net: Net, x: Array, rank: int = RANK) -> tuple[int, int]:
     """FLOPs of ``(the frozen products forward and dx, the low-rank products forward and backward)``, by hand."""
     tokens = x.shape[0] * x.shape[1]
     one = dataclasses.replace(net, layers=1, scanned=False).shapes()
@@ -91,20 +100,20 @@ def products(net: Net, x: Any, rank: int = RANK) -> tuple[int, int]:
     return 4 * tokens * frozen, 6 * tokens * rank * net.layers * sum(m + n for m, n in weights)
 
 
-def measured(
-    title: str, net: Net, rounds: int, sharding: Any = None
+def measure_net(
+    title: str, net: Net, rounds: int, sharding: Sharding | None = None
 ) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """One row for each way, the claims that can be judged, and the raw numbers."""
+    """One row for each method, the claims that apply, and the raw numbers."""
     x, labels = inputs(net)
-    found = programs(net, x, labels)
-    counts = {name: cost(f, *args, sharding=sharding) for name, (f, args) in found.items()}
+    steps = programs(net, x, labels)
+    counts = {name: cost(f, *args, sharding=sharding) for name, (f, args) in steps.items()}
     seconds: dict[str, list[float]] = {}
     if rounds:
-        ready = {name: functools.partial(jax.jit(f), *drawn(args)) for name, (f, args) in found.items()}
+        ready = {name: functools.partial(jax.jit(f), *draw(args)) for name, (f, args) in steps.items()}
         seconds = alternated(ready, rounds=rounds)
     rows = []
     for name, count in counts.items():
-        row: dict[str, Any] = {"net": title, "way": name, "GFLOP": count.flops / 1e9}
+        row: dict[str, Any] = {"net": title, "method": name, "GFLOP": count.flops / 1e9}
         row |= {"/ floor": count.flops / counts[FLOOR].flops, "MiB accessed": count.bytes / 2**20}
         row |= {"MiB temporaries": count.temporaries / 2**20, "MiB gradients": count.outputs / 2**20}
         if rounds:
@@ -114,8 +123,8 @@ def measured(
     if not net.scanned:
         _, low_rank = products(net, x)
         bound = counts[FLOOR].flops + low_rank
-        said = (f"{name} {counts[name].flops / bound:.4f}" for name in counts if name.startswith("lojax"))
-        lines.append(f"- {title}: FLOPs over the floor and the low-rank products: {', '.join(said)}.")
+        ratios = (f"{name} {counts[name].flops / bound:.4f}" for name in counts if name.startswith("lojax"))
+        lines.append(f"- {title}: FLOPs over the floor plus the low-rank products: {', '.join(ratios)}.")
     return rows, lines, {"counts": {name: dataclasses.asdict(c) for name, c in counts.items()}, "seconds": seconds}
 
 
@@ -135,15 +144,15 @@ def main() -> None:
     rows, lines, data = [], [], {}
     for title, net in nets.items():
         print(f"counting {title}", flush=True)
-        more, judged, data[title] = measured(title, net, rounds, sharding)
-        rows += more
-        lines += judged
+        net_rows, claims_of_net, data[title] = measure_net(title, net, rounds, sharding)
+        rows += net_rows
+        lines += claims_of_net
     sizes = f"D={GPT2.width}, 4 layers, 2 rows of 256 tokens, rank {RANK} on every weight of the layers, {dtype}."
     claims = "## The claim (at most 1.02)\n\n" + "\n".join(lines)
     name, title = f"net_cost_{options.tpu or jax.default_backend()}", "What a LoRA step of a whole net costs"
     write(name, title, "\n\n".join([sizes, claims, table(rows)]), data, device=device, clocks=bool(rounds))
     column = "time / floor" if rounds else "/ floor"
-    panels = {title: {row["way"]: row[column] for row in rows if row["net"] == title} for title in nets}
+    panels = {title: {row["method"]: row[column] for row in rows if row["net"] == title} for title in nets}
     panels = {title: panel for title, panel in panels.items() if options.tpu or "remat" not in title}
     bars(name, panels, label=f"{'time' if rounds else 'FLOPs'} over the frozen net with dx (the red line)")
 

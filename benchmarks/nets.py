@@ -1,7 +1,7 @@
 """The nets of the benchmarks: a GPT-2-like and a Llama-like stack as plain functions, and the real MiniLM in Linen.
 
-Every product with a weight goes through `linear`, which takes an array or a `Written` weight: so one net is
-the base net, the adapted net as lojax makes it, LoRA written by hand into it, and literal ``W0 + BA``.
+Every product with a weight goes through `linear`, which takes an array or a `HandWritten` weight. So one function is
+the base net, the net that lojax adapts, LoRA written by hand, and literal ``W0 + BA``.
 
 Letters: B rows, T tokens a row, D width, H heads, F inner width, V vocabulary, L layers.
 """
@@ -20,27 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from measure import Array, PyTree
 
 SCALE = 2.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Written:
-    """A weight with LoRA written in by hand: factored, or formed as ``W0 + s A B``."""
+class HandWritten:
+    """A weight with LoRA written by hand: factored, or materialized as ``W0 + s A B``."""
 
     w: Any
     a: Any
     b: Any
-    formed: bool = dataclasses.field(default=False, metadata={"static": True})
+    materialized: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def linear(x: Any, w: Any) -> Any:
+def linear(x: Array, w: Array | HandWritten) -> Array:
     """``x @ w``."""
-    if not isinstance(w, Written):
+    if not isinstance(w, HandWritten):
         return x @ w
     a, b = (factor.astype(x.dtype) for factor in (w.a, w.b))
-    if w.formed:
+    if w.materialized:
         return x @ (w.w + SCALE * a @ b)
     return x @ w.w + (SCALE * (x @ a)) @ b
 
@@ -61,7 +62,7 @@ class Net:
     remat: bool = False
 
     def shapes(self) -> dict[str, Any]:
-        """The parameters, as shapes: each of ``layers`` stacked under ``layers`` where scanned."""
+        """The parameters, as shapes: under ``layers`` one stack where scanned, else one branch a layer."""
         kinds = {"gpt2": self._gpt2, "llama": self._llama}
         layer = kinds[self.kind]()
         stack = (self.layers,) if self.scanned else ()
@@ -86,7 +87,7 @@ class Net:
         """The number of key and value heads."""
         return self.kv_heads or self.heads
 
-    def layer(self, x: Any, p: Any) -> Any:
+    def layer(self, x: Array, p: PyTree) -> Any:
         """One layer, [B, T, D] -> [B, T, D]."""
         y = norm(x, p["norm_1"])
         if self.kind == "gpt2":
@@ -99,14 +100,14 @@ class Net:
             inner = jax.nn.silu(linear(y, p["gate"])) * linear(y, p["up"])
         return x + linear(inner, p["down"])
 
-    def attend(self, q: Any, k: Any, v: Any) -> Any:
+    def attend(self, q: Array, k: Array, v: Array) -> Any:
         """Causal attention over [B, T, heads * K]."""
         k_size = self.width // self.heads
         q, k, v = (t.reshape(*t.shape[:-1], -1, k_size) for t in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return mixed.reshape(*mixed.shape[:-2], self.width)
 
-    def loss(self, params: Any, x: Any, labels: Any) -> Any:
+    def loss(self, params: PyTree, x: Array, labels: Array) -> Any:
         """The mean cross-entropy of the next token."""
         layer = jax.checkpoint(self.layer) if self.remat else self.layer
         if self.scanned:
@@ -115,49 +116,49 @@ class Net:
             for i in range(self.layers):
                 x = layer(x, params["layers"][f"layer_{i}"])
         logits = linear(norm(x, params["norm"]), params["head"]).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+        label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - label_logits)
 
 
-def norm(x: Any, scale: Any) -> Any:
+def norm(x: Array, scale: Any) -> Any:
     """RMS norm, in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
     return wide.astype(x.dtype) * scale
 
 
-def drawn(shapes: Any, seed: int = 0) -> Any:
-    """Random parameters of these shapes; those with one axis are ones."""
+def draw(shapes: PyTree, seed: int = 0) -> Any:
+    """Random arrays of these shapes; those with one axis are ones."""
     rng = np.random.default_rng(seed)
 
-    def draw(s: Any) -> Any:
+    def draw_leaf(s: PyTree) -> Any:
         if jnp.issubdtype(s.dtype, jnp.integer):
             return jnp.asarray(rng.integers(0, 2, s.shape), s.dtype)
         scale = 1 / np.sqrt(s.shape[-2]) if len(s.shape) > 1 else 0.0
         return jnp.asarray(rng.normal(size=s.shape) * scale + (len(s.shape) == 1), s.dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(draw_leaf, shapes)
 
 
-def written(params: Any, lora: Any, *, formed: bool = False) -> Any:
-    """The parameters with each `lojax.Adapter` of ``lora`` written into its weight by hand."""
+def insert_by_hand(params: PyTree, lora: PyTree, *, materialized: bool = False) -> Any:
+    """The parameters with each `lojax.Adapter` of ``lora`` as a `HandWritten` weight."""
     import lojax
 
-    def join(adapter: Any, weight: Any) -> Any:
+    def join(adapter: PyTree, weight: PyTree) -> Any:
         if isinstance(adapter, lojax.Adapter):
             assert adapter.scale == SCALE, adapter.scale
-            return Written(lax.stop_gradient(weight), adapter.a, adapter.b, formed)
+            return HandWritten(lax.stop_gradient(weight), adapter.a, adapter.b, materialized)
         return lax.stop_gradient(weight) if adapter is None else adapter
 
     stop = lambda node: node is None or isinstance(node, lojax.Adapter)
     return jax.tree.map(join, lora, params, is_leaf=stop)
 
 
-# --- the real net of examples/ ---
+# --- the net of examples/ ---
 
 
 def examples() -> Any:
-    """The modules ``bert`` and ``model_files`` of examples/."""
+    """The modules ``bert`` and ``model_files`` from examples/."""
     folder = str(Path(__file__).parents[1] / "examples")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -168,26 +169,26 @@ def examples() -> Any:
 
 
 def minilm(classes: int = 7) -> tuple[Any, Any]:
-    """The Linen BERT of examples/ with the weights of all-MiniLM-L6-v2: ``(module, variables)``."""
+    """The Linen BERT from examples/ with the weights of all-MiniLM-L6-v2: ``(module, variables)``."""
     bert, model_files = examples()
     return bert.load(model_files.find(), classes, key=jax.random.key(0))
 
 
 class LoRADense(nn.Module):
-    """A Linen Dense with LoRA written in by hand, as a user without a library would."""
+    """A Linen Dense with LoRA written by hand, as a user without a library would."""
 
     features: int
     rank: int = 8
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Any:
         """``[..., m] -> [..., n]``."""
         m = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (m, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         a = self.param("a", nn.initializers.lecun_normal(), (m, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, self.features))
-        return linear(x, Written(kernel, a, b)) + bias
+        return linear(x, HandWritten(kernel, a, b)) + bias
 
 
 def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7) -> Callable[..., Any]:
@@ -196,7 +197,7 @@ def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7
     config = bert.BertConfig.from_file(model_files.find() / "config.json")
 
     class Linen:
-        """`flax.linen`, but for Dense."""
+        """`flax.linen` except for Dense."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(nn, name)
@@ -205,18 +206,18 @@ def minilm_by_hand(names: tuple[str, ...] = ("query", "value"), classes: int = 7
             """A Dense, or a `LoRADense`."""
             return LoRADense(features, name=name) if name in names else nn.Dense(features, name=name, **settings)
 
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: PyTree, *args: PyTree, **kwargs: Any) -> Any:
         with mock.patch.object(bert, "nn", Linen()):
             return bert.BertClassifier(config, classes).apply(variables, *args, **kwargs)
 
     return apply
 
 
-def minilm_written(variables: Any, lora: Any) -> Any:
-    """The variables of `minilm_by_hand` that hold these parameters and adapters."""
+def minilm_by_hand_variables(variables: PyTree, lora: PyTree) -> Any:
+    """The variables of `minilm_by_hand` with these parameters and adapters."""
     import lojax
 
-    def join(weights: Any, adapters: Any) -> Any:
+    def join(weights: PyTree, adapters: PyTree) -> Any:
         out = {}
         for name, adapter in adapters.items():
             if isinstance(adapter, dict):

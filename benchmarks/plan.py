@@ -1,8 +1,8 @@
 """Claim: what a LoRA run needs on a TPU pod is known before renting it, and LoRA adds next to nothing to it.
 
-Compiles the real train steps of Llama 3 for TPU slices that are not there, and writes a table, the numbers as JSON,
-and a picture. Needs libtpu (``pip install "jax[tpu]"``) and no TPU. Cases that are already in the JSON are kept, so
-a run that was stopped goes on; ``--fresh`` starts over, ``--draw`` only draws.
+Compiles the real train steps of Llama 3 for TPU slices ahead of time, and writes a table, the numbers as JSON, and a
+plot. Needs libtpu (``pip install "jax[tpu]"``) but no TPU. Cases that are already in the JSON are not compiled again,
+so an interrupted run resumes; ``--fresh`` starts over, ``--draw`` only writes table and plot.
 
     python benchmarks/plan.py
 """
@@ -17,10 +17,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 from measure import RESULTS, environment
 
 JSON = RESULTS / "plan.json"
+Results = dict[str, Any]
 
 CASES = {
     "70B": ("70B", "v5e:16x16", "fsdp=16,tensor=16", 16),
@@ -32,62 +35,65 @@ CASES = {
     "70B, q and v at rank 8": ("70B", "v5e:16x16", "fsdp=16,tensor=16", 16),
 }
 SETTINGS = {"70B, q and v at rank 8": {"rank": 8, "targets": ["**/q_proj/kernel", "**/v_proj/kernel"]}}
-"""What differs from rank 16 on every linear layer."""
+"""Settings other than rank 16 on every linear layer."""
 SCALING = ("8B on 16", "8B on 64", "8B on 256")
-FLOORS = ("70B", "8B, smallest slice", "8B on 16")
-"""Cases of which the frozen forward and backward are compiled too, for what LoRA adds to them."""
+BASELINES = ("70B", "8B, smallest slice", "8B on 16")
+"""Cases whose frozen forward and backward are compiled too, to see what LoRA adds."""
 LIMIT = 600
-"""Seconds of CPU time after which a case is given up; the JSON then says so."""
+"""Seconds of CPU time after which a case is abandoned; the JSON then says so."""
+KINDS = ("weights", "adapters", "optimizer", "saved_activations", "temporaries")
+"""What memory is counted for."""
 
 
-def run_case(name: str, floor: bool) -> dict:
+def run_case(name: str, frozen: bool) -> Results:
     """One case in this process."""
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 5))
-    from lojax.planner.aot import measure, topology_mesh
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from lojax.planner.aot import compile_cost, topology_mesh
     from lojax.planner.chips import parse_mesh, parse_topology
     from lojax.planner.decoder import Decoder
-    from lojax.planner.decoder_config import preset
+    from lojax.planner.decoder_config import PRESETS
     from lojax.planner.plan import plan
-    from lojax.planner.train_step import floor_work
+    from tests.planner.frozen_step import frozen_step
 
     model, topology, mesh, batch = CASES[name]
-    if not floor:
+    if not frozen:
         return plan(model, topology=topology, mesh=mesh, batch=batch, compiled=True, **SETTINGS.get(name, {})).as_dict()
-    where = parse_topology(topology)
-    decoder = Decoder(preset(model), topology_mesh(where, parse_mesh(mesh, where.chips)))
-    found = measure(floor_work(decoder, batch=batch, seq=4096).lower())
-    return {"memory": found.peak, "moved": found.traffic.moved if found.traffic else None}
+    tpu_slice = parse_topology(topology)
+    decoder = Decoder(PRESETS[model], topology_mesh(tpu_slice, parse_mesh(mesh, tpu_slice.devices)))
+    cost = compile_cost(frozen_step(decoder, batch=batch, seq=4096).lower())
+    return {"memory": cost.peak_memory, "bytes_received": cost.traffic.bytes_received if cost.traffic else None}
 
 
-def measure_all(results: dict) -> dict:
+def measure_all(results: Results) -> Results:
     """Every missing case, each in a process of its own."""
-    wanted = [(name, floor) for name in CASES for floor in (False, True) if not floor or name in FLOORS]
-    for i, (name, floor) in enumerate(wanted):
-        key = f"{name}, frozen" if floor else name
-        kept = key in results and key not in results.get("earlier", [])
-        print(f"[{i + 1}/{len(wanted)}] {key}", "(kept)" if kept else "…", flush=True)
-        if kept:
+    cases = [(name, frozen) for name in CASES for frozen in (False, True) if not frozen or name in BASELINES]
+    for i, (name, frozen) in enumerate(cases):
+        key = f"{name}, frozen" if frozen else name
+        is_done = key in results and key not in results.get("outdated", [])
+        print(f"[{i + 1}/{len(cases)}] {key}", "(done)" if is_done else "…", flush=True)
+        if is_done:
             continue
-        began = time.monotonic()
-        command = [sys.executable, __file__, "--case", name, *(["--floor"] if floor else [])]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-        if done.returncode == -signal.SIGXCPU:
-            results.setdefault("given up", {})[key] = f"not compiled within {LIMIT} s of CPU time"
-        elif done.returncode:
-            print(done.stderr[-2000:])
+        start = time.monotonic()
+        command = [sys.executable, __file__, "--case", name, *(["--frozen"] if frozen else [])]
+        process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        if process.returncode == -signal.SIGXCPU:
+            results.setdefault("abandoned", {})[key] = f"not compiled within {LIMIT} s of CPU time"
+        elif process.returncode:
+            print(process.stderr[-2000:])
             continue
         else:
-            results[key] = json.loads(done.stdout.splitlines()[-1])
-            results.get("given up", {}).pop(key, None)
-            results["earlier"] = [name for name in results.get("earlier", []) if name != key]
+            results[key] = json.loads(process.stdout.splitlines()[-1])
+            results.get("abandoned", {}).pop(key, None)
+            results["outdated"] = [name for name in results.get("outdated", []) if name != key]
         results["versions"] = environment("")["versions"]
-        print(f"    {time.monotonic() - began:.0f} s", flush=True)
+        print(f"    {time.monotonic() - start:.0f} s", flush=True)
         JSON.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
-def written(results: dict) -> str:
-    """The table, the versions, and the cases that were given up."""
+def format_results(results: Results) -> str:
+    """The table, the versions, and the cases that were abandoned."""
     from lojax.report.table import table
 
     rows = []
@@ -95,44 +101,45 @@ def written(results: dict) -> str:
         if name not in results:
             continue
         r = results[name]
-        lora, full, chips = r["lora"], r["full"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["mesh"]["tensor"]
-        floor = results.get(f"{name}, frozen", results.get(f"{name.partition(',')[0]}, frozen"))
-        more = f"{100 * (lora['memory'] / floor['memory'] - 1):+.1f}" if floor else ""
-        own = f"{100 * (2 * lora['adapters'] + lora['optimizer']) / floor['memory']:.1f}" if floor else ""
-        sent = f"{100 * (lora['moved'] / floor['moved'] - 1):+.1f}" if floor and floor["moved"] else ""
-        mesh = " ".join(f"{k}={v}" for k, v in r["mesh"].items() if v > 1)
-        sizes = [f"{lora[k] / 1e9:.3f}" for k in ("weights", "adapters", "optimizer", "kept", "temporary", "memory")]
+        lora, full, devices = r["lora"], r["full"], r["mesh"]["data"] * r["mesh"]["fsdp"] * r["mesh"]["tensor"]
+        base = results.get(f"{name}, frozen", results.get(f"{name.partition(',')[0]}, frozen"))
+        memory_increase = f"{100 * (lora['memory'] / base['memory'] - 1):+.1f}" if base else ""
+        own = f"{100 * (2 * lora['adapters'] + lora['optimizer']) / base['memory']:.1f}" if base else ""
+        received = lora["bytes_received"]
+        has_traffic = base and base["bytes_received"]
+        traffic_increase = f"{100 * (received / base['bytes_received'] - 1):+.1f}" if has_traffic else ""
+        mesh = " ".join(f"{axis}={size}" for axis, size in r["mesh"].items() if size > 1)
+        sizes = [f"{lora[kind] / 1e9:.3f}" for kind in (*KINDS, "memory")]
         rows.append(
             (
-                *(name, r["topology"], str(chips), mesh, f"{r['batch']} × {r['seq']}", *sizes, more, own),
-                *(f"{full['memory'] / 1e9:.2f}", f"{lora['flops'] / 1e12:.1f}", f"{lora['moved'] / 1e9:.2f}", sent),
-                *(f"{r['moved_per_token']:,.0f}", f"{lora['step_seconds']:.2f}", f"{r['seconds']:.0f}"),
+                *(name, r["topology"], str(devices), mesh, f"{r['batch']} × {r['seq']}", *sizes, memory_increase, own),
+                *(f"{full['memory'] / 1e9:.2f}", f"{lora['flops'] / 1e12:.1f}", f"{received / 1e9:.2f}"),
+                *(traffic_increase, f"{r['bytes_received_per_token']:,.0f}"),
+                *(f"{lora['step_seconds']:.2f}", f"{r['seconds']:.0f}"),
             )
         )
-    header = ("case", "slice", "chips", "mesh", "batch", "weights", "adapters", "optimizer", "kept", "temporary")
+    header = ("case", "slice", "devices", "mesh", "batch", *(kind.replace("_", " ") for kind in KINDS))
     header += ("LoRA GB", "over frozen %", "own %", "full FT GB", "TFLOP", "received GB", "over frozen %")
-    header += ("bytes/chip/token", "step s at 40%", "plan s")
+    header += ("bytes/device/token", "step s at 40%", "plan s")
     lines = [
         table(header, rows),
         "",
-        "All of one chip. own: adapters, their gradients and moments, which the frozen step has not.",
+        "Everything per device. own: adapters, their gradients and moments, which the frozen step does not have.",
         f"Compiled ahead of time, no TPU: {versions(results)}.",
     ]
-    if results.get("earlier"):
-        lines.append(
-            f"Compiled by an earlier version of the step, and not again since: {'; '.join(results['earlier'])}."
-        )
-    return "\n".join(lines + [f"{name}: {why}." for name, why in results.get("given up", {}).items()])
+    if results.get("outdated"):
+        lines.append(f"Compiled by an earlier version of the step, and not since: {'; '.join(results['outdated'])}.")
+    return "\n".join(lines + [f"{name}: {why}." for name, why in results.get("abandoned", {}).items()])
 
 
-def versions(results: dict) -> str:
-    """The versions that the cases were compiled with, in words."""
+def versions(results: Results) -> str:
+    """The versions that the cases were compiled with."""
     names = ("jax", "jaxlib", "libtpu", "lojax")
     return ", ".join(f"{name} {results['versions'][name]}" for name in names if name in results.get("versions", {}))
 
 
-def draw(results: dict) -> None:
-    """Memory by what holds it, and bytes a chip and token as chips are added."""
+def draw(results: Results) -> None:
+    """Memory by kind, and bytes per device and token as devices are added."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,48 +147,48 @@ def draw(results: dict) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     names = [name for name in CASES if name in results]
-    colours = ("#4c72b0", "#c44e52", "#dd8452", "#55a868", "#937860")
+    colors = ("#4c72b0", "#c44e52", "#dd8452", "#55a868", "#937860")
     start = [0.0] * len(names)
-    for part, colour in zip(("weights", "adapters", "optimizer", "kept", "temporary"), colours, strict=True):
-        values = [results[name]["lora"][part] / 1e9 for name in names]
-        left.barh(names, values, left=start, color=colour, label=part)
+    for kind, color in zip(KINDS, colors, strict=True):
+        values = [results[name]["lora"][kind] / 1e9 for name in names]
+        left.barh(names, values, left=start, color=color, label=kind.replace("_", " "))
         start = [a + b for a, b in zip(start, values, strict=True)]
     for i, name in enumerate(names):
         left.plot(
             results[name]["full"]["memory"] / 1e9, i, "k|", markersize=16, label="full fine-tuning" if not i else ""
         )
     left.invert_yaxis()
-    left.set_xlabel("GB a chip")
+    left.set_xlabel("GB per device")
     left.set_title("Memory of one LoRA step")
     left.legend(fontsize=8)
     points = [name for name in SCALING if name in results]
-    chips = [int(name.rpartition(" ")[2]) for name in points]
-    right.plot(chips, [results[name]["moved_per_token"] / 1e6 for name in points], "o-")
+    devices = [int(name.rpartition(" ")[2]) for name in points]
+    right.plot(devices, [results[name]["bytes_received_per_token"] / 1e6 for name in points], "o-")
     right.set_xscale("log", base=2)
-    right.set_xticks(chips, [str(n) for n in chips])
+    right.set_xticks(devices, [str(n) for n in devices])
     right.set_ylim(bottom=0)
-    right.set_xlabel("chips (v5e, batch grows with them)")
-    right.set_ylabel("MB received a chip and token")
-    right.set_title("Llama-3-8B: traffic as chips are added")
+    right.set_xlabel("devices (v5e, batch grows with them)")
+    right.set_ylabel("MB received per device and token")
+    right.set_title("Llama-3-8B: traffic as devices are added")
     right.set_visible(bool(points))
     figure.savefig(RESULTS / "plan.png", dpi=120)
 
 
 def main() -> None:
-    """Measures what is missing, then writes table and picture."""
+    """Measures what is missing, then writes table and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--floor", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(run_case(args.case, args.floor)))
+        print(json.dumps(run_case(args.case, args.frozen)))
         return
     RESULTS.mkdir(exist_ok=True)
     results = json.loads(JSON.read_text()) if JSON.exists() and not args.fresh else {}
     results = results if args.draw else measure_all(results)
-    text = written(results)
+    text = format_results(results)
     print(text)
     (RESULTS / "plan.txt").write_text(text + "\n")
     draw(results)

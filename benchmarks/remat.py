@@ -1,10 +1,10 @@
-"""Claim: under remat, an adapted block keeps what the frozen block keeps, and T·r numbers.
+"""Claim: under remat, an adapted block saves what the frozen block saves, plus T·r elements.
 
-One transformer block, bfloat16 with float32 adapters, LoRA on every weight or on q and v alone: bytes that
-`jax.vjp` keeps for the backward pass beyond parameters and input, for the usual policies of `jax.checkpoint`. The
-frozen block is differentiated with respect to its input, the adapted one with respect to input and adapters.
+One transformer block, bfloat16 with float32 adapters, LoRA on every weight or only on q and v: the bytes that `jax.vjp`
+saves for the backward pass beyond parameters and input, for the usual policies of `jax.checkpoint`. The frozen block is
+differentiated with respect to its input, the adapted one with respect to input and adapters.
 
-``written out`` is LoRA written by hand into the block, where a policy sees three products for one.
+``by hand`` is LoRA written into the block by hand, where a policy sees three products instead of one.
 
     python benchmarks/remat.py
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import table, write
+from measure import Array, PyTree, table, write
 
 import lojax
 
@@ -34,22 +34,22 @@ POLICIES: dict[str, Any] = {
 }
 
 
-def linear(x: Any, w: Any) -> Any:
-    """``x @ w``; a weight with LoRA written out is a tuple ``(w, a, b)``."""
+def linear(x: Array, w: Array | tuple[Array, Array, Array]) -> Array:
+    """``x @ w``; a weight with LoRA written by hand is a tuple ``(w, a, b)``."""
     if not isinstance(w, tuple):
         return x @ w
     w, a, b = w
     return x @ w + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
 
 
-def block(params: Any, x: Any) -> Any:
-    """Attention and MLP with norms before them, x ``[T, D]``."""
+def block(params: PyTree, x: Array) -> Any:
+    """A pre-norm block of attention and MLP, x ``[T, D]``."""
 
-    def norm(x: Any) -> Any:
+    def norm(x: Array) -> Any:
         wide = x.astype(jnp.float32)
         return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
-    def heads(x: Any) -> Any:
+    def heads(x: Array) -> Any:
         return x.reshape(x.shape[0], HEADS, -1)
 
     h = norm(x)
@@ -60,54 +60,54 @@ def block(params: Any, x: Any) -> Any:
     return x + linear(jax.nn.gelu(linear(norm(x), params["up"])), params["down"])
 
 
-def kept(f: Callable[..., Any], fixed: Any, *moving: Any) -> int:
-    """Bytes that the derivative of ``f(fixed, *moving)`` by ``moving`` keeps, without the arguments themselves."""
+def saved_bytes(f: Callable[..., Any], fixed: PyTree, *variables: PyTree) -> int:
+    """Bytes that `jax.vjp` of ``f(fixed, *variables)`` with respect to ``variables`` saves, without the arguments."""
 
-    def forward(fixed: Any, *moving: Any) -> Any:
-        return jax.vjp(lambda *moving: f(fixed, *moving), *moving)[1]
+    def forward(fixed: PyTree, *variables: PyTree) -> Any:
+        return jax.vjp(lambda *variables: f(fixed, *variables), *variables)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(forward, fixed, *moving))
-    free = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((fixed, moving)))
-    rest = collections.Counter((x.shape, x.dtype) for x in leaves) - free
-    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in rest.items())
+    leaves = jax.tree.leaves(jax.eval_shape(forward, fixed, *variables))
+    arguments = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves((fixed, variables)))
+    residuals = collections.Counter((x.shape, x.dtype) for x in leaves) - arguments
+    return sum(math.prod(shape) * dtype.itemsize * count for (shape, dtype), count in residuals.items())
 
 
-def rows() -> list[dict[str, Any]]:
+def count_rows() -> list[dict[str, Any]]:
     """One row for each choice of targets and policy; MiB."""
-    found = []
+    rows = []
     params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in WEIGHTS.items()}
     x = jax.ShapeDtypeStruct((T, D), jnp.bfloat16)
     for title, targets in TARGETS.items():
         for name, policy in POLICIES.items():
             net = block if policy is None else jax.checkpoint(block, policy=policy)
             row: dict[str, Any] = {"LoRA on": title, "policy": name}
-            row["frozen block"] = kept(net, params, x) / 2**20
+            row["frozen block"] = saved_bytes(net, params, x) / 2**20
             factors = {n: lojax.init(jax.random.key(0), jnp.zeros(WEIGHTS[n]), "", rank=RANK)[1] for n in targets}
             pairs = jax.eval_shape(lambda factors=factors: {n: (f.a, f.b) for n, f in factors.items()})
 
-            def written(params: Any, pairs: Any, x: Any, net: Any = net) -> Any:
+            def by_hand(params: PyTree, pairs: PyTree, x: Array, net: Any = net) -> Any:
                 return net({n: (w, *pairs[n]) if n in pairs else w for n, w in params.items()}, x)
 
-            row["written out"] = kept(written, params, pairs, x) / 2**20
+            row["by hand"] = saved_bytes(by_hand, params, pairs, x) / 2**20
             for execution in ("factored", "fused"):
                 model = lojax.wrap(net, list(targets), rank=RANK, execution=execution, strict=True)
                 frozen, lora = jax.eval_shape(model.init, jax.random.key(0), params, x)
-                row[f"lojax, {execution}"] = kept(model.apply, frozen, lora, x) / 2**20
-            found.append(row)
-    return found
+                row[f"lojax, {execution}"] = saved_bytes(model.apply, frozen, lora, x) / 2**20
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
     """Counts and writes."""
-    found = rows()
+    rows = count_rows()
     text = (
-        f"T={T} tokens, D={D}, F={F}, {HEADS} heads, rank {RANK}, bfloat16, adapters float32. MiB that one block keeps "
-        "for its backward pass, beyond its parameters and its input. Counted on shapes: nothing runs.\n\n"
-        + table(found)
-        + "\n\n`dots_saveable` keeps more for the adapted block than for the frozen one by what dA needs of the "
-        "attention's result, which a frozen `o` does not. `save_products()` keeps the products of adapted weights only."
+        f"T={T} tokens, D={D}, F={F}, {HEADS} heads, rank {RANK}, bfloat16, adapters float32. MiB that one block saves "
+        "for its backward pass, beyond its parameters and its input. Counted on shapes; nothing runs.\n\n"
+        + table(rows)
+        + "\n\n`dots_saveable` saves more for the adapted block than for the frozen one: dA of `o` needs the output of "
+        "the attention, and a frozen `o` does not. `save_products()` saves only the products of adapted weights."
     )
-    write("remat", "What a block keeps under remat", text, found, clocks=False)
+    write("remat", "What a block saves under remat", text, rows, clocks=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs every benchmark that this machine can run, each in a process of its own, one after the other.
+"""Runs every benchmark that works on this machine, one after the other, each in its own process.
 
-python benchmarks/run_all.py            # all, some tens of minutes on two cores
+python benchmarks/run_all.py            # everything, some tens of minutes on two cores
 python benchmarks/run_all.py --counts   # only what needs no clock
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SHAPES = [["remat.py"], ["coverage.py"]]
-"""What is counted on shapes: nothing is compiled or run."""
+"""Counted on shapes; nothing is compiled or run."""
 COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"], *SHAPES]
 CLOCKS = [
     ["layer_cost.py"],
@@ -38,17 +38,17 @@ GPU = [["gpu.py"]]
 
 
 def main() -> None:
-    """Runs them, says what failed, and fails if any did."""
+    """Runs the scripts, and fails if any of them did."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--counts", action="store_true", help="only what needs no clock")
     options = parser.parse_args()
-    chosen = list(COUNTS if options.counts else CLOCKS)
+    commands = list(COUNTS if options.counts else CLOCKS)
     if importlib.util.find_spec("libtpu"):
-        chosen += TPU
+        commands += TPU
     if not options.counts and _has_gpu():
-        chosen += GPU
+        commands += GPU
     failed = []
-    for command in chosen:
+    for command in commands:
         print(f"=== {' '.join(command)}", flush=True)
         start = time.perf_counter()
         code = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=False).returncode
@@ -60,9 +60,9 @@ def main() -> None:
 
 
 def _has_gpu() -> bool:
-    """Whether JAX finds a GPU, asked in another process so that this one holds no memory of it."""
-    question = "import jax, sys; sys.exit(jax.default_backend() != 'gpu')"
-    return subprocess.run([sys.executable, "-c", question], check=False, capture_output=True).returncode == 0
+    """Whether JAX finds a GPU. Another process looks, because looking allocates GPU memory."""
+    script = "import jax, sys; sys.exit(jax.default_backend() != 'gpu')"
+    return subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode == 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Question: should adapted weights that meet one activation (q, k and v; gate and up) share one pass over it?
+"""Question: should adapted weights with the same input (q, k and v; gate and up) share one pass over it?
 
-Several products of one x, with the gradients of every A, every B and x: ``x A`` as one product a weight, or as one with
-the A's side by side (``x [A_q | A_k | A_v]``), whose result is cut. Written by hand, beside lojax as it is (each
-weight for itself) and the frozen products. XLA's counts and a clock here; counts alone, ahead of time, for a TPU.
+Several products of one x, with the gradients of every A, every B and x: ``x A`` as one product a weight, or as one
+product with the concatenated A's (``x [A_q | A_k | A_v]``) whose result is split. Both written by hand, beside lojax
+and the frozen products. XLA's counts and a clock on this machine; only counts, ahead of time, for a TPU.
 
     python benchmarks/shared_pass.py                 # on this machine, float32
     python benchmarks/shared_pass.py --tpu v5e       # bfloat16; needs libtpu, no TPU
@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from measure import alternated, cost, ratio, table, topology, write
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from measure import Array, PyTree, alternated, cost, ratio, table, topology, write
 
 import lojax
 
@@ -27,7 +29,7 @@ Factors = Sequence[tuple[Any, Any]]
 
 
 class Siblings(NamedTuple):
-    """Weights ``[m, n_i]`` that meet one x of T tokens, each with an update of rank r."""
+    """Weights ``[m, n_i]`` with one input x of T tokens, each with an update of rank r."""
 
     title: str
     tokens: int
@@ -48,28 +50,28 @@ SMALL = [
 ]
 
 
-def apart(weights: Sequence[Any], factors: Factors, x: Any) -> list[Any]:
-    """One product ``x A`` a weight."""
+def separate(weights: Sequence[Any], factors: Factors, x: Array) -> list[Any]:
+    """One product ``x A`` for each weight."""
     return [x @ w + (SCALE * (x @ a)) @ b for w, (a, b) in zip(weights, factors, strict=True)]
 
 
-def shared(weights: Sequence[Any], factors: Factors, x: Any) -> list[Any]:
-    """One product with the A's side by side, cut."""
+def shared(weights: Sequence[Any], factors: Factors, x: Array) -> list[Any]:
+    """One product with the concatenated A's, whose result is split."""
     ranks = [a.shape[1] for a, _ in factors]
-    cuts = [sum(ranks[:i]) for i in range(1, len(ranks))]
-    inner = jnp.split(SCALE * (x @ jnp.concatenate([a for a, _ in factors], axis=1)), cuts, axis=1)
+    offsets = [sum(ranks[:i]) for i in range(1, len(ranks))]
+    inner = jnp.split(SCALE * (x @ jnp.concatenate([a for a, _ in factors], axis=1)), offsets, axis=1)
     return [x @ w + u @ b for w, u, (_, b) in zip(weights, inner, factors, strict=True)]
 
 
-def by_lojax(weights: Sequence[Any], factors: Factors, x: Any, *, execution: str) -> list[Any]:
-    """What lojax makes of ``[x @ w for w in weights]``."""
-    run = lojax.transform(lambda params, x: [x @ w for w in params], strict=True, execution=execution)
-    return run(list(weights), [lojax.Adapter(a=a, b=b, scale=SCALE, axes=("in", "out")) for a, b in factors], x)
+def by_lojax(weights: Sequence[Any], factors: Factors, x: Array, *, execution: str) -> list[Any]:
+    """``[x @ w for w in weights]`` through lojax."""
+    apply = lojax.transform(lambda params, x: [x @ w for w in params], strict=True, execution=execution)
+    return apply(list(weights), [lojax.Adapter(a=a, b=b, scale=SCALE, axes=("in", "out")) for a, b in factors], x)
 
 
-WAYS: dict[str, Callable[..., list[Any]]] = {
+METHODS: dict[str, Callable[..., list[Any]]] = {
     FLOOR: lambda weights, factors, x: [x @ w for w in weights],
-    "apart": apart,
+    "separate passes": separate,
     "one shared pass": shared,
     "lojax factored": functools.partial(by_lojax, execution="factored"),
     "lojax fused": functools.partial(by_lojax, execution="fused"),
@@ -79,45 +81,45 @@ WAYS: dict[str, Callable[..., list[Any]]] = {
 def gradient(name: str) -> Callable[..., Any]:
     """The gradients of every A, every B and x; of x alone for the floor."""
 
-    def loss(factors: Any, x: Any, weights: Any) -> Any:
-        return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in WAYS[name](weights, factors, x)) / 2
+    def loss(factors: PyTree, x: Array, weights: PyTree) -> Any:
+        return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in METHODS[name](weights, factors, x)) / 2
 
     return jax.grad(loss, argnums=1 if name == FLOOR else (0, 1))
 
 
-def shapes(siblings: Siblings, dtype: Any) -> tuple[Any, ...]:
+def shapes(siblings: Siblings, dtype: DTypeLike) -> tuple[Any, ...]:
     """The arguments of `gradient`."""
     shape = lambda *lengths: jax.ShapeDtypeStruct(lengths, dtype)
     factors = [(shape(siblings.m, siblings.rank), shape(siblings.rank, n)) for n in siblings.n]
     return factors, shape(siblings.tokens, siblings.m), [shape(siblings.m, n) for n in siblings.n]
 
 
-def counted(siblings: Siblings, dtype: Any, sharding: Any) -> list[dict[str, Any]]:
-    """A row for each way."""
+def count(siblings: Siblings, dtype: DTypeLike, sharding: Sharding | None) -> list[dict[str, Any]]:
+    """A row for each method."""
     rows = []
-    for name in WAYS:
+    for name in METHODS:
         print(f"counting {siblings.title}, {name}", flush=True)
-        found = cost(gradient(name), *shapes(siblings, dtype), sharding=sharding)
-        rows.append({"siblings": siblings, "way": name, **dataclasses.asdict(found)})
+        counts = cost(gradient(name), *shapes(siblings, dtype), sharding=sharding)
+        rows.append({"siblings": siblings, "method": name, **dataclasses.asdict(counts)})
     return rows
 
 
-def clocked(siblings: Siblings, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round."""
+def measure_times(siblings: Siblings, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every method in every round."""
     keys = iter(jax.random.split(jax.random.key(0), 20))
     args = jax.tree.map(lambda s: jax.random.normal(next(keys), s.shape) / 32, shapes(siblings, jnp.float32))
-    programs = {name: functools.partial(jax.jit(gradient(name)), *args) for name in WAYS}
+    programs = {name: functools.partial(jax.jit(gradient(name)), *args) for name in METHODS}
     return alternated(programs, rounds=rounds, warm=2)
 
 
-def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the table, against the floor of the same siblings."""
+def relative_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the table, relative to the floor of the same siblings."""
     lines = []
     for row in rows:
-        floor = next(r for r in rows if r["siblings"] == row["siblings"] and r["way"] == FLOOR)
+        floor = next(r for r in rows if r["siblings"] == row["siblings"] and r["method"] == FLOOR)
         line = {
             "siblings": f"{row['siblings'].title}, {row['siblings'].m}",
-            "way": row["way"],
+            "method": row["method"],
             "GFLOP": row["flops"] / 1e9,
             "/ floor": row["flops"] / floor["flops"],
             "GB accessed": row["bytes"] / 1e9,
@@ -125,12 +127,12 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "MiB temporaries": row["temporaries"] / 2**20,
             "kernels": row["kernels"],
         }
-        lines.append(line | ({"time / apart": row["time / apart"]} if "time / apart" in row else {}))
+        lines.append(line | ({"time / separate": row["time / separate"]} if "time / separate" in row else {}))
     return lines
 
 
 def main() -> None:
-    """Counts, times where there is something to run on, and writes."""
+    """Counts, measures times unless compiling for a TPU, and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead")
     parser.add_argument("--rounds", type=int, default=25)
@@ -139,15 +141,15 @@ def main() -> None:
     dtype, cases = (jnp.bfloat16, LARGE) if options.tpu else (jnp.float32, SMALL)
     rows = []
     for siblings in cases:
-        found = counted(siblings, dtype, sharding)
+        counts = count(siblings, dtype, sharding)
         if not options.tpu:
-            seconds = clocked(siblings, options.rounds)
-            found = [row | {"time / apart": ratio(seconds, row["way"], "apart")} for row in found]
-        rows += found
+            seconds = measure_times(siblings, options.rounds)
+            counts = [row | {"time / separate": ratio(seconds, row["method"], "separate passes")} for row in counts]
+        rows += counts
     name = f"shared_pass_{options.tpu or 'cpu'}"
     head = f"{cases[0].tokens} tokens, rank {cases[0].rank}, {jnp.dtype(dtype).name}."
-    title = "One pass over an activation for all the weights that meet it"
-    write(name, title, f"{head}\n\n{table(shown(rows))}", rows, device=device, clocks=not options.tpu)
+    title = "One pass over an activation for all weights that read it"
+    write(name, title, f"{head}\n\n{table(relative_rows(rows))}", rows, device=device, clocks=not options.tpu)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,13 @@ class BertConfig:
         """Reads ``config.json``.
 
         Args:
-            path: the file.
+            path: The file.
 
         Returns:
-            The configuration; keys that do not change the encoder are ignored.
+            The configuration; keys that do not affect the encoder are ignored.
 
         Raises:
-            ValueError: a required key is missing, or the file describes a net this module is not.
+            ValueError: A required key is missing, or the file describes a net that this module does not implement.
         """
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         fields = dataclasses.fields(cls)
@@ -88,7 +88,7 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
-    """Word + position + segment (always 0 here), normalised: ``[B, T]`` -> ``[B, T, D]``."""
+    """Word + position + segment (always 0 here), normalized: ``[B, T]`` -> ``[B, T, D]``."""
 
     config: BertConfig
 
@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer, normalised after each residual sum: ``[B, T, D]`` -> ``[B, T, D]``."""
+    """One transformer layer, normalized after each residual sum: ``[B, T, D]`` -> ``[B, T, D]``."""
 
     config: BertConfig
 
@@ -144,7 +144,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All the layers, one after the other: ``[B, T, D]`` -> ``[B, T, D]``."""
+    """All layers in sequence: ``[B, T, D]`` -> ``[B, T, D]``."""
 
     config: BertConfig
 
@@ -157,13 +157,13 @@ class Encoder(nn.Module):
 
 
 class BertClassifier(nn.Module):
-    """BERT, the mean over the real tokens, and one dense head."""
+    """BERT, the mean over the real tokens, and a dense head."""
 
     config: BertConfig
     classes: int
 
     def setup(self) -> None:
-        """Names the three parts."""
+        """Creates the three submodules."""
         self.embeddings = Embeddings(self.config)
         self.encoder = Encoder(self.config)
         self.classifier = nn.Dense(self.classes, kernel_init=nn.initializers.normal(0.02))
@@ -174,7 +174,7 @@ class BertClassifier(nn.Module):
         Args:
             tokens: ``[B, T]`` integers.
             mask: ``[B, T]``, 1 at a real token, 0 at padding.
-            deterministic: False draws dropout masks from the ``dropout`` rng.
+            deterministic: False applies dropout, with the ``dropout`` rng.
 
         Returns:
             ``[B, T, D]``, as ``transformers.BertModel(...).last_hidden_state``.
@@ -210,7 +210,7 @@ def huggingface_name(path: str) -> str:
     """The Hugging Face name of a parameter.
 
     Args:
-        path: below ``params``, such as ``encoder/layer_0/attention/query/kernel``.
+        path: The path below ``params``, such as ``encoder/layer_0/attention/query/kernel``.
 
     Returns:
         Such as ``encoder.layer.0.attention.self.query.weight``.
@@ -231,17 +231,17 @@ def load(
     """Loads a BERT from a local Hugging Face directory and gives it a new head.
 
     Args:
-        directory: holds ``config.json`` and ``model.safetensors``.
+        directory: The directory with ``config.json`` and ``model.safetensors``.
         classes: C, the width of the new head.
-        key: consumed; draws the head's kernel.
-        dropout: the rate inside the encoder while training; None takes what ``config.json`` says.
+        key: A PRNG key for the kernel of the head; consumed.
+        dropout: The dropout rate inside the encoder; None takes that of ``config.json``.
 
     Returns:
         The module and its variables ``{"params": ...}``, all float32.
 
     Raises:
-        FileNotFoundError: one of the two files is not there.
-        ValueError: a tensor is missing or has another shape than ``config.json`` says.
+        FileNotFoundError: One of the two files is missing.
+        ValueError: A tensor is missing, or its shape does not match ``config.json``.
     """
     directory = Path(directory)
     for file in ("config.json", "model.safetensors"):
@@ -264,9 +264,9 @@ def load(
 
 
 def _read_tensors(file: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Reads one tensor for each leaf of `expected` (a nested dict of shapes)."""
+    """Reads one tensor for each leaf of `expected`, a nested dict of shapes."""
     with safe_open(file, framework="flax") as tensors:
-        stored = {_plain_name(name): name for name in tensors.keys()}  # noqa: SIM118, no dict
+        stored = {_canonical_name(name): name for name in tensors.keys()}  # noqa: SIM118, no dict
 
         def read(path, leaf):
             path = "/".join(entry.key for entry in path)
@@ -289,8 +289,8 @@ def _read_tensors(file: Path, expected: dict[str, Any]) -> dict[str, Any]:
         return jax.tree_util.tree_map_with_path(read, expected)
 
 
-def _plain_name(name: str) -> str:
-    """A stored name without the prefixes of larger models and the oldest names of a norm."""
+def _canonical_name(name: str) -> str:
+    """A stored name without the prefixes of larger models, and with the current names of a norm."""
     name = re.sub(r"^(?:[a-z0-9_]+\.)*?(?=(?:embeddings|encoder\.layer)\.)", "", name)
     return re.sub(r"LayerNorm\.(gamma|beta)$", _norm_name, name)
 

@@ -1,13 +1,12 @@
-"""The default task, without a download: which package does this docstring come from?
+"""The default task, without a download: which package is this docstring from?
 
-The one idea: every machine that can run the examples has thousands of labelled texts on its disk.
-Sources are parsed, never imported, so the rows depend on the installed versions alone. Three rules
-keep the task honest:
+Every machine that can run the examples has thousands of labelled texts on its disk. Sources are parsed, never imported,
+so the rows depend only on the installed versions. Three rules keep the task honest:
 
-* the packages' names (``scipy``, ``plt``, ``np``, ...) are cut out of the text;
-* train and test rows come from different modules (files), decided by a hash of the module's name;
-* a text is kept once, one that two packages share not at all, and a test row that repeats most of
-  a training row's wording is dropped.
+* the packages' names (``scipy``, ``plt``, ``np``, ...) are removed from the text;
+* training and test rows come from different modules (files), by a hash of the module's name;
+* repeated texts count once, texts of two packages and test rows that share most of their wording with training rows not
+  at all.
 """
 
 import ast
@@ -22,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-# label: the names by which texts give it away. "python" is the standard library.
+# Label: the names that would reveal it. "python" is the standard library.
 PACKAGES = {
     "jax": ("jax", "jaxlib", "jnp"),
     "matplotlib": ("matplotlib", "mpl", "pyplot", "plt", "pylab"),
@@ -30,14 +29,14 @@ PACKAGES = {
     "python": ("python", "cpython"),
     "scipy": ("scipy", "sp"),
 }
-_NEIGHBOURS = ("flax", "linen", "nnx", "numpy", "np", "optax")  # no labels here, but hints
+_RELATED = ("flax", "linen", "nnx", "numpy", "np", "optax")  # not labels, but hints
 
-_CUT = [*(name for names in PACKAGES.values() for name in names), *_NEIGHBOURS]
-_LONG = "|".join(name for name in _CUT if len(name) > 3)
-_SHORT = "|".join(name for name in _CUT if len(name) <= 3)
+_REMOVED = [*(name for names in PACKAGES.values() for name in names), *_RELATED]
+_LONG = "|".join(name for name in _REMOVED if len(name) > 3)
+_SHORT = "|".join(name for name in _REMOVED if len(name) <= 3)
 _NAMES = re.compile(rf"\w*(?:{_LONG})\w*|\b(?:{_SHORT})\b", re.IGNORECASE)
 _SKIPPED = {"test", "tests", "testing", "_vendor", "site-packages", "dist-packages", "lib2to3"}
-_RUN = 5  # words in a row that count as the same wording
+_RUN = 5  # this many equal words in a row count as the same wording
 
 
 class Row(NamedTuple):
@@ -49,10 +48,10 @@ class Row(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """Cuts the packages' names out of a text and folds its white space.
+    """Removes the packages' names from a text and collapses its white space.
 
     Args:
-        text: a docstring.
+        text: A docstring.
 
     Returns:
         The text on one line.
@@ -68,10 +67,10 @@ def rows_of(label: str, file: Path, module: str, *, min_words: int = 20) -> Iter
     """Yields the docstrings of a file's classes and functions, outermost first.
 
     Args:
-        label: the package.
-        file: a Python source; one that cannot be read or parsed yields nothing.
-        module: its dotted name.
-        min_words: shorter texts are left out.
+        label: The package.
+        file: A Python source; one that cannot be read or parsed yields nothing.
+        module: Its dotted name.
+        min_words: Shorter texts are skipped.
 
     Yields:
         Rows with cleaned text.
@@ -91,15 +90,15 @@ def load(*, train_per_class: int = 800, test_per_class: int = 300, per_module: i
     """The docstrings of the installed packages, split by module.
 
     Args:
-        train_per_class: at most this many training rows a package.
-        test_per_class: at most this many test rows a package.
-        per_module: at most this many rows a module, so that no large file speaks for its package.
+        train_per_class: The most training rows of a package.
+        test_per_class: The most test rows of a package.
+        per_module: The most rows of a module, so that no large file dominates its package.
 
     Returns:
-        ``(train, test)``, in an order that depends on the installed versions alone.
+        ``(train, test)``, in an order that depends only on the installed versions.
 
     Raises:
-        ValueError: fewer than two of the packages are installed.
+        ValueError: Fewer than two of the packages are installed.
     """
     folders = {label: folder for label in PACKAGES if (folder := _folder(label))}
     if len(folders) < 2:
@@ -110,11 +109,11 @@ def load(*, train_per_class: int = 800, test_per_class: int = 300, per_module: i
     train, test = [], []
     for label, folder in folders.items():
         modules = _modules(label, folder)
-        for split, size, wanted in ((train, train_per_class, False), (test, test_per_class, True)):
-            chosen = [item for item in modules if in_test(item[0]) is wanted]
-            found = (row for module, file in chosen for row in islice(rows_of(label, file, module), per_module))
-            split += islice(found, size + size // 4)  # some are dropped below
-    rows = _once(train + test)
+        for split, size, for_test in ((train, train_per_class, False), (test, test_per_class, True)):
+            split_modules = [item for item in modules if in_test(item[0]) is for_test]
+            rows = (row for module, file in split_modules for row in islice(rows_of(label, file, module), per_module))
+            split += islice(rows, size + size // 4)  # some are dropped below
+    rows = _deduplicate(train + test)
     train = _at_most(train_per_class, [row for row in rows if not in_test(row.module)])
     test = [row for row in rows if in_test(row.module)]
     return train, _at_most(test_per_class, without_near_copies(test, train))
@@ -126,26 +125,26 @@ def in_test(module: str) -> bool:
 
 
 def without_near_copies(test: list[Row], train: list[Row]) -> list[Row]:
-    """Drops the test rows of which half the wording, or more, is in the training rows.
+    """Drops the test rows that share at least half of their wording with training rows.
 
     Args:
-        test: candidate test rows.
-        train: training rows.
+        test: The candidates.
+        train: The training rows.
 
     Returns:
         The rows of `test` with fewer than half of their five-word runs anywhere in `train`.
     """
-    known = {run for row in train for run in _runs(row.text)}
-    kept = []
-    for row in test:
+    train_runs = {run for row in train for run in _runs(row.text)}
+
+    def is_new(row: Row) -> bool:
         runs = _runs(row.text)
-        if 2 * sum(run in known for run in runs) < len(runs):
-            kept.append(row)
-    return kept
+        return 2 * sum(run in train_runs for run in runs) < len(runs)
+
+    return [row for row in test if is_new(row)]
 
 
 def _modules(label: str, root: Path) -> list[tuple[str, Path]]:
-    """``(module, file)`` of a package without its tests, in a fixed, well mixed order."""
+    """``(module, file)`` of a package without its tests, in a fixed pseudo-random order."""
     modules = []
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if name not in _SKIPPED]
@@ -163,13 +162,13 @@ def _digest(name: str) -> bytes:
 
 def _at_most(count: int, rows: list[Row]) -> list[Row]:
     """The first `count` rows of each label."""
-    taken = Counter()
-    kept = []
+    counts = Counter()
+    first = []
     for row in rows:
-        taken[row.label] += 1
-        if taken[row.label] <= count:
-            kept.append(row)
-    return kept
+        counts[row.label] += 1
+        if counts[row.label] <= count:
+            first.append(row)
+    return first
 
 
 def _runs(text: str) -> list[tuple[str, ...]]:
@@ -177,22 +176,19 @@ def _runs(text: str) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + _RUN]) for i in range(max(1, len(words) - _RUN + 1))]
 
 
-def _once(rows: list[Row]) -> list[Row]:
-    """Each text once; a text under two labels not at all."""
+def _deduplicate(rows: list[Row]) -> list[Row]:
+    """The rows without repeated texts, and without texts that have two labels."""
     labels = defaultdict(set)
     for row in rows:
         labels[row.text.lower()].add(row.label)
-    seen, kept = set(), []
+    first_rows: dict[str, Row] = {}
     for row in rows:
-        text = row.text.lower()
-        if len(labels[text]) == 1 and text not in seen:
-            seen.add(text)
-            kept.append(row)
-    return kept
+        first_rows.setdefault(row.text.lower(), row)
+    return [row for text, row in first_rows.items() if len(labels[text]) == 1]
 
 
 def _folder(label: str) -> Path | None:
-    """Where a package is installed; nothing is imported."""
+    """The folder where a package is installed. Nothing is imported."""
     if label == "python":
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(label)

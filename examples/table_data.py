@@ -1,7 +1,6 @@
 """The user's own task: a CSV or JSON-lines file with a column of texts and a column of labels.
 
-The one idea: a file is checked whole before anything is trained, and every complaint names the
-lines and columns it is about.
+The whole file is checked before anything is trained, and every error names the lines and columns.
 """
 
 import csv
@@ -20,23 +19,23 @@ def load(
 
     Args:
         file: ``.csv`` with a header line, or ``.jsonl`` / ``.json`` with one object a line.
-        text: the column of texts.
-        label: the column of labels; numbers are read as their text.
-        test_share: the share of each label's rows that is kept for the test.
-        seed: of the split.
+        text: The column of texts.
+        label: The column of labels; numbers are read as text.
+        test_share: The fraction of each label's rows that becomes test rows.
+        seed: The seed of the split.
 
     Returns:
-        ``(train, test)``. A text that occurs more than once is kept once; every label is in both.
+        ``(train, test)`` without repeated texts; every label is in both.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown kind of file, a missing column, empty cells, a text under two
-            labels, fewer than two labels, or a label with a single row.
+        FileNotFoundError: There is no such file.
+        ValueError: An unknown kind of file, a missing column, empty cells, a text with two labels, fewer than two
+            labels, or a label with a single row.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"--data {file}: no such file.")
-    rows = _unique(file, _checked(file, _read(file), text, label))
+    rows = _deduplicate(file, _check_rows(file, _read(file), text, label))
     counts = Counter(row.label for row in rows)
     if len(counts) < 2:
         raise ValueError(
@@ -45,21 +44,21 @@ def load(
         )
     if single := sorted(name for name, count in counts.items() if count < 2):
         raise ValueError(
-            f"{file}: {_few(single)} in column {label!r} have one row each; every label needs two "
+            f"{file}: {_first_names(single)} in column {label!r} have one row each; every label needs two "
             "or more, one to train on and one to test. Is --label the right column?"
         )
     train, test = [], []
     for name in sorted(counts):
-        mine = [row for row in rows if row.label == name]
-        random.Random(f"{seed} {name}").shuffle(mine)
-        size = min(len(mine) - 1, max(1, round(test_share * len(mine))))
-        test += mine[:size]
-        train += mine[size:]
+        members = [row for row in rows if row.label == name]
+        random.Random(f"{seed} {name}").shuffle(members)
+        size = min(len(members) - 1, max(1, round(test_share * len(members))))
+        test += members[:size]
+        train += members[size:]
     return train, test
 
 
 def _read(file: Path) -> list[tuple[int, dict]]:
-    """``(line, record)`` of every row."""
+    """The line number and the record of every row."""
     if file.suffix == ".csv":
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
@@ -83,8 +82,8 @@ def _read(file: Path) -> list[tuple[int, dict]]:
     return records
 
 
-def _checked(file: Path, records: list[tuple[int, dict]], text: str, label: str) -> list[tuple[int, Row]]:
-    """The rows, once no column and no cell is missing."""
+def _check_rows(file: Path, records: list[tuple[int, dict]], text: str, label: str) -> list[tuple[int, Row]]:
+    """The rows; raises if a column or a cell is missing."""
     if not records:
         raise ValueError(f"{file}: no rows. A CSV needs a header line and rows below it.")
     columns = list(dict.fromkeys(name for _, record in records for name in record if name))
@@ -102,24 +101,24 @@ def _checked(file: Path, records: list[tuple[int, dict]], text: str, label: str)
     if empty:
         raise ValueError(
             f"{file}: {len(empty)} rows with an empty {text!r} or {label!r}, at lines "
-            f"{_few(empty)}. Fill or delete them."
+            f"{_first_names(empty)}. Fill or delete them."
         )
     return rows
 
 
-def _unique(file: Path, rows: list[tuple[int, Row]]) -> list[Row]:
-    """Each text once; the same text under two labels is an error."""
+def _deduplicate(file: Path, rows: list[tuple[int, Row]]) -> list[Row]:
+    """The rows without repeated texts; raises if a text has two labels."""
     first: dict[str, tuple[int, Row]] = {}
     for line, row in rows:
         line_before, before = first.setdefault(row.text, (line, row))
         if before.label != row.label:
             raise ValueError(
-                f"{file}: lines {line_before} and {line} hold the same text under two labels, "
+                f"{file}: lines {line_before} and {line} have the same text with two labels, "
                 f"{before.label!r} and {row.label!r}. Keep one of them."
             )
     return [row for _, row in first.values()]
 
 
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+def _first_names(names: list[str]) -> str:
+    text = ", ".join(names[:10])
+    return text if len(names) <= 10 else f"{text} and {len(names) - 10} more"

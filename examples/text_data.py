@@ -1,6 +1,6 @@
 """From rows of text to arrays of one static shape.
 
-The one idea: every row becomes exactly `length` tokens, so one compiled step serves every batch.
+Every row becomes exactly `length` tokens, so one compiled step serves every batch.
 N rows, T = `length` tokens.
 """
 
@@ -22,11 +22,11 @@ class Split(NamedTuple):
 
 
 def encode(texts: list[str], tokenizer: str | Path, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenises texts, cut or padded to one length.
+    """Tokenizes texts, truncated or padded to one length.
 
     Args:
         texts: N strings.
-        tokenizer: a ``tokenizer.json``.
+        tokenizer: The path of a ``tokenizer.json``.
         length: T.
 
     Returns:
@@ -43,7 +43,7 @@ def encode(texts: list[str], tokenizer: str | Path, length: int) -> tuple[np.nda
 
 
 def encode_rows(rows: list[Row], classes: list[str], tokenizer: str | Path, length: int) -> Split:
-    """Tokenises labelled rows; a label becomes its index in `classes`."""
+    """Tokenizes labelled rows; a label becomes its index in `classes`."""
     tokens, mask = encode([row.text for row in rows], tokenizer, length)
     labels = np.array([classes.index(row.label) for row in rows], np.int32)
     return Split(tokens, mask, labels)
@@ -53,19 +53,18 @@ FOLDS = 5
 
 
 def hold_out(rows: list[Row], fold: int = 0) -> tuple[list[Row], list[Row]]:
-    """Splits training rows once more, by module: ``(to train on, to choose settings by)``, about 4 to 1.
+    """Splits training rows by module into ``(training, validation)``, about 4 to 1.
 
-    Settings chosen on the test rows would flatter the result; these rows stand in for them.
+    Settings chosen on the test rows would overstate the result, so they are chosen on the validation rows.
 
     Args:
-        rows: the training rows.
-        fold: which fifth of the modules is held out, modulo `FOLDS`.
+        rows: The training rows.
+        fold: Which fifth of the modules is held out, modulo `FOLDS`.
     """
     digests = [hashlib.sha256(f"hold out {row.module}".encode()).digest()[0] for row in rows]
-    held = [digest // 51 == fold % FOLDS for digest in digests]
-    return [row for row, out in zip(rows, held, strict=True) if not out], [
-        row for row, out in zip(rows, held, strict=True) if out
-    ]
+    is_held_out = [digest // 51 == fold % FOLDS for digest in digests]  # 256 // 51 == 5 folds
+    pairs = list(zip(rows, is_held_out, strict=True))
+    return [row for row, held_out in pairs if not held_out], [row for row, held_out in pairs if held_out]
 
 
 def fingerprint(*splits: Split) -> str:

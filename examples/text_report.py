@@ -1,6 +1,6 @@
-"""What a person reads afterwards: a picture of the training, a prediction, a table of methods.
+"""What a person reads afterwards: curves of the training, a prediction, a table of methods.
 
-The one idea: nothing here computes anything that was not measured by the run.
+Nothing here computes anything; it only shows what the run measured.
 """
 
 import json
@@ -19,13 +19,13 @@ import lojax
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a value as readable JSON; the folder is made if need be."""
+    """Writes a value as readable JSON, and creates the folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def prediction(logits: np.ndarray, classes: Sequence[str]) -> str:
-    """One line a class, the likeliest first: its probability and its name.
+    """One line a class, the most likely first: its probability and its name.
 
     Args:
         logits: ``[C]``.
@@ -39,33 +39,33 @@ def prediction(logits: np.ndarray, classes: Sequence[str]) -> str:
          75.00%  dog
          25.00%  cat
     """
-    chances = shares(logits)
-    order = np.argsort(-chances, kind="stable")
-    return "\n".join(f"{chances[i]:7.2%}  {classes[i]}" for i in order)
+    probabilities = softmax(logits)
+    order = np.argsort(-probabilities, kind="stable")
+    return "\n".join(f"{probabilities[i]:7.2%}  {classes[i]}" for i in order)
 
 
 def read_prediction(text: str, classes: Sequence[str]) -> np.ndarray:
     """The probabilities ``[C]`` in the lines that `prediction` wrote, to 1e-4."""
-    found = {}
+    probabilities = {}
     for line in text.splitlines():
-        share, _, name = line.strip().partition("%  ")
-        found[name] = float(share) / 100
-    return np.array([found[name] for name in classes])
+        percent, _, name = line.strip().partition("%  ")
+        probabilities[name] = float(percent) / 100
+    return np.array([probabilities[name] for name in classes])
 
 
-def shares(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
     """Softmax of ``[C]``."""
-    powers = np.exp(logits - np.max(logits))
-    return powers / powers.sum()
+    exponentials = np.exp(logits - np.max(logits))
+    return exponentials / exponentials.sum()
 
 
 def draw_curves(file: Path, history: History, *, chance: float) -> None:
-    """Draws loss and accuracy over the steps, training and test, into a PNG.
+    """Plots training and test loss and accuracy over the steps, as a PNG.
 
     Args:
-        file: the picture.
-        history: of the run.
-        chance: the accuracy of guessing, drawn as a dotted line.
+        file: The PNG file.
+        history: The history of the run.
+        chance: The accuracy of guessing, drawn as a dotted line.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -76,9 +76,9 @@ def draw_curves(file: Path, history: History, *, chance: float) -> None:
     ):
         count = min(20, len(steps))
         mean = np.convolve(steps, np.ones(count) / count, mode="valid")
-        places = np.arange(1, len(steps) + 1)
-        axes.plot(places, steps, color="tab:blue", alpha=0.15)
-        axes.plot(places[count - 1 :], mean, color="tab:blue", label=f"training, last {count} steps")
+        numbers = np.arange(1, len(steps) + 1)
+        axes.plot(numbers, steps, color="tab:blue", alpha=0.15)
+        axes.plot(numbers[count - 1 :], mean, color="tab:blue", label=f"training, last {count} steps")
         tests = [record[name] for record in history.epochs]
         axes.plot(ends, tests, "o-", color="tab:orange", label="test, after each epoch")
         axes.set(title=title, xlabel="step")
@@ -91,15 +91,15 @@ def draw_curves(file: Path, history: History, *, chance: float) -> None:
 
 
 def record(settings: Settings, run: Run, folder: Path) -> dict[str, Any]:
-    """What `--compare` says of a run; its checkpoint is written to be weighed.
+    """The row of `--compare` for a run. Writes its checkpoint, to measure the size.
 
     Args:
-        settings: of the run.
-        run: finished.
-        folder: overwritten with the run's checkpoint.
+        settings: The settings of the run.
+        run: The finished run.
+        folder: Overwritten with the checkpoint.
 
     Returns:
-        A row of the comparison. ``trained`` counts parameters, sizes are in bytes.
+        The row. ``trained`` and ``parameters`` are numbers of parameters, sizes are in bytes.
     """
     shutil.rmtree(folder, ignore_errors=True)
     if settings.method == "full":
@@ -125,7 +125,7 @@ def comparison(records: list[dict[str, Any]]) -> str:
     """The table of `--compare`, one line a method, as Markdown.
 
     Args:
-        records: as `record` makes them, one a method and seed.
+        records: Those of `record`, one for each method and seed.
 
     Returns:
         The table. The accuracy is a mean over the seeds, with its standard deviation.
@@ -135,13 +135,13 @@ def comparison(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(record["method"] for record in records):
-        mine = [record for record in records if record["method"] == method]
-        scores = np.array([record["test_accuracy"] for record in mine])
-        spread = f" ± {scores.std(ddof=1):.2%} ({len(mine)} seeds)" if len(mine) > 1 else ""
-        one = mine[0]
-        step = np.median([record["step_seconds"] for record in mine])
+        runs = [record for record in records if record["method"] == method]
+        scores = np.array([record["test_accuracy"] for record in runs])
+        deviation = f" ± {scores.std(ddof=1):.2%} ({len(runs)} seeds)" if len(runs) > 1 else ""
+        one = runs[0]
+        step = np.median([record["step_seconds"] for record in runs])
         lines.append(
-            f"| {method} | {one['learning_rate']:g} | {scores.mean():.2%}{spread} "
+            f"| {method} | {one['learning_rate']:g} | {scores.mean():.2%}{deviation} "
             f"| {one['trained']:,} ({one['trained'] / one['parameters']:.2%}) "
             f"| {one['optimizer_bytes'] / 1e6:.2f} MB | {step * 1e3:.0f} ms "
             f"| {one['checkpoint_bytes'] / 1e6:.2f} MB |"
@@ -153,10 +153,10 @@ def tuning(records: list[dict[str, Any]]) -> str:
     """The table of `--tune`, one line a method, as Markdown: mean accuracy on held-out rows by learning rate."""
     lines = ["| method | held-out accuracy by learning rate | chosen |", "|---|---|---|"]
     for method in dict.fromkeys(record["method"] for record in records):
-        mine = [record for record in records if record["method"] == method]
+        runs = [record for record in records if record["method"] == method]
         scores = {
-            rate: np.mean([record["test_accuracy"] for record in mine if record["learning_rate"] == rate])
-            for rate in sorted({record["learning_rate"] for record in mine})
+            rate: np.mean([record["test_accuracy"] for record in runs if record["learning_rate"] == rate])
+            for rate in sorted({record["learning_rate"] for record in runs})
         }
         tried = ", ".join(f"{rate:g}: {score:.2%}" for rate, score in scores.items())
         lines.append(f"| {method} | {tried} | {max(scores, key=scores.__getitem__):g} |")

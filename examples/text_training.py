@@ -1,7 +1,7 @@
 """The training loop: one jitted step with donated state, and a run that survives being killed.
 
-The one idea: all that a step depends on is in `State`, in `Settings` or in the number of the step.
-So a run that is stopped and taken up again ends with the same bits as one that was not.
+Everything that a step depends on is in `State`, in `Settings` or in the number of the step. So an interrupted and
+resumed run ends with the same bits as one that was not interrupted.
 
 B rows a batch, T tokens a row, C classes.
 """
@@ -30,7 +30,7 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run depends on; a run is resumed only if all of this is the same."""
+    """Everything that a run depends on; a run resumes only with the same settings."""
 
     method: str
     learning_rate: float
@@ -51,7 +51,7 @@ class Settings:
 
 
 class Method(NamedTuple):
-    """What is trained: how variables split into ``(frozen, trained)`` and how the net runs then."""
+    """How variables are split into ``(frozen, trained)``, and how the net runs on them."""
 
     init: Callable[..., tuple[Tree, Tree]]
     apply: Callable[..., Array]
@@ -59,7 +59,7 @@ class Method(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is compiled once for a method and serves every seed: see `build`."""
+    """The compiled functions of a method, for every seed: see `build`."""
 
     init: Callable[..., tuple[Tree, Tree]]
     optimizer: optax.GradientTransformation
@@ -68,7 +68,7 @@ class Program(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that changes from step to step."""
+    """Everything that changes from step to step."""
 
     trained: Tree
     optimizer: Tree
@@ -76,7 +76,7 @@ class State(NamedTuple):
 
 
 class History(NamedTuple):
-    """Loss and accuracy of every step, and one record an epoch."""
+    """Loss and accuracy of every step, and one record for each epoch."""
 
     losses: list[float]
     accuracies: list[float]
@@ -93,7 +93,7 @@ class Run(NamedTuple):
 
 
 def adapted(model: Any) -> Method:
-    """The method that trains what a `lojax` model trains: adapters, the head, or the head alone."""
+    """The method that trains what a `lojax` model trains: adapters and the head, or only the head."""
     return Method(model.init, model.apply, lojax.optimizer)
 
 
@@ -119,7 +119,7 @@ def make_optimizer(method: Method, settings: Settings, steps: int) -> optax.Grad
 
 
 def build(method: Method, settings: Settings, rows: int) -> Program:
-    """Makes the program for runs of `settings`, whatever their seed, over so many training rows."""
+    """The program for runs of `settings`, with any seed, over this number of training rows."""
     tx = make_optimizer(method, settings, plan(settings, rows)[1])
     return Program(method.init, tx, make_step(method, tx), make_predictor(method.apply))
 
@@ -129,8 +129,8 @@ def make_step(
 ) -> Callable[[State, Tree, Split, Array], tuple[State, Array]]:
     """Builds ``step(state, frozen, batch, key) -> (state, [loss, accuracy])``.
 
-    It is jitted and takes over the state's memory. Only `state.trained` is differentiated. The key
-    is the run's: a step folds its number into it.
+    It is jitted and donates the state. Only `state.trained` is differentiated. The key is that of the run; a step folds
+    its own number into it. `frozen` is an argument: captured, it would become constants of the compiled program.
     """
 
     def loss_fn(trained: Tree, frozen: Tree, batch: Split, key: Array) -> tuple[Array, Array]:
@@ -184,13 +184,12 @@ def train(
     """Trains, and evaluates after every epoch.
 
     Args:
-        program: of the method, from `build`.
-        variables: the net's variables; they are left as they are.
+        program: The program of the method, from `build`.
+        variables: The net's variables; they are not donated.
         data: ``(train, test)``.
-        settings: of the run.
-        folder: where the run's state is kept until it is finished, so that it can be taken up
-            again; None keeps nothing.
-        save_every: steps from one saved state to the next.
+        settings: The settings of the run.
+        folder: Where the state is saved until the run has finished, so that it can resume; None saves nothing.
+        save_every: Steps between saved states.
 
     Returns:
         The finished run.
@@ -200,7 +199,7 @@ def train(
     key = jax.random.key(settings.seed)
     example = jax.ShapeDtypeStruct((settings.batch, settings.length), jnp.int32)
     frozen, trained = program.init(key, variables, example, example)
-    trained = jax.tree.map(jnp.copy, trained)  # the step takes over its state's memory
+    trained = jax.tree.map(jnp.copy, trained)  # the step donates its state
     state = State(trained, program.optimizer.init(trained), jnp.zeros((), jnp.int32))
     state, history = (state, History([], [], [])) if folder is None else _resume(folder, state)
 
@@ -216,13 +215,13 @@ def train(
             logits = program.predict(frozen, state.trained, test.tokens, test.mask)
             progress.say(end_epoch(history, index // per_epoch, index % per_epoch + 1, logits, test))
         if folder is not None and (ends_epoch or (index + 1) % save_every == 0):
-            _keep(folder, state, history)
+            _save(folder, state, history)
     progress.bar.close()
     return Run(frozen, state, history, float(np.median(progress.seconds[1:] or [0.0])))
 
 
 def plan(settings: Settings, rows: int) -> tuple[int, int]:
-    """Steps an epoch and steps in all; rows that do not fill a batch are an error."""
+    """Steps an epoch and steps in total. Too few rows for a batch are an error."""
     per_epoch = rows // settings.batch
     if per_epoch == 0:
         raise ValueError(
@@ -233,16 +232,16 @@ def plan(settings: Settings, rows: int) -> tuple[int, int]:
 
 
 def batch_at(rows: Split, settings: Settings, index: int) -> Split:
-    """The batch of a step: every epoch has its own order, which seed and epoch decide."""
+    """The batch of a step. Seed and epoch determine the order of the rows."""
     count = len(rows.labels)
-    epoch, place = divmod(index, count // settings.batch)
+    epoch, position = divmod(index, count // settings.batch)
     order = np.random.default_rng([settings.seed, epoch]).permutation(count)
-    chosen = order[place * settings.batch : (place + 1) * settings.batch]
-    return Split(*(array[chosen] for array in rows))
+    selected = order[position * settings.batch : (position + 1) * settings.batch]
+    return Split(*(array[selected] for array in rows))
 
 
 class Progress:
-    """The bar: loss and accuracy of the last 20 steps, and real tokens a second."""
+    """The progress bar: loss and accuracy of the last 20 steps, and real tokens a second."""
 
     def __init__(self, title: str, first: int, steps: int) -> None:
         self.bar = tqdm(total=steps, initial=first, desc=title)
@@ -287,43 +286,43 @@ def end_epoch(history: History, epoch: int, count: int, logits: np.ndarray, test
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The share of rows whose largest logit is the label's: ``[N, C]``, ``[N]`` -> a number."""
+    """The fraction of rows whose largest logit is that of the label: ``[N, C]``, ``[N]`` -> a number."""
     return float(np.mean(np.argmax(logits, axis=-1) == labels))
 
 
 def prepare(folder: Path, settings: Settings, *, fresh: bool = False) -> bool:
-    """Makes a run's folder ready: takes up an unfinished run, or starts a new one.
+    """Prepares the folder for a new run, or for resuming an unfinished one.
 
     Args:
-        folder: the run's folder.
-        settings: of the run now wanted.
-        fresh: forget an unfinished run.
+        folder: The folder of the run.
+        settings: The settings of the run.
+        fresh: Whether to discard an unfinished run.
 
     Returns:
-        Whether an unfinished run with these settings is there to take up.
+        Whether there is an unfinished run with these settings to resume.
 
     Raises:
-        ValueError: the unfinished run there has other settings.
+        ValueError: The unfinished run has other settings.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    expected = json.loads(json.dumps(dataclasses.asdict(settings)))
     file = folder / "unfinished" / "settings.json"
     if file.exists() and not fresh:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if differing := [name for name in wanted if wanted[name] != found.get(name)]:
-            lines = [f"{name}: {found.get(name)!r} there, {wanted[name]!r} now" for name in differing]
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if differing := [name for name in expected if expected[name] != saved.get(name)]:
+            lines = [f"{name}: {saved.get(name)!r} there, {expected[name]!r} now" for name in differing]
             raise ValueError(
                 f"{folder} holds an unfinished run with other settings ({'; '.join(lines)}). "
-                "Use its settings to take it up, --fresh to forget it, or another --out."
+                "Use its settings to resume it, --fresh to discard it, or another --out."
             )
         return True
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(expected, indent=2) + "\n", encoding="utf-8")
     return False
 
 
 def finish(folder: Path) -> None:
-    """Throws away the state that `train` kept in a run's folder."""
+    """Deletes the state that `train` saved in the folder of a run."""
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
 
 
@@ -332,8 +331,8 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((folder / "unfinished" / "state").resolve(), options=options)
 
 
-def _keep(folder: Path, state: State, history: History) -> None:
-    """Writes state and history as one checkpoint: it is there whole, or it is not there."""
+def _save(folder: Path, state: State, history: History) -> None:
+    """Writes state and history as one checkpoint, atomically."""
     leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
     items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), history=ocp.args.JsonSave(history._asdict()))
     with _manager(folder) as manager:
@@ -341,14 +340,14 @@ def _keep(folder: Path, state: State, history: History) -> None:
 
 
 def _resume(folder: Path, state: State) -> tuple[State, History]:
-    """The last state that was kept, or `state` and an empty history."""
+    """The last saved state, or `state` and an empty history."""
     with _manager(folder) as manager:
         if (step := manager.latest_step()) is None:
             return state, History([], [], [])
         leaves, structure = jax.tree.flatten(state)
-        like = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), history=ocp.args.JsonRestore())
-        found = manager.restore(step, args=items)
-    print(f"Taking up the run in {folder} after step {step}.")
-    leaves = [found.state[name] for name in sorted(found.state)]
-    return jax.tree.unflatten(structure, leaves), History(**found.history)
+        targets = {f"{i:05d}": leaf for i, leaf in enumerate(leaves)}
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(targets), history=ocp.args.JsonRestore())
+        restored = manager.restore(step, args=items)
+    print(f"Resuming the run in {folder} after step {step}.")
+    leaves = [restored.state[name] for name in sorted(restored.state)]
+    return jax.tree.unflatten(structure, leaves), History(**restored.history)

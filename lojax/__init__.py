@@ -1,10 +1,10 @@
 """lojax: LoRA as a pure JAX function transform, on any model, without touching its code."""
 
-from lojax import peft
+from lojax import peft, sharding
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.rule import Rule
-from lojax.checkpoint.save_restore import restore, save
+from lojax.checkpoint.save_restore import read_metadata, restore, save
 from lojax.lowrank.merge import merge, unmerge
 from lojax.report.summary import summary
 from lojax.rewrite.transform import transform
@@ -27,14 +27,27 @@ __all__ = [
     "merge",
     "optimizer",
     "peft",
+    "read_metadata",
     "remat",
     "rescale",
     "resize",
     "restore",
     "save",
+    "sharding",
     "subtract",
     "summary",
     "transform",
     "unmerge",
     "wrap",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that importing them leaves here."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+
+
+def __getattr__(name: str) -> object:
+    """Says where a name of earlier versions is now."""
+    hint = " lojax.scale is now lojax.sharding; its plans are in lojax.planner." if name == "scale" else ""
+    raise AttributeError(f"module 'lojax' has no attribute {name!r}.{hint}")

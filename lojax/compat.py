@@ -15,7 +15,7 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def without_dead(closed: Any) -> Any:
+def remove_dead_equations(closed: Any) -> Any:
     """``closed`` without the equations, inside bodies too, whose results nothing reads."""
     jaxpr, _ = opened(closed)
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
 
-from lojax.adapters.create import create
+from lojax.adapters.create import check_key, create
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.paths import flatten
-from lojax.adapters.rule import Rule, as_rules
-from lojax.adapters.targets import checked_bias, plan
+from lojax.adapters.rule import DEFAULTS, Rule, Target, as_rules, explain_unknown_arguments
+from lojax.adapters.targets import assign_rules, check_bias
 from lojax.lowrank.merge import merge
-from lojax.lowrank.strategy import checked_execution
+from lojax.lowrank.strategy import check_execution
 from lojax.nets.adapted_module import AdaptedModule, as_module
-from lojax.nets.detect import open_net
+from lojax.nets.detect import as_net
+from lojax.nets.named_axes import bind_named_axes
 from lojax.nets.net import Net
+from lojax.nets.nnx import NNXNet
 from lojax.report.execution import Report, report
+from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
-from lojax.rewrite.transform import trace_uses, transform
+from lojax.rewrite.transform import trace_abstractly, trace_uses, transform
+from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
+
+Targets: TypeAlias = Target | Rule | Sequence[Target | Rule]
+"""Which parameters: a glob, a compiled regex, a predicate ``(path, leaf) -> bool``, a `Rule`, or several of these."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """An adapted net. Holds no arrays of its own: every method is a pure function of its arguments."""
+    """An adapted net. It holds no adapters: every method is a pure function of its arguments."""
 
     net: Net
     rules: tuple[Rule, ...]
@@ -35,7 +43,7 @@ class Model:
     execution: str = "auto"
     bias: str = "none"
 
-    def init(self, key: jax.Array, params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def init(self, key: Key, params: Params, *args: object, **kwargs: object) -> tuple[Params, Params]:
         """Splits ``params`` into ``(frozen, lora)`` with fresh adapters at the targets.
 
         Pure: works under `jit` and `eval_shape`.
@@ -44,7 +52,7 @@ class Model:
             key: A PRNG key; consumed.
             params: The net's parameters. Linen: the whole ``variables`` dict.
             *args: Example inputs, from which lojax sees how each weight is used. Shapes
-                (`jax.ShapeDtypeStruct`) are enough. Without any, `lojax.adapters.axes.convention` holds.
+                (`jax.ShapeDtypeStruct`) are enough. Without any, axes follow `lojax.adapters.axes.convention`.
             **kwargs: Likewise.
 
         Returns:
@@ -55,32 +63,67 @@ class Model:
         Raises:
             ValueError: A target matches nothing, a rank is too large, or rules contradict.
         """
+        check_key(key)
         self.net.check(params)
-        apply_fn = self.net.apply if args or kwargs else None
-        return _init(key, params, self.rules, self.full, self.exclude, self.bias, apply_fn, args, kwargs)
+        leaves = {path: leaf for path, leaf in _leaves(params).items() if path not in self.net.state_paths}
+        rule_of = assign_rules(leaves, self.rules, full=self.full, exclude=self.exclude, bias=self.bias)
+        return _create(key, params, rule_of, self.net.observe if args or kwargs else None, args, kwargs)
 
-    def apply(self, frozen: Any, lora: Any, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+    def preview(self, params: Params, *args: object, **kwargs: object) -> Summary:
+        """What `init` would adapt and train, as the `lojax.summary` of it, without making anything.
+
+        Args:
+            params: As in `init`; shapes (`jax.ShapeDtypeStruct`) are enough.
+            *args: As in `init`.
+            **kwargs: Likewise.
+
+        Returns:
+            A `Summary`: ``print(model.preview(params))`` shows every parameter, ``.text(frozen=False)`` what trains.
+        """
+
+        def start(params: Params, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Params, Params]:
+            return self.init(jax.random.key(0), params, *args, **kwargs)
+
+        return summary(*trace_abstractly(start, params, args, kwargs))
+
+    def apply(
+        self, frozen: Params, lora: Params, *args: object, dropout_key: Key | None = None, **kwargs: object
+    ) -> PyTree:
         """What the net returns, computed with the adapted weights.
 
         Args:
             frozen: The frozen tree. No gradient flows to it.
             lora: The trained tree. Differentiate with respect to this one.
             *args: What the net's own apply takes after its parameters; never traced by lojax.
-            dropout_key: A PRNG key for dropout on the adapters' inputs; without one there is none.
-            **kwargs: Likewise passed on (Linen: ``rngs=``, ``mutable=``, ``method=``).
+            dropout_key: A PRNG key for dropout on the adapters' inputs; without one there is no such dropout.
+            **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``; NNX: ``mutable=``, ``state=``,
+                ``method=``, see `lojax.nets.nnx.NNXNet.apply`).
         """
-        adapted = transform(self.net.apply, strict=self.strict, execution=self.execution)
+        net = lambda params, *args, **kwargs: self.net.apply(params, *args, **kwargs)
+        net.__name__ = net.__qualname__ = self.net.name  # tracer errors and profiles show it
+        adapted = transform(net, strict=self.strict, execution=self.execution)
         return adapted(frozen, lora, *args, dropout_key=dropout_key, **kwargs)
 
-    def merge(self, frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = False) -> Any:
+    def merge(self, frozen: Params, lora: Params, *, donate: bool = False, check_finite: bool = False) -> Params:
         """Plain parameters for the net; see `lojax.merge`."""
         return merge(frozen, lora, donate=donate, check_finite=check_finite)
 
-    def bind(self, params: Any) -> Any:
-        """A net of the same kind that holds ``params`` (NNX, Equinox, HF Flax); for the others ``params`` itself."""
-        return self.net.bind(params)
+    def bind(self, params: Params, *, state: PyTree = None) -> Any:
+        """A net of the same kind that holds ``params`` (NNX, Equinox, HF Flax); for the others ``params`` itself.
 
-    def as_nnx(self, frozen: Any, lora: Any, *, rngs: nnx.Rngs | None = None) -> AdaptedModule:
+        Args:
+            params: The parameters: what `merge` returns, for one.
+            state: For an NNX net: what ``apply(..., mutable=...)`` returned, or a part of it. It takes the place of the
+                batch statistics and the like in ``params``, and of the rng streams, which are otherwise as they were
+                when the net was wrapped.
+        """
+        if state is None:
+            return self.net.bind(params)
+        if not isinstance(self.net, NNXNet):
+            raise TypeError(f"bind(state=...) is for NNX modules, and this net is {self.net.kind}. Leave state out.")
+        return self.net.bind(params, state)
+
+    def as_nnx(self, frozen: Params, lora: Params, *, rngs: nnx.Rngs | None = None) -> AdaptedModule:
         """The adapted NNX net as an `nnx.Module` whose trained arrays are `nnx.LoRAParam`.
 
         ``nnx.Optimizer(module, tx, wrt=nnx.LoRAParam)`` and trainers that take a module with such parameters
@@ -94,19 +137,21 @@ class Model:
         return as_module(self.net, frozen, lora, strict=self.strict, execution=self.execution, rngs=rngs)
 
     @property
-    def params(self) -> Any:
-        """The parameters that the net holds, for the kinds of net that hold any."""
+    def params(self) -> Params:
+        """The parameters that the net holds. A net that holds none raises `AttributeError`."""
         return self.net.params
 
-    def report(self, frozen: Any, lora: Any, *args: Any, **kwargs: Any) -> Report:
+    def report(self, frozen: Params, lora: Params, *args: object, **kwargs: object) -> Report:
         """How each adapted weight is executed for these inputs (shapes are enough)."""
-        uses = trace_uses(self.net.apply, frozen, lora, args, kwargs, execution=self.execution)
+        observe = bind_named_axes(self.net.observe)
+        uses = trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution)
         return report(frozen, lora, uses)
 
 
+@explain_unknown_arguments
 def wrap(
     net: Any,
-    targets: Any,
+    targets: Targets,
     *,
     rank: int = 8,
     alpha: float | None = None,
@@ -114,11 +159,11 @@ def wrap(
     init: str | Callable[..., Any] = "kaiming",
     dropout: float = 0.0,
     variant: str = "lora",
-    train: Any = (),
+    train: Targets = (),
     bias: str = "none",
-    exclude: Any = (),
+    exclude: Targets = (),
     axes: Sequence[str] | None = None,
-    dtype: Any = None,
+    dtype: Dtype | None = None,
     strict: bool = False,
     execution: str = "auto",
 ) -> Model:
@@ -127,22 +172,23 @@ def wrap(
     Args:
         net: A Flax Linen or NNX module, a transformed Haiku function, an Equinox module, a Flax model of
             Hugging Face transformers, or a function ``f(params, *args, **kwargs)``.
-        targets: Which weights to adapt: a glob over paths (``**/`` crosses levels), a compiled regex
-            (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where
-            the first match wins.
-        rank: The rank ``r`` of the updates.
+        targets: Which weights to adapt: a glob over paths (``**/`` crosses levels, ``{a,b}`` is either), a compiled
+            regex (full match), a predicate ``(path, leaf) -> bool``, a `Rule`, or a sequence of these, where the
+            first match wins. In a Linen ``variables`` dict globs and regexes stay in ``params``, unless they name
+            another collection.
+        rank: The rank ``r`` of the updates; lowered for a weight whose min(m, n) is below it, and the summary says so.
         alpha: The numerator of the scale ``alpha / r``; None means ``alpha = rank``.
         scaling: ``"standard"`` or ``"rslora"``.
         init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.
         dropout: The rate of dropout on the adapters' inputs.
         variant: The member of the LoRA family.
-        train: Targets of parameters trained in full, such as a head.
-        bias: Which biases train in full as well: ``"none"``, ``"all"``, or ``"lora_only"``, those beside an adapted
-            weight. A bias is a parameter whose path ends in ``bias`` (or ``b``, as in Haiku).
+        train: Targets of parameters trained in full, such as a head. They win over a pattern in ``targets``.
+        bias: Which biases train in full as well: ``"none"``, ``"all"``, or ``"lora_only"`` (those beside an adapted
+            weight). A bias is a parameter whose path ends in ``bias`` (or ``b``, as in Haiku).
         exclude: Targets that stay frozen whatever else matches them.
         axes: The role of each axis of the targets, instead of inference from use.
         dtype: The dtype of the adapters; None means float32.
-        strict: Raise where a weight would have to be formed, instead of forming it.
+        strict: Raise where a weight would have to be materialized, instead of materializing it.
         execution: How products with the weights are computed: ``"auto"``, ``"factored"``, ``"fused"`` or
             ``"materialize"``; see `lojax.transform`.
 
@@ -153,12 +199,15 @@ def wrap(
         TypeError: ``net`` is of no known kind.
         ValueError: A setting is out of range.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> model = wrap(lambda params, x: x @ params["kernel"], "kernel", rank=2, alpha=4)
     >>> frozen, lora = model.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, jnp.ones((1, 4)))
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict={strict!r}; expected True or False.")
     rules, full, excluded = compile_rules(
         targets,
         train,
@@ -172,21 +221,22 @@ def wrap(
         axes=axes,
         dtype=dtype,
     )
-    return Model(open_net(net), rules, full, excluded, strict, checked_execution(execution, strict), checked_bias(bias))
+    return Model(as_net(net), rules, full, excluded, strict, check_execution(execution, strict), check_bias(bias))
 
 
+@explain_unknown_arguments
 def init(
-    key: jax.Array,
-    params: Any,
-    targets: Any,
+    key: Key,
+    params: Params,
+    targets: Targets,
     *,
     apply_fn: Callable[..., Any] | None = None,
-    example_args: Sequence[Any] = (),
-    train: Any = (),
+    example_args: Sequence[object] = (),
+    train: Targets = (),
     bias: str = "none",
-    exclude: Any = (),
+    exclude: Targets = (),
     **settings: Any,
-) -> tuple[Any, Any]:
+) -> tuple[Params, Params]:
     """`Model.init` without a wrapped model.
 
     Args:
@@ -203,44 +253,50 @@ def init(
     Returns:
         ``(frozen, lora)``.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> frozen, lora = init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2, alpha=4)
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
+    check_key(key)
     rules, full, excluded = compile_rules(targets, train, exclude, **settings)
-    return _init(key, params, rules, full, excluded, checked_bias(bias), apply_fn, tuple(example_args), {})
+    if apply_fn is None and len(example_args):
+        raise ValueError("example_args= are the inputs of apply_fn=, and there is none. Pass both, or neither.")
+    if not callable(apply_fn) and apply_fn is not None:
+        raise TypeError(f"apply_fn={apply_fn!r}: expected a function apply_fn(params, *example_args).")
+    if not isinstance(example_args, (tuple, list)):
+        kind = type(example_args).__name__
+        raise TypeError(f"example_args is of type {kind}; expected a tuple of arguments, such as example_args=(x,).")
+    rule_of = assign_rules(_leaves(params), rules, full=full, exclude=excluded, bias=check_bias(bias))
+    return _create(key, params, rule_of, apply_fn, tuple(example_args), {})
 
 
 def compile_rules(
-    targets: Any,
-    train: Any,
-    exclude: Any,
-    *,
-    rank: int = 8,
-    scaling: str = "standard",
-    init: str | Callable[..., Any] = "kaiming",
-    variant: str = "lora",
-    **settings: Any,
+    targets: Any, train: Any, exclude: Any, **settings: Any
 ) -> tuple[tuple[Rule, ...], tuple[Rule, ...], tuple[Rule, ...]]:
     """The rules that ``targets=``, ``train=`` and ``exclude=`` of `wrap` spell."""
-    defaults = Rule((), rank=rank, scaling=scaling, init=init, variant=variant, **settings)
+    defaults = Rule((), **settings).fill(DEFAULTS)
     full, none = Rule((), train="full"), Rule((), train="none")
     return tuple(as_rules(targets, defaults)), tuple(as_rules(train, full)), tuple(as_rules(exclude, none))
 
 
-def _init(
-    key: jax.Array,
-    params: Any,
-    rules: Sequence[Rule],
-    full: Sequence[Rule],
-    exclude: Sequence[Rule],
-    bias: str,
-    apply_fn: Callable[..., Any] | None,
-    args: Any,
-    kwargs: Any,
-) -> tuple[Any, Any]:
-    chosen = plan(flatten(params), rules, full=full, exclude=exclude, bias=bias)
-    unseen = [path for path, rule in chosen.items() if rule.train in ("lora", "tokens") and rule.axes is None]
-    seen = infer_axes(apply_fn, params, unseen, args, kwargs) if apply_fn and unseen else {}
-    return create(key, params, chosen, seen)
+def _leaves(params: Params) -> dict[Path, Leaf]:
+    """The leaves of ``params`` by path, checked."""
+    leaves = flatten(params)
+    for path, leaf in leaves.items():
+        check_leaf(path, leaf, "params")
+    return leaves
+
+
+def _create(
+    key: Key,
+    params: Params,
+    rule_of: Mapping[Path, Rule],
+    apply_fn: Callable[..., PyTree] | None,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> tuple[Params, Params]:
+    paths = [path for path, rule in rule_of.items() if rule.train in ("lora", "tokens") and rule.axes is None]
+    axes_of = infer_axes(bind_named_axes(apply_fn), params, paths, args, kwargs) if apply_fn and paths else {}
+    return create(key, params, rule_of, axes_of)

@@ -1,12 +1,42 @@
-"""Every test runs on eight CPU devices, with strict dtype promotion."""
+"""Every test runs on eight CPU devices, with strict dtype promotion, and compiles quickly unless it must not."""
 
+import functools
 import os
+import re
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 collect_ignore_glob = ["*/conftest.py"]  # which hold no doctests, and share a name
+
+READS_COMPILED = re.compile(r"cost_analysis|memory_analysis|\.as_text\(")
+
+
+@functools.cache
+def optimized_tests(file: Path) -> str:
+    """Which tests of a file see all of XLA's optimizations: "marked", "all" or "none"."""
+    text = file.read_text()
+    if "pytest.mark.optimized" in text:
+        return "marked"
+    return "all" if READS_COMPILED.search(text) else "none"
+
+
+@pytest.fixture(autouse=True)
+def compilation(request: pytest.FixtureRequest):
+    """Two thirds of a test's time is compilation, most of it for optimizations that change no result.
+
+    What lojax builds is the same without them. So they are left out, but where a test asserts what XLA makes of a
+    program: in files that read costs, memory or the text of compiled programs, or that have the mark `optimized` (then
+    in the tests that have it alone).
+    """
+    which = optimized_tests(request.path)
+    quick = which == "none" or (which == "marked" and request.node.get_closest_marker("optimized") is None)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -57,7 +57,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                     yield from equations(inner)
 
 
-PRODUCTS = ("dot_general", "moving_product")
+PRODUCTS = ("dot_general", "lojax_factor_product")
 """The primitives that are matrix products in a jaxpr."""
 
 

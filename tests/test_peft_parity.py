@@ -119,19 +119,19 @@ def torch_losses(model: Any, tx: Any, steps: int, data: Any, logits: Callable[..
 
 
 def jax_losses(model: Any, frozen: Any, lora: Any, tx: Any, steps: int, data: Any) -> tuple[list[float], Any]:
-    def loss(lora: Any, ids: Any, mask: Any, labels: Any) -> Any:
+    def loss(lora: Any, frozen: Any, ids: Any, mask: Any, labels: Any) -> Any:
         logits = model.apply(frozen, lora, (ids, mask))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @jax.jit
-    def step(lora: Any, state: Any, batch: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(lora, *batch)
+    def step(frozen: Any, lora: Any, state: Any, batch: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(lora, frozen, *batch)
         updates, state = tx.update(grads, state, lora)
         return optax.apply_updates(lora, updates), state, value
 
     state, losses = tx.init(lora), []
     for i in range(steps):
-        lora, state, value = step(lora, state, data[i % len(data)])
+        lora, state, value = step(frozen, lora, state, data[i % len(data)])
         losses.append(float(value))
     return losses, lora
 

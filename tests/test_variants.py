@@ -89,54 +89,108 @@ def assert_near(got, expected, dtype):
         assert np.max(np.abs(x - y)) <= TOLERANCE[dtype] * max(1.0, np.max(np.abs(y)))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("member", FAMILY)
-def test_the_contract_of_a_variant(member, weight, dtype, tmp_path):
-    f, params, x = given(weight, dtype)
-    settings = {name: value for name, value in FAMILY[member].items() if name != "start"}
-    model = lojax.wrap(f, "w", rank=2, alpha=3, strict=True, **settings)
-    frozen, lora = model.init(jax.random.key(0), params, x)
-    if start_from_data := FAMILY[member].get("start"):
-        if start_from_data is eva and weight in ("embedding", "tied"):  # whose inputs are tokens
-            with pytest.raises(ValueError, match="a look-up has none"):
-                eva(model, frozen, lora, x)
-            return
-        frozen, lora = start_from_data(model, frozen, lora, x)
-
-    base, start = f(params, x), model.apply(frozen, lora, x)
-    assert start.dtype == base.dtype
-    if member in CHANGES_WEIGHT | {"orthogonal"}:
-        assert_near(start, base, dtype)
-    else:
-        np.testing.assert_array_equal(np.asarray(start, np.float32), np.asarray(base, np.float32))
-    assert bool(jnp.array_equal(frozen["w"], params["w"])) != (member in CHANGES_WEIGHT)
-
-    lora = moved(lora)
-    run = jax.jit(model.apply)
-    assert_near(run(frozen, lora, x), f(model.merge(frozen, lora), x), dtype)
-    assert float(jnp.max(jnp.abs(run(frozen, lora, x) - base))) > 0.01
-
-    if dtype == "float32":
-        factored = jax.grad(lambda t: jnp.sum(jnp.sin(model.apply(frozen, t, x))))(lora)
-        formed = jax.grad(lambda t: jnp.sum(jnp.sin(f(lojax.merge(frozen, t), x))))(lora)
-        assert_near(factored, formed, dtype)
-
-    lojax.save(tmp_path / "adapter", lora, frozen=frozen)
-    found = lojax.restore(tmp_path / "adapter", frozen=frozen)
-    assert jax.tree.structure(found) == jax.tree.structure(lora)
-    jax.tree.map(np.testing.assert_array_equal, found, lora)
-    assert lojax.summary(frozen, found).trainable == lora["w"].parameters
-
-
-def started(member, weight="stack"):
+def started(member, weight="stack", dtype="float32"):
     """The model, frozen and trained trees of a member, and the input."""
-    f, params, x = given(weight, "float32")
+    f, params, x = given(weight, dtype)
     settings = {name: value for name, value in FAMILY[member].items() if name != "start"}
     model = lojax.wrap(f, "w", rank=2, alpha=3, strict=True, **settings)
     frozen, lora = model.init(jax.random.key(0), params, x)
     start = FAMILY[member].get("start", lambda _model, frozen, lora, _x: (frozen, lora))
     return model, *start(model, frozen, lora, x), x
+
+
+def rows(chosen):
+    """Every member on every weight; those for which ``chosen(member, weight)`` is false run in .ci/thorough alone."""
+    return [
+        pytest.param(member, weight, marks=() if chosen(member, weight) else pytest.mark.slow)
+        for member in FAMILY
+        for weight in WEIGHTS
+        # The inputs of these two are tokens, of which no start from activations can be made.
+        if not (FAMILY[member].get("start") is eva and weight in ("embedding", "tied"))
+    ]
+
+
+@pytest.mark.parametrize("weight", ["embedding", "tied"])
+def test_a_look_up_has_no_activations_to_start_from(weight):
+    with pytest.raises(ValueError, match="a look-up has none"):
+        started("eva", weight)
+    with pytest.raises(ValueError, match="a look-up has none"):
+        started("lora-fa from eva", weight)
+
+
+def follow(f, x):
+    """What a member is compared by: its output, and the gradient of a loss of it."""
+
+    def loss(lora, *frozen):
+        y = f(lora, *frozen, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def computes(member):
+    """Whether the products of a member are others than plain LoRA's, so that a low precision may treat it otherwise."""
+    return "variant" in FAMILY[member] and "start" not in FAMILY[member] and "init" not in FAMILY[member]
+
+
+@pytest.mark.parametrize(("member", "weight"), rows(lambda member, weight: True))
+def test_the_contract_of_a_variant(member, weight):
+    """In float32: the start, the output and gradient of the merged weight, and that the adapter changes something."""
+    f, params, x = given(weight, "float32")
+    model, frozen, lora, x = started(member, weight)
+    ours = follow(lambda lora, frozen, x: model.apply(frozen, lora, x), x)
+    theirs = follow(lambda lora, frozen, x: f(model.merge(frozen, lora), x), x)
+
+    base = jax.jit(f)(params, x)
+    (_, start), _ = ours(lora, frozen)
+    starts_at_the_base(member, base, start, lambda: model.apply(frozen, lora, x), lambda: f(params, x))
+    assert bool(jnp.array_equal(frozen["w"], params["w"])) != (member in CHANGES_WEIGHT)
+
+    lora = moved(lora)
+    ((_, y), gradient), ((_, expected), expected_gradient) = ours(lora, frozen), theirs(lora, frozen)
+    assert_near(y, expected, "float32")
+    assert float(jnp.max(jnp.abs(y - base))) > 0.01
+    assert_near(gradient, expected_gradient, "float32")
+
+
+@pytest.mark.parametrize(
+    ("member", "weight"), rows(lambda member, weight: weight == "dense" or member == "lora" or computes(member))
+)
+def test_the_contract_of_a_variant_in_bfloat16(member, weight):
+    """The start and the output of the merged weight. Starts see a weight as matrices, so one weight shows them all."""
+    f, params, x = given(weight, "bfloat16")
+    model, frozen, lora, x = started(member, weight, "bfloat16")
+    run, base = jax.jit(model.apply), jax.jit(f)(params, x)
+    start = run(frozen, lora, x)
+    starts_at_the_base(member, base, start, lambda: model.apply(frozen, lora, x), lambda: f(params, x))
+    assert bool(jnp.array_equal(frozen["w"], params["w"])) != (member in CHANGES_WEIGHT)
+
+    lora = moved(lora)
+    y = run(frozen, lora, x)
+    assert_near(y, jax.jit(f)(model.merge(frozen, lora), x), "bfloat16")
+    assert float(jnp.max(jnp.abs(y - base))) > 0.01
+
+
+def starts_at_the_base(member, base, start, adapted, plain):
+    """To the bit, where the start is B = 0. Where the compiler fuses the two programs apart: operation by operation."""
+    assert start.dtype == base.dtype
+    assert_near(start, base, str(base.dtype))
+    if member in CHANGES_WEIGHT | {"orthogonal"} or bool(jnp.array_equal(start, base)):
+        return
+    with jax.disable_jit():
+        np.testing.assert_array_equal(np.asarray(adapted(), np.float32), np.asarray(plain(), np.float32))
+
+
+@pytest.mark.parametrize(("member", "weight"), rows(lambda member, weight: weight == "stack" or member == "lora"))
+def test_a_variant_through_a_checkpoint(member, weight, tmp_path):
+    """A checkpoint sees the fields of an adapter, which are the member's, and its axes, which are the weight's."""
+    _, frozen, lora, _ = started(member, weight)
+    lora = moved(lora)
+    lojax.save(tmp_path / "adapter", lora, frozen=frozen)
+    found = lojax.restore(tmp_path / "adapter", frozen=frozen)
+    assert jax.tree.structure(found) == jax.tree.structure(lora)
+    jax.tree.map(np.testing.assert_array_equal, found, lora)
+    assert lojax.summary(frozen, found).trainable == lora["w"].parameters
 
 
 @pytest.mark.parametrize("member", FAMILY)
@@ -201,6 +255,7 @@ def test_doras_norm_is_detached():
     np.testing.assert_allclose(got, jax.grad(constant)(adapter.a), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_dora_forms_no_weight():
     params = {"w": jax.ShapeDtypeStruct((512, 768), jnp.float32)}
     model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=4, variant="dora", execution="factored")

@@ -268,11 +268,36 @@ def test_strict_refuses_to_form_a_weight_and_says_what_to_do():
     assert "test_wrap.py:" in text
     assert text.endswith(
         "which has no factored form: sin is not linear in the weight. Take the weight out of targets, train it in "
-        "full, or allow this use to form W0 + scale*A*B with strict=False."
+        "full, or allow this use to materialize W0 + scale*A*B with strict=False."
     )
     lenient = lojax.wrap(net, "w", rank=2)
     lora = trained(lora)
     assert_close(lenient.apply(frozen, lora, X), net(lenient.merge(frozen, lora), X))
+
+
+# --- the name ---
+
+
+class Branching(nn.Module):
+    """Reads a weight as a Python number, which no traced program can."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x) if self.param("w", nn.initializers.ones, (4, 3)).sum() > 0 else x
+
+
+def branching(params, x):
+    return x @ params["w"] if params["w"].sum() > 0 else x
+
+
+@pytest.mark.parametrize("net", [branching, Branching()], ids=["function", "Linen"])
+def test_errors_while_tracing_name_the_net(net):
+    weight = {"w": np.ones((4, 3), np.float32)}
+    model = lojax.wrap(net, "**/w", rank=2)
+    pair = model.init(jax.random.key(0), {"params": weight} if net is not branching else weight)
+    text = message(jax.errors.TracerBoolConversionError, model.apply, *pair, X)
+    name = "branching" if net is branching else "Branching"
+    assert f"tracing the function {name} " in text
 
 
 # --- errors ---
@@ -315,9 +340,9 @@ def test_settings_are_checked_when_the_net_is_wrapped(settings, text):
             "Target '**/kernels' matches none of the 4 parameters. The nearest paths:\n  first/kernel\n",
         ),
         ("first/bias", {}, "first/bias is a vector of shape (5,): a low-rank update needs at least two axes."),
-        ("**/kernel", {"rank": 4}, "second/kernel: rank=4 is above min(m, n) = 3"),
+        (Rule("second/kernel", rank=4), {}, "second/kernel: rank=4 is above min(m, n) = 3"),
         (["**/kernel", "first/kernel"], {}, "first/kernel is matched by contradictory rules: "),
-        ("**/kernel", {"train": "second/*"}, "second/kernel is matched by contradictory rules: targets= adapts it"),
+        ("second/kernel", {"train": "second/*"}, "second/kernel is matched by contradictory rules: targets= adapts it"),
         ("**/kernel", {"exclude": "**/kernel"}, "Nothing trains: "),
     ],
 )
@@ -420,3 +445,24 @@ def test_biases_train_beside_the_adapters_from_the_pretrained_ones():
 def test_an_unknown_bias_is_refused_at_once():
     with pytest.raises(ValueError, match="bias='lora'; expected one of 'none', 'all', 'lora_only'"):
         lojax.wrap(lambda p, x: x, "w", bias="lora")
+
+
+# --- a dry run ---
+
+
+def test_a_preview_says_what_would_be_adapted_without_making_anything():
+    made = []
+
+    def draw(key, shape, dtype, *, fan_in, rank):
+        made.append(isinstance(key, jax.core.Tracer))
+        return jnp.zeros(shape, dtype)
+
+    model = lojax.wrap(mlp, "**/kernel", rank=8, train="second/bias", init=draw)
+    preview = model.preview(PARAMS, X)
+    assert str(preview) == str(lojax.summary(*model.init(jax.random.key(0), PARAMS, X)))
+    assert made[:2] == [True, True] and made[2:] == [False, False]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    assert preview == model.preview(shapes, jax.ShapeDtypeStruct(X.shape, X.dtype)) == model.preview(PARAMS)
+    rows = {row.path: (row.shape, row.rank, row.requested_rank) for row in preview.rows if row.rank}
+    assert rows == {"first/kernel": ((4, 5), 4, 8), "second/kernel": ((5, 3), 3, 8)}
+    assert "matches none of the 4" in message(ValueError, lojax.wrap(mlp, "**/kernels").preview, PARAMS)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from lojax.adapters.adapter import Adapter, is_adapter, scaled
-from lojax.adapters.factor_matrices import even, like, matrices, padded, truncated
+from lojax.adapters.adapter import Adapter, is_adapter, scale_update
 from lojax.adapters.initializers import key_for
+from lojax.adapters.matrices import factor_matrices, pad_rank, truncate_rank, unify_scale_and_rank, with_factors
 from lojax.adapters.paths import flatten, map_paths
-from lojax.adapters.task_vectors import Merge, merger
+from lojax.adapters.task_vectors import prune_and_sum
+from lojax.text import suggest
+from lojax.types import Array, Key, Leaf, Params, Path
 
 FACTORWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that merge the factors ``a`` and ``b`` one by one: cheap, and a rough approximation."""
@@ -20,15 +22,15 @@ METHODS = (*FACTORWISE, "cat", "svd", *(f"{m}_svd" for m in FACTORWISE[1:]))
 
 
 def combine(
-    adapters: Sequence[Any],
+    adapters: Sequence[Params],
     weights: Sequence[float],
     *,
     method: str = "cat",
     rank: int | None = None,
     density: float | None = None,
     majority: str = "total",
-    key: jax.Array | None = None,
-) -> Any:
+    key: Key | None = None,
+) -> Params:
     """One adapter that does ``sum_i weights[i] * update_i``, exactly or nearly.
 
     The methods and their numbers are those of PEFT's ``add_weighted_adapter``. ``cat`` is exact, with the ranks
@@ -41,7 +43,7 @@ def combine(
             parameter trained in full is taken over if a single tree holds it.
         weights: One number each; negative ones subtract.
         method: One of `METHODS`.
-        rank: The rank that the ``svd`` methods give; the largest of the inputs by default.
+        rank: The rank that the ``svd`` methods give, for a single adapter too; the largest of the inputs by default.
         density: The share of entries that pruning keeps, above 0 and up to 1: for ``ties``, ``dare_linear``,
             ``dare_ties``, ``magnitude_prune`` and their ``_svd`` forms.
         majority: How ``ties`` elects a sign: ``"total"`` or ``"frequency"``.
@@ -60,26 +62,30 @@ def combine(
     >>> combine([one, two], [0.5, 0.5])["w"].rank
     4
     """
-    _check_arguments(adapters, weights, method, rank, density, majority, key)
+    settings = _Settings(method, rank, density, majority, key)
+    settings.check(adapters, weights)
+    if len(adapters) == 1:  # scaled, whatever the method, and truncated where a rank is given
+        settings = _Settings("linear") if rank is None else _Settings("svd", rank)
     trees = [flatten(tree) for tree in adapters]
     for tree in trees[1:]:
         if tree.keys() != trees[0].keys():
             path = sorted(tree.keys() ^ trees[0].keys())[0]
             raise ValueError(f"The adapters are for different trees: {path} is in one of them and not in another.")
-    joint = _joint(method if len(adapters) > 1 else "linear", rank, density, majority, key)
 
-    def join(path: str, _: Any) -> Any:
-        found = [(tree[path], weight) for tree, weight in zip(trees, weights, strict=True) if tree[path] is not None]
-        if not any(is_adapter(leaf) for leaf, _ in found):
-            return _only(path, [leaf for leaf, _ in found])
-        _check_alike(path, [leaf for leaf, _ in found])
+    def combine_at(path: Path, _: Leaf) -> Leaf:
+        pairs = [(tree[path], weight) for tree, weight in zip(trees, weights, strict=True) if tree[path] is not None]
+        leaves = [leaf for leaf, _ in pairs]
+        if not any(is_adapter(leaf) for leaf in leaves):
+            return _take_only(path, leaves)
+        _check_same_weight(path, leaves)
         with jax.default_matmul_precision("highest"):
-            return joint(path, [even(leaf) for leaf, _ in found], [float(weight) for _, weight in found])
+            plain = [unify_scale_and_rank(leaf) for leaf in leaves]
+            return _combine_leaf(path, plain, [float(weight) for _, weight in pairs], settings)
 
-    return map_paths(join, adapters[0])
+    return map_paths(combine_at, adapters[0])
 
 
-def resize(lora: Any, rank: int) -> Any:
+def resize(lora: Params, rank: int) -> Params:
     """The nearest adapter of another rank (Eckart and Young 1936), without forming any weight.
 
     ``a @ b = Qa (Ra Rb^T) Qb^T``: two thin QR decompositions and the SVD of an ``[r, r]`` matrix. The singular
@@ -90,7 +96,7 @@ def resize(lora: Any, rank: int) -> Any:
         rank: The new rank of every adapter.
 
     Returns:
-        A tree of the same structure; what is no adapter stays as it is.
+        A tree of the same structure; other leaves stay as they are.
 
     Raises:
         ValueError: ``rank`` is below 1.
@@ -103,21 +109,21 @@ def resize(lora: Any, rank: int) -> Any:
     if rank < 1:
         raise ValueError(f"rank={rank}; expected at least 1.")
 
-    def change(path: str, leaf: Any) -> Any:
+    def resize_at(path: Path, leaf: Leaf) -> Leaf:
         if not is_adapter(leaf) or leaf.rank == rank:
             return leaf
         _refuse_variant(path, leaf)
-        leaf = even(leaf)
-        a, b = matrices(leaf)
+        leaf = unify_scale_and_rank(leaf)
+        a, b = factor_matrices(leaf)
         if rank < leaf.rank:
             with jax.default_matmul_precision("highest"):
-                a, b = truncated(a, b, rank)
-        return like(leaf, padded(a, rank, 2), padded(b, rank, 1), leaf.one_scale)
+                a, b = truncate_rank(a, b, rank)
+        return with_factors(leaf, pad_rank(a, rank, 2), pad_rank(b, rank, 1), leaf.one_scale)
 
-    return map_paths(change, lora)
+    return map_paths(resize_at, lora)
 
 
-def rescale(lora: Any, factor: float) -> Any:
+def rescale(lora: Params, factor: float) -> Params:
     """The adapter with its update times ``factor``: 0 is the base, 1 the adapter, negative ones unlearn.
 
     Args:
@@ -137,15 +143,15 @@ def rescale(lora: Any, factor: float) -> Any:
     """
     _refuse_full(lora, "scaled")
 
-    def change(path: str, leaf: Any) -> Any:
+    def rescale_at(path: Path, leaf: Leaf) -> Leaf:
         if is_adapter(leaf) and leaf.magnitude is not None:
             _refuse_variant(path, leaf)
-        return scaled(leaf, factor) if is_adapter(leaf) else leaf
+        return scale_update(leaf, factor) if is_adapter(leaf) else leaf
 
-    return map_paths(change, lora)
+    return map_paths(rescale_at, lora)
 
 
-def subtract(lora: Any, other: Any) -> Any:
+def subtract(lora: Params, other: Params) -> Params:
     """The adapter whose update is that of ``lora`` less that of ``other``, exactly; the ranks add up.
 
     Args:
@@ -172,119 +178,142 @@ def subtract(lora: Any, other: Any) -> Any:
 # --- one weight ---
 
 
-Joint = Callable[[str, Sequence[Adapter], Sequence[float]], Adapter]
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The arguments of `combine` that say how."""
+
+    method: str
+    rank: int | None = None
+    density: float | None = None
+    majority: str = "total"
+    key: Key | None = None
+
+    @property
+    def prunes(self) -> bool:
+        return self.method.startswith(("ties", "dare", "magnitude"))
+
+    def check(self, adapters: Sequence[Params], weights: Sequence[float]) -> None:
+        """Raises unless these fit together and what goes with them."""
+        method, density = self.method, self.density
+        if isinstance(adapters, Mapping) or not len(adapters):
+            raise ValueError("adapters must be a sequence of at least one lora tree.")
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights; give one weight each.")
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}.{suggest(method, METHODS)}")
+        if self.prunes and not (density is not None and 0 < density <= 1):
+            raise ValueError(
+                f"method={method!r} needs density, the share of entries to keep, in (0, 1]; got {density}."
+            )
+        if self.majority not in ("total", "frequency"):
+            raise ValueError(f"majority={self.majority!r}; expected 'total' or 'frequency'.")
+        if method.startswith("dare") and self.key is None:
+            raise ValueError(f"method={method!r} drops entries at random; pass key=jax.random.key(...).")
+        if self.rank is not None and (self.rank < 1 or not method.endswith("svd")):
+            raise ValueError(f"rank={self.rank} with method={method!r}; it is for the svd methods, and at least 1.")
+
+    def merge(self, x: Array, weights: Array, key: Key | None) -> Array:
+        """`prune_and_sum` of ``x`` ``[N, S, ...]``."""
+        density = self.density if self.prunes else None
+        return prune_and_sum(x, weights, method=self.method, density=density, majority=self.majority, key=key)
 
 
-def _joint(method: str, rank: int | None, density: float | None, majority: str, key: jax.Array | None) -> Joint:
-    """The function that combines the adapters of one weight."""
-    merge = merger(method, density if _prunes(method) else None, majority)
-
-    def join(path: str, found: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-        keys = [None, None] if key is None else list(jax.random.split(key_for(key, path)))
-        if method in FACTORWISE:
-            a, b = _factorwise(path, found, weights, merge, keys)
-        elif method in ("cat", "svd"):
-            a, b = _side_by_side(found, weights)
-        else:
-            a, b = _updatewise(found, weights, merge, keys[0])
-        if method.endswith("svd"):
-            target = rank or max(leaf.rank for leaf in found)
-            a, b = truncated(a, b, target)
-            a, b = padded(a, target, 2), padded(b, target, 1)
-        return like(found[0], a, b, 1.0)
-
-    return join
+def _combine_leaf(path: Path, adapters: Sequence[Adapter], weights: Sequence[float], settings: _Settings) -> Adapter:
+    """The adapter of one weight, of scale 1."""
+    method = settings.method
+    keys = [None, None] if settings.key is None else list(jax.random.split(key_for(settings.key, path)))
+    if method in FACTORWISE:
+        a, b = _combine_factors(path, adapters, weights, settings, keys)
+    elif method in ("cat", "svd"):
+        a, b = _concatenate_factors(adapters, weights)
+    else:
+        a, b = _combine_updates(adapters, weights, settings, keys[0])
+    if method.endswith("svd"):
+        rank = settings.rank or max(adapter.rank for adapter in adapters)
+        a, b = truncate_rank(a, b, rank)
+        a, b = pad_rank(a, rank, 2), pad_rank(b, rank, 1)
+    combined = with_factors(adapters[0], a, b, 1.0)
+    return dataclasses.replace(combined, moved_base=_moved_base(adapters, weights))
 
 
-def _side_by_side(found: Sequence[Adapter], weights: Sequence[float]) -> tuple[jax.Array, jax.Array]:
-    pairs = [matrices(leaf) for leaf in found]
-    factors = [weight * leaf.one_scale for leaf, weight in zip(found, weights, strict=True)]
-    a = jnp.concatenate([x * factor for (x, _), factor in zip(pairs, factors, strict=True)], 2)
-    return a, jnp.concatenate([y for _, y in pairs], 1)
+def _moved_base(adapters: Sequence[Adapter], weights: Sequence[float]) -> str | None:
+    """The base that the result belongs to: the pretrained one again where what was taken out of it cancels.
+
+    With ``s a0 b0`` taken out of W0, ``(W0 - s a0 b0) + s a b`` is W0 and the difference of two such adapters.
+    """
+    moved = [(adapter.moved_base, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    total = sum(weight for name, weight in moved if name)
+    return next((name for name, _ in moved if name), None) if total else None
 
 
-def _factorwise(
-    path: str, found: Sequence[Adapter], weights: Sequence[float], merge: Merge, keys: Sequence[Any]
-) -> tuple[jax.Array, jax.Array]:
-    ranks = [leaf.rank for leaf in found]
+def _concatenate_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Array, Array]:
+    """``[w1 s1 a1 | w2 s2 a2 | ...]`` and ``[b1 | b2 | ...]``, whose product is the weighted sum of the updates."""
+    pairs = [factor_matrices(adapter) for adapter in adapters]
+    scales = [weight * adapter.one_scale for adapter, weight in zip(adapters, weights, strict=True)]
+    a = jnp.concatenate([a * scale for (a, _), scale in zip(pairs, scales, strict=True)], 2)
+    return a, jnp.concatenate([b for _, b in pairs], 1)
+
+
+def _combine_factors(
+    path: Path,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    settings: _Settings,
+    keys: Sequence[Key | None],
+) -> tuple[Array, Array]:
+    """``a`` and ``b`` each merged on its own."""
+    ranks = [adapter.rank for adapter in adapters]
     if len(set(ranks)) > 1:
         raise ValueError(
             f"{path}: ranks {ranks} differ; this method needs them alike. Use 'cat', 'svd', or resize first."
         )
-    pairs = [matrices(leaf) for leaf in found]
-    factors = jnp.asarray(
-        [weight * leaf.one_scale for leaf, weight in zip(found, weights, strict=True)], pairs[0][0].dtype
-    )
-    root = jnp.sqrt(jnp.abs(factors))
-    signed = jnp.where(factors >= 0, root, -root)
-    stacked = [jnp.stack(side) for side in zip(*pairs, strict=True)]
-    return merge(stacked[0], signed, keys[0]), merge(stacked[1], root, keys[1])
+    pairs = [factor_matrices(adapter) for adapter in adapters]
+    scales = [weight * adapter.one_scale for adapter, weight in zip(adapters, weights, strict=True)]
+    scales = jnp.asarray(scales, pairs[0][0].dtype)
+    # As PEFT does: the square root of weight and scale goes on both factors, and its sign on a alone.
+    root = jnp.sqrt(jnp.abs(scales))
+    signed_root = jnp.where(scales >= 0, root, -root)
+    all_a, all_b = (jnp.stack(factors) for factors in zip(*pairs, strict=True))
+    return settings.merge(all_a, signed_root, keys[0]), settings.merge(all_b, root, keys[1])
 
 
-def _updatewise(
-    found: Sequence[Adapter], weights: Sequence[float], merge: Merge, key: Any
-) -> tuple[jax.Array, jax.Array]:
-    updates = jnp.stack([leaf.one_scale * (a @ b) for leaf in found for a, b in [matrices(leaf)]])
-    merged = merge(updates, jnp.asarray(weights, updates.dtype), key)
-    m = merged.shape[1]
-    return jnp.broadcast_to(jnp.eye(m, dtype=merged.dtype), (merged.shape[0], m, m)), merged
+def _combine_updates(
+    adapters: Sequence[Adapter], weights: Sequence[float], settings: _Settings, key: Key | None
+) -> tuple[Array, Array]:
+    """The identity and the merged updates themselves ``[S, m, n]``: a product for `truncate_rank`."""
+    updates = jnp.stack([adapter.one_scale * (a @ b) for adapter in adapters for a, b in [factor_matrices(adapter)]])
+    merged = settings.merge(updates, jnp.asarray(weights, updates.dtype), key)
+    entries, m, _ = merged.shape
+    return jnp.broadcast_to(jnp.eye(m, dtype=merged.dtype), (entries, m, m)), merged
 
 
 # --- checks ---
 
 
-def _prunes(method: str) -> bool:
-    return method.startswith(("ties", "dare", "magnitude"))
-
-
-def _check_arguments(
-    adapters: Sequence[Any], weights: Sequence[float], method: str, rank: Any, density: Any, majority: str, key: Any
-) -> None:
-    if isinstance(adapters, Mapping) or not len(adapters):
-        raise ValueError("adapters must be a sequence of at least one lora tree.")
-    if len(adapters) != len(weights):
-        raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights; give one weight each.")
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}.")
-    if _prunes(method) and not (density is not None and 0 < density <= 1):
-        raise ValueError(f"method={method!r} needs density, the share of entries to keep, in (0, 1]; got {density}.")
-    if majority not in ("total", "frequency"):
-        raise ValueError(f"majority={majority!r}; expected 'total' or 'frequency'.")
-    if method.startswith("dare") and key is None:
-        raise ValueError(f"method={method!r} drops entries at random; pass key=jax.random.key(...).")
-    if rank is not None and (rank < 1 or not method.endswith("svd")):
-        raise ValueError(f"rank={rank} with method={method!r}; it is for the svd methods, and at least 1.")
-
-
-def _check_alike(path: str, found: Sequence[Any]) -> None:
-    for leaf in filter(is_adapter, found):
+def _check_same_weight(path: Path, leaves: Sequence[Leaf]) -> None:
+    for leaf in filter(is_adapter, leaves):
         _refuse_variant(path, leaf)
-    kinds = {(leaf.axes, _weight(leaf)) if is_adapter(leaf) else "an array trained in full" for leaf in found}
+    kinds = {(leaf.axes, leaf.weight_shape) if is_adapter(leaf) else "an array trained in full" for leaf in leaves}
     if len(kinds) > 1:
         listed = " and ".join(sorted(map(str, kinds)))
         raise ValueError(f"{path}: the adapters are of different weights: {listed}.")
 
 
-def _weight(adapter: Adapter) -> tuple[int, ...]:
-    a, b = matrices(adapter)
-    return a.shape[0], a.shape[1], b.shape[2]
+def _refuse_variant(path: Path, adapter: Adapter) -> None:
+    extras = [name for name in adapter.extras if name not in ("ranks", "scale")]
+    if extras:
+        raise ValueError(f"{path}: the adapter holds {extras[0]}; only plain low-rank updates can be composed.")
 
 
-def _refuse_variant(path: str, adapter: Adapter) -> None:
-    held = [name for name in adapter.extras if name not in ("ranks", "scale")]
-    if held:
-        raise ValueError(f"{path}: the adapter holds {held[0]}; only plain low-rank updates can be composed.")
-
-
-def _only(path: str, found: Sequence[Any]) -> Any:
-    if len(found) > 1:
+def _take_only(path: Path, leaves: Sequence[Leaf]) -> Leaf:
+    if len(leaves) > 1:
         raise ValueError(
-            f"{path} is trained in full in {len(found)} of the adapters, and such values cannot be combined."
+            f"{path} is trained in full in {len(leaves)} of the adapters, and such values cannot be combined."
         )
-    return found[0] if found else None
+    return leaves[0] if leaves else None
 
 
-def _refuse_full(lora: Any, done: str) -> None:
+def _refuse_full(lora: Params, done: str) -> None:
     full = [path for path, leaf in flatten(lora).items() if leaf is not None and not is_adapter(leaf)]
     if full:
         raise ValueError(f"{', '.join(full[:5])}: trained in full, not as an update, so it cannot be {done}.")

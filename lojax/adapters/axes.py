@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from lojax.types import Path, Shape
+
 Role = Literal["in", "out", "stack"]
 Axes = tuple[Role, ...]
 
@@ -27,7 +29,7 @@ def convention(ndim: int) -> Axes:
     return ("in",) * (ndim - 1) + ("out",)
 
 
-def check(axes: Sequence[str], shape: Sequence[int], path: str) -> Axes:
+def check(axes: Sequence[str], shape: Shape, path: Path) -> Axes:
     """Returns ``axes`` as a tuple, or raises if they cannot describe a weight of ``shape``."""
     axes = tuple(axes)
     unknown = [axis for axis in axes if axis not in get_args(Role)]
@@ -51,43 +53,10 @@ def positions(axes: Axes, role: Role) -> tuple[int, ...]:
     return tuple(i for i, axis in enumerate(axes) if axis == role)
 
 
-def size(axes: Axes, shape: Sequence[int], role: Role) -> int:
+def size(axes: Axes, shape: Shape, role: Role) -> int:
     """The product of the sizes of the axes with this role.
 
     >>> size(("in", "out", "out"), (512, 8, 64), "out")
     512
     """
     return math.prod(shape[i] for i in positions(axes, role))
-
-
-def factor_shapes(axes: Axes, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of ``a`` ``[*stack, *in, r]`` and ``b`` ``[*stack, r, *out]``.
-
-    >>> factor_shapes(("stack", "in", "out", "out"), (12, 512, 8, 64), 4)
-    ((12, 512, 4), (12, 4, 8, 64))
-    """
-    shapes = array_shapes(axes, shape, rank)
-    return shapes["a"], shapes["b"]
-
-
-def array_axes(axes: Axes) -> dict[str, tuple[int | None, ...]]:
-    """For each axis of every array that an adapter may hold, the axis of the weight that it is; None for none.
-
-    >>> array_axes(("in", "out", "out"))["b"]
-    (None, 1, 2)
-    """
-    stack, ins, outs = (positions(axes, role) for role in ("stack", "in", "out"))
-    return {
-        "a": (*stack, *ins, None),
-        "b": (*stack, None, *outs),
-        "magnitude": (*stack, *outs),
-        "rows": (None, *outs),
-    }
-
-
-def array_shapes(axes: Axes, shape: Sequence[int], rank: int, tokens: int = 0) -> dict[str, tuple[int, ...]]:
-    """The shape of every array that an adapter may hold, by field (see `lojax.Adapter`)."""
-    lengths = {"a": rank, "b": rank, "rows": tokens}
-    return {
-        name: tuple(lengths[name] if d is None else shape[d] for d in dims) for name, dims in array_axes(axes).items()
-    }

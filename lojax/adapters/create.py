@@ -4,55 +4,62 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
-from lojax.adapters.adapter import Adapter
-from lojax.adapters.axes import Axes, array_shapes, check, convention, positions, size
-from lojax.adapters.decompositions import Decomposition, factorize, without_update
-from lojax.adapters.initializers import initializer, key_for, zeros
-from lojax.adapters.matrices import as_matrices, at_least_float32, column_squares
-from lojax.adapters.metadata import box_arrays, rebox, unbox
+from lojax.adapters.adapter import Adapter, array_shapes, box_arrays
+from lojax.adapters.axes import Axes, check, convention, positions, size
+from lojax.adapters.initializers import Site, initializer, key_for
+from lojax.adapters.matrices import at_least_float32, column_squares
+from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
 from lojax.adapters.rule import Rule
 from lojax.adapters.targets import layer_of
+from lojax.text import spec
+from lojax.types import Array, Dtype, Key, Leaf, Params, Path, Shape
 
 
 def create(
-    key: jax.Array, params: Any, plan: Mapping[str, Rule], seen: Mapping[str, Axes] | None = None
-) -> tuple[Any, Any]:
+    key: Key, params: Params, plan: Mapping[Path, Rule], seen: Mapping[Path, Axes] | None = None
+) -> tuple[Params, Params]:
     """Splits ``params`` into ``(frozen, lora)`` as ``plan`` says.
 
     Args:
         key: Consumed: one key per weight is derived from it and the weight's path.
         params: The parameter tree.
-        plan: The rule of each parameter that trains (see `lojax.adapters.targets.plan`).
+        plan: The rule of each parameter that trains (see `lojax.adapters.targets.plan`), with every setting filled in.
         seen: The axes of weights whose use was seen; the rest take `axes.convention`.
     """
     seen = seen or {}
-    changed: dict[str, Any] = {}
+    new_weights: dict[Path, Leaf] = {}
 
-    def train(path: str, leaf: Any) -> Any:
+    def train(path: Path, leaf: Leaf) -> Leaf:
         if path not in plan:
             return None
         rule = plan[path]
         if rule.train == "full":
             return leaf
-        adapter, changed[path] = new_adapter(key_for(key, path), path, leaf, rule, seen.get(path))
+        adapter, new_weights[path] = new_adapter(key_for(key, path), path, leaf, rule, seen.get(path))
         return adapter
 
-    def freeze(path: str, leaf: Any) -> Any:
-        return None if path in plan and plan[path].train == "full" else changed.get(path, leaf)
+    def freeze(path: Path, leaf: Leaf) -> Leaf:
+        return None if path in plan and plan[path].train == "full" else new_weights.get(path, leaf)
 
     lora = map_paths(train, params)
     return map_paths(freeze, params), lora
 
 
-def new_adapter(key: jax.Array, path: str, leaf: Any, rule: Rule, seen: Axes | None) -> tuple[Adapter, Any]:
+def check_key(key: object) -> None:
+    """Raises unless ``key`` is a PRNG key, old or new style: a key that was forgotten shifts all other arguments."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        got = f"an array {spec(key)}" if hasattr(key, "shape") else f"a {type(key).__name__}"
+        raise TypeError(f"init takes a PRNG key first: init(jax.random.key(0), params, ...). Got {got} in its place.")
+
+
+def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None) -> tuple[Adapter, Leaf]:
     """A fresh adapter for the weight ``leaf`` at ``path``, and the frozen weight that goes with it."""
     weight = unbox(leaf)
     shape = tuple(weight.shape)
@@ -60,51 +67,55 @@ def new_adapter(key: jax.Array, path: str, leaf: Any, rule: Rule, seen: Axes | N
     dtype = jnp.dtype(rule.dtype or jnp.float32)
     adapter = Adapter(a=None, b=None, scale=1.0, axes=axes)
     if rule.train == "lora":
-        adapter, changed = _updated(key, path, weight, axes, rule, dtype)
-        leaf = rebox(leaf, changed)
+        assert rule.init is not None and rule.dropout is not None  # as_rules fills them in
+        site = _site(path, weight, axes, rule, dtype)
+        a, b, new_weight = initializer(rule.init)(key, site)
+        adapter = Adapter(
+            a,
+            b,
+            site.scale,
+            axes,
+            dropout=rule.dropout,
+            ranks=site.ranks if site.uneven else None,
+            requested_rank=site.requested_rank if site.requested_rank > site.rank else None,
+            moved_base=None if new_weight is weight else str(rule.init),
+            frozen_a=rule.variant == "lora-fa",
+        )
+        leaf = rebox(leaf, new_weight)
         if rule.variant == "dora":
             adapter = dataclasses.replace(adapter, magnitude=_magnitude(path, weight, axes, dtype))
     if rule.tokens:
         _check_tokens(path, shape, axes, rule)
-        rows = zeros(array_shapes(axes, shape, 1, len(rule.tokens))["rows"], dtype)
+        rows = jnp.zeros(array_shapes(axes, shape, 1, len(rule.tokens))["rows"], dtype)
         adapter = dataclasses.replace(adapter, rows=rows, tokens=tuple(rule.tokens))
     return box_arrays(leaf, adapter), leaf
 
 
-def _updated(key: jax.Array, path: str, weight: Any, axes: Axes, rule: Rule, dtype: Any) -> tuple[Adapter, Any]:
-    """The plain update, and the weight less what it starts with."""
+def _site(path: Path, weight: Array, axes: Axes, rule: Rule, dtype: Dtype) -> Site:
+    """The weight with the ranks and scales that its rule gives it."""
     shape = tuple(weight.shape)
     m, n = size(axes, shape, "in"), size(axes, shape, "out")
-    ranks = _ranks(path, shape, axes, rule)
-    rank = max(ranks)
-    if rank > min(m, n):
+    requested, limit = _ranks(path, shape, axes, rule), min(m, n)
+    if max(requested) > limit and rule._exact_rank:
         raise ValueError(
-            f"{path}: rank={rank} is above min(m, n) = {min(m, n)} (shape {shape}, axes {axes}: m={m} in, "
-            f"n={n} out). Choose a rank of at most {min(m, n)}, or train the weight in full."
+            f"{path}: rank={max(requested)} is above min(m, n) = {limit} (shape {shape}, axes {axes}: m={m} in, "
+            f"n={n} out). Choose a rank of at most {limit}, or train the weight in full."
         )
-    uneven = ranks if len(set(ranks)) > 1 else None
-    scale = tuple(rule.scale(r) for r in ranks) if uneven else rule.scale(rank)
-    scale = scale[0] if isinstance(scale, tuple) and len(set(scale)) == 1 else scale
-    shapes = array_shapes(axes, shape, rank)
-    start = initializer(rule.init or "kaiming")
-    if not isinstance(start, Decomposition):
-        a, b = start(key, shapes["a"], dtype, fan_in=m, rank=rank), zeros(shapes["b"], dtype)
-        if uneven:
-            a = a * within(ranks, rank, a, stack=len(positions(axes, "stack"))).astype(dtype)
-    elif uneven:
-        raise ValueError(f"{path}: init={rule.init!r} gives every entry of a stack the same rank, got {ranks}.")
-    else:
-        assert isinstance(scale, float)
-        matrices = as_matrices(weight, axes)
-        left, right = factorize(start, key, matrices, rank, scale, path)
-        a, b = left.reshape(shapes["a"]).astype(dtype), right.reshape(shapes["b"]).astype(dtype)
-        if start.changes_weight:  # less the factors as they are stored, rounding and all
-            weight = without_update(weight, a, b, scale, axes)
-    adapter = Adapter(a, b, scale, axes, rule.dropout or 0.0, ranks=uneven, frozen_a=rule.variant == "lora-fa")
-    return adapter, weight
+    # The scale is that of the requested rank: lowering it takes no direction away, so the strength should stay too.
+    scales = tuple(rule.scale(r) for r in requested)
+    return Site(
+        path,
+        weight,
+        axes,
+        ranks=tuple(min(r, limit) for r in requested),
+        requested_rank=max(requested),
+        scale=scales[0] if len(set(scales)) == 1 else scales,
+        dtype=dtype,
+        init=rule.init,
+    )
 
 
-def _ranks(path: str, shape: tuple[int, ...], axes: Axes, rule: Rule) -> tuple[int, ...]:
+def _ranks(path: Path, shape: Shape, axes: Axes, rule: Rule) -> tuple[int, ...]:
     """The rank of each entry of the stack; a weight without a stack is a stack of one."""
     entries = size(axes, shape, "stack")
     ranks = rule.rank if isinstance(rule.rank, tuple) else (rule.rank,) * entries
@@ -125,17 +136,12 @@ def _ranks(path: str, shape: tuple[int, ...], axes: Axes, rule: Rule) -> tuple[i
     return ranks  # type: ignore[return-value]
 
 
-def within(ranks: tuple[int, ...], rank: int, a: Any, *, stack: int) -> Any:
-    """One where ``a`` ``[*stack, *in, r]`` is within the rank of its entry, else zero."""
-    inside = np.arange(rank) < np.array(ranks)[:, None]
-    return jnp.asarray(inside.reshape(*a.shape[:stack], *[1] * (a.ndim - stack - 1), rank))
-
-
-def _magnitude(path: str, weight: Any, axes: Axes, dtype: Any) -> Any:
+def _magnitude(path: Path, weight: Array, axes: Axes, dtype: Dtype) -> Array:
     """The length of each column of the pretrained weight."""
     squares = column_squares(weight, axes)
-    if not isinstance(squares, Tracer) and not bool(jnp.all(squares > 0)):
-        count = int(jnp.sum(squares == 0))
+    usable = jnp.isfinite(squares) & (squares > 0)
+    if not isinstance(usable, Tracer) and not bool(usable.all()):
+        count = int(jnp.sum(~usable))
         raise ValueError(
             f"{path}: {count} of the {squares.size} columns of the weight are zero or not finite: DoRA divides "
             "by their length. Use the plain variant for this weight, or train it in full."
@@ -143,7 +149,7 @@ def _magnitude(path: str, weight: Any, axes: Axes, dtype: Any) -> Any:
     return jnp.sqrt(squares).astype(at_least_float32(dtype))  # rounded, training would not start at the base
 
 
-def _check_tokens(path: str, shape: tuple[int, ...], axes: Axes, rule: Rule) -> None:
+def _check_tokens(path: Path, shape: Shape, axes: Axes, rule: Rule) -> None:
     assert rule.tokens is not None
     ins = positions(axes, "in")
     if len(ins) != 1 or "stack" in axes:

@@ -1,20 +1,93 @@
-"""How an adapter starts, by name. Here: the starts of ``a`` alone; ``b`` is zero with them."""
+"""How an adapter starts. An initialization maps a key and a `Site` to ``(a, b, weight)``: both factors, and the frozen
+weight that goes with them.
+
+`INITIALIZERS` has them by name. Those that draw ``a`` at random set ``b`` to zero; those that factorize the weight
+take what the update starts with out of it. Either way the net starts exactly at the pretrained model.
+"""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
+import functools
 import math
+import re
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from lojax.adapters.decompositions import DECOMPOSITIONS, Decomposition, decomposition
+from lojax.adapters.adapter import array_shapes
+from lojax.adapters.axes import Axes, size
+from lojax.adapters.matrices import as_matrices, subtract_update, zero_above_rank
+from lojax.text import suggest
+from lojax.types import Array, Dtype, Key, Leaf, Path, Shape
+
+OVERSAMPLES = 10
+"""Columns beyond the rank that the randomized SVD works with (Halko et al. 2011, §4.2: 5 to 10 are enough)."""
 
 
-def kaiming(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int, rank: int) -> jax.Array:
+DrawA = Callable[..., Array]
+"""``(key, shape, dtype, *, fan_in, rank) -> a``: what a user's own ``init=`` function is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A weight to adapt: all that an initialization may look at.
+
+    Attributes:
+        path: Where it is, for errors.
+        weight: The weight itself, out of its box.
+        axes: The role of each of its axes.
+        ranks: The rank of each entry of its stack; one number for a weight without a stack.
+        requested_rank: The largest rank that was asked for; above that of ``ranks`` where it was lowered.
+        scale: The factor on the update, or one for each entry of the stack.
+        dtype: The dtype of the factors.
+        init: The initialization that was asked for, for errors.
+    """
+
+    path: Path
+    weight: Array
+    axes: Axes
+    ranks: tuple[int, ...]
+    requested_rank: int
+    scale: float | tuple[float, ...]
+    dtype: Dtype
+    init: str | DrawA | None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the stack, ``r``."""
+        return max(self.ranks)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the ranks differ."""
+        return len(set(self.ranks)) > 1
+
+    @property
+    def one_scale(self) -> float:
+        """The scale, where it is the same for every entry of the stack."""
+        assert not isinstance(self.scale, tuple)  # a rule gives equal ranks equal scales
+        return self.scale
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the arrays of the adapter, by field."""
+        return array_shapes(self.axes, self.weight.shape, self.rank)
+
+
+Initializer = Callable[[Key, Site], tuple[Array, Array, Leaf]]
+"""``(key, site) -> (a, b, weight)``. The key is consumed."""
+Factorize = Callable[[Key, Array, Site], tuple[Array, Array]]
+"""``(key, w [m, n], site) -> (a [m, r], b [r, n])`` for one matrix, in the dtype of ``w``."""
+
+
+# --- a random a, and b = 0 ---
+
+
+def kaiming(key: Key, shape: Shape, dtype: Dtype, *, fan_in: int, rank: int) -> Array:
     """Uniform in ``±1/sqrt(fan_in)``: Kaiming uniform with slope sqrt(5), PEFT's default for A.
 
     He et al. 2015, arXiv:1502.01852, eq. 14, with gain ``sqrt(2 / (1 + 5))``.
@@ -31,7 +104,7 @@ def kaiming(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int, 
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def gaussian(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int, rank: int) -> jax.Array:
+def gaussian(key: Key, shape: Shape, dtype: Dtype, *, fan_in: int, rank: int) -> Array:
     """Normal with standard deviation ``1/r``: PEFT's ``init_lora_weights="gaussian"``.
 
     Args:
@@ -45,41 +118,159 @@ def gaussian(key: jax.Array, shape: tuple[int, ...], dtype: Any, *, fan_in: int,
     return jax.random.normal(key, shape, dtype) / rank
 
 
-INITIALIZERS: dict[str, Callable[..., jax.Array]] = {"kaiming": kaiming, "gaussian": gaussian}
+def initialize_at_zero(draw: DrawA) -> Initializer:
+    """The initialization with ``a`` from ``draw`` and ``b = 0``, so that the update is zero."""
+
+    def initialize(key: Key, site: Site) -> tuple[Array, Array, Leaf]:
+        fan_in = size(site.axes, site.weight.shape, "in")
+        a = draw(key, site.shapes["a"], site.dtype, fan_in=fan_in, rank=site.rank)
+        if site.uneven:
+            a = zero_above_rank(a, site.ranks, site.axes)
+        return a, jnp.zeros(site.shapes["b"], site.dtype), site.weight
+
+    return initialize
+
+
+# --- both factors from the weight ---
+
+
+def orthogonal(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
+    """Random factors, both nonzero, with ``a @ b = 0``: PEFT's ``init_lora_weights="orthogonal"``.
+
+    One half of the rows of a random orthogonal ``[r, r]`` matrix is used for ``a``, the other half for ``b``, so the
+    rank must be even.
+    """
+    rank = site.rank
+    if rank % 2:
+        even = rank + 1 if rank < min(w.shape) else rank - 1
+        raise ValueError(f'{site.path}: init="orthogonal" needs an even rank, got {rank}. Choose {even}, or "kaiming".')
+    basis_key, a_key, b_key = jax.random.split(key, 3)
+    basis = jnp.linalg.qr(jax.random.normal(basis_key, (rank, rank), w.dtype))[0]
+    a = jax.random.normal(a_key, (w.shape[0], rank // 2), w.dtype) @ basis[0::2] / 10
+    b = basis[1::2].T @ jax.random.normal(b_key, (rank // 2, w.shape[1]), w.dtype) / 10
+    return a, b
+
+
+def pissa(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
+    """The largest singular values and vectors of the weight (PiSSA, Meng et al. 2024, arXiv:2404.02948, eq. 2 to 4)."""
+    del key
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    return _share_singular_values(u[:, : site.rank], s[: site.rank], vt[: site.rank], site)
+
+
+def fast_pissa(key: Key, w: Array, site: Site, *, steps: int) -> tuple[Array, Array]:
+    """PiSSA by a randomized SVD with ``steps`` steps of subspace iteration (Halko et al. 2011, arXiv:0909.4061).
+
+    PEFT's ``"pissa_niter_<steps>"``; the weight is only multiplied, with ``rank`` columns and a few more.
+    """
+    width = min(site.rank + OVERSAMPLES, *w.shape)
+    basis = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], width), w.dtype))[0]
+    for _ in range(steps):
+        # A QR after each half step: the plain power (w w^T)^q would lose all but the largest direction to rounding.
+        basis = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ basis)[0])[0]
+    u, s, vt = jnp.linalg.svd(basis.T @ w, full_matrices=False)
+    return _share_singular_values((basis @ u)[:, : site.rank], s[: site.rank], vt[: site.rank], site)
+
+
+def milora(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
+    """The smallest singular values and vectors of the weight (MiLoRA, Wang et al. 2024, arXiv:2406.09044, eq. 4)."""
+    del key
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    return _share_singular_values(u[:, -site.rank :], s[-site.rank :], vt[-site.rank :], site)
+
+
+def olora(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
+    """The start of the QR decomposition of the weight's transpose (OLoRA, Büyükakyüz 2024, arXiv:2406.01775)."""
+    del key
+    q, r = jnp.linalg.qr(w.T)
+    return r[: site.rank].T, q[:, : site.rank].T
+
+
+def _share_singular_values(u: Array, s: Array, vt: Array, site: Site) -> tuple[Array, Array]:
+    """Half of the singular values to each factor, such that ``scale * a @ b = u diag(s) vt``."""
+    root = jnp.sqrt(s / site.one_scale)
+    return u * root, root[:, None] * vt
+
+
+def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> Initializer:
+    """The initialization with both factors from ``factorize``, for every matrix of a stack.
+
+    Args:
+        factorize: For one matrix.
+        subtract: Whether ``scale * a @ b`` is nonzero, and so is taken out of the frozen weight.
+    """
+
+    def initialize(key: Key, site: Site) -> tuple[Array, Array, Leaf]:
+        if site.uneven or isinstance(site.scale, tuple):
+            raise ValueError(
+                f"{site.path}: init={site.init!r} gives every entry of a stack the same rank, got {site.ranks}."
+            )
+        if subtract:
+            _check_finite(site)
+        matrices = as_matrices(site.weight, site.axes)
+        keys = jax.random.split(key, matrices.shape[0])
+        with jax.default_matmul_precision("highest"):
+            a, b = jax.vmap(lambda key, w: factorize(key, w, site))(keys, matrices)
+        a = a.reshape(site.shapes["a"]).astype(site.dtype)
+        b = b.reshape(site.shapes["b"]).astype(site.dtype)
+        # Subtracted after the cast: the frozen weight makes up for the rounding of the stored factors.
+        if not subtract:
+            return a, b, site.weight
+        return a, b, subtract_update(site.weight, a, b, site.one_scale, site.axes)
+
+    return initialize
+
+
+def _check_finite(site: Site) -> None:
+    finite = jnp.isfinite(site.weight)
+    if not isinstance(finite, Tracer) and not bool(finite.all()):
+        raise ValueError(
+            f"{site.path}: {int((~finite).sum())} of the {finite.size} entries of the weight are not finite, and "
+            f'init={site.init!r} factorizes it. Repair the weight, or use init="kaiming".'
+        )
+
+
+# --- by name ---
+
+
+INITIALIZERS: dict[str, Initializer] = {
+    "kaiming": initialize_at_zero(kaiming),
+    "gaussian": initialize_at_zero(gaussian),
+    "orthogonal": initialize_from_weight(orthogonal, subtract=False),
+    "pissa": initialize_from_weight(pissa),
+    "milora": initialize_from_weight(milora),
+    "olora": initialize_from_weight(olora),
+}
+"""The initializations by name, besides ``"pissa_niter_<steps>"``."""
 
 FROM_DATA = {
     "eva": "lora = lojax.eva(model.apply, frozen, lora, batches)",
     "lora_ga": "frozen, lora = lojax.lora_ga(loss, frozen, lora, batches)",
 }
-"""Starts that need data, and what gives them (see `lojax.training`)."""
+"""Initializations that need data, and what gives them (see `lojax.training`)."""
 
 
-def initializer(init: str | Callable[..., Any]) -> Callable[..., jax.Array] | Decomposition:
-    """The start called ``init``, or ``init`` itself where it is a function for ``a``.
+def initializer(init: str | DrawA | None) -> Initializer:
+    """The initialization called ``init``, or the one that draws ``a`` with ``init`` where that is a function.
 
     Raises:
-        ValueError: There is no start of this name.
+        ValueError: There is no initialization of this name.
     """
     if callable(init):
-        return init
-    if str(init).lower() in FROM_DATA:
-        call = FROM_DATA[str(init).lower()]
+        return initialize_at_zero(init)
+    name = str(init)
+    if call := FROM_DATA.get(name.lower()):
         raise ValueError(f"init={init!r} needs batches: init with another start, then call {call}.")
-    found = INITIALIZERS.get(str(init)) or decomposition(str(init))
-    if found is None:
-        known = sorted({*INITIALIZERS, *DECOMPOSITIONS, "pissa_niter_4"})
-        near = difflib.get_close_matches(str(init), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"init={init!r} is unknown; expected one of {known}.{hint}")
-    return found
+    if steps := re.fullmatch(r"pissa_niter_(\d{1,3})", name):
+        return initialize_from_weight(functools.partial(fast_pissa, steps=int(steps[1])))
+    if name not in INITIALIZERS:
+        names = sorted({*INITIALIZERS, "pissa_niter_4"})
+        raise ValueError(f"init={init!r} is unknown; expected one of {names}.{suggest(init, names)}")
+    return INITIALIZERS[name]
 
 
-def key_for(key: jax.Array, path: str) -> jax.Array:
+def key_for(key: Key, path: Path) -> Key:
     """The key of the weight at ``path``: the same whatever else is adapted, and in any order."""
+    # Two checksums of 32 bits each, since fold_in takes 32 bits: one alone would let two paths of a large net collide.
     data = path.encode()
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(data)), zlib.adler32(data))
-
-
-def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The start of ``b``."""
-    return jnp.zeros(shape, dtype)

@@ -47,7 +47,8 @@ def unflatten(leaves: Mapping[Path | tuple[Any, ...], Leaf]) -> PyTree:
     """Nested dicts of leaves by path: the reverse of `flatten` for a tree of dicts.
 
     Args:
-        leaves: By path, or by the tuple of keys where a key is not a string or holds a ``/``.
+        leaves: By path, or by the tuple of keys where a key is not a string or holds a ``/``. The leaf at the empty
+            tuple is the whole tree.
 
     Raises:
         ValueError: A path is a leaf and a dict at once.
@@ -57,6 +58,8 @@ def unflatten(leaves: Mapping[Path | tuple[Any, ...], Leaf]) -> PyTree:
     """
     tree: dict[Any, Any] = {}
     for path, leaf in leaves.items():
+        if path == ():
+            return leaf
         *parents, last = path.split("/") if isinstance(path, str) else path
         node = tree
         for key in parents:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.axes import array_shapes
+from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
+from lojax.adapters.axes import size
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten, is_leaf
+from lojax.text import spec
+from lojax.types import Leaf, Params, Path, PyTree, Shape
 
 
-def check_pair(frozen: Any, lora: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_pair(frozen: Params, lora: Params) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
     """Both trees by path, or an error that names the first path where they do not fit together."""
-    left, right = check_structure(frozen, lora)
-    for path in left:
-        f, t = unbox(left[path]), unbox(right[path])
-        if is_adapter(t):
-            _check_adapter(path, f, t)
-        elif f is not None and t is not None:
+    weights, trained = check_structure(frozen, lora)
+    for path in weights:
+        weight, leaf = unbox(weights[path]), unbox(trained[path])
+        for x in (weight, leaf):
+            if x is not None and not is_adapter(x):
+                check_leaf(path, x)
+        if is_adapter(leaf):
+            _check_adapter(path, weight, leaf)
+        elif weight is not None and leaf is not None:
             raise ValueError(f"{path} is an array in both frozen and lora; one of them must hold None there.")
-    return left, right
+    return weights, trained
 
 
-def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[dict[str, Any], dict[str, Any]]:
+def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
     """Both trees by path, or an error unless they have the same paths in the same containers.
 
     Args:
@@ -33,10 +37,11 @@ def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[di
         lora: The trained tree.
         name: What to call the first one.
     """
-    left, right = flatten(frozen), flatten(lora)
-    for path in (*left, *right):
-        if path not in left or path not in right:
-            missing, holder = ("lora", name) if path in left else (name, "lora")
+    weights, trained = flatten(frozen), flatten(lora)
+    _check_places(frozen, lora, weights, trained, name)
+    for path in (*weights, *trained):
+        if path not in weights or path not in trained:
+            missing, holder = ("lora", name) if path in weights else (name, "lora")
             raise ValueError(
                 f"{name} and lora have different structure: {path} is in {holder} but not in {missing}. "
                 "Use the pair that one init (or restore onto the same frozen) returned."
@@ -46,28 +51,66 @@ def check_structure(frozen: Any, lora: Any, *, name: str = "frozen") -> tuple[di
             f"{name} and lora have the same paths in different containers (such as a dict against a FrozenDict, or a "
             "list against a tuple). Convert one, or use the pair that one init returned."
         )
-    return left, right
+    return weights, trained
 
 
-def _check_adapter(path: str, weight: Any, adapter: Adapter) -> None:
+def _check_places(
+    frozen: Params, lora: Params, weights: Mapping[Path, Leaf], trained: Mapping[Path, Leaf], name: str
+) -> None:
+    """Raises if an argument is in the place of another one, which the first differing path would not show."""
+    if weights.keys() != trained.keys():
+        for argument, tree in ((name, frozen), ("lora", lora)):
+            if type(tree) is tuple and len(tree) == 2 and _holds_adapters(tree[1]) and not _holds_adapters(tree[0]):
+                raise ValueError(f"{argument} is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...).")
+        if hasattr(lora, "shape") and hasattr(lora, "dtype"):
+            raise ValueError(
+                f"lora is an array {spec(lora)}, not a tree like {name}. The order is {name}, lora, inputs: is an "
+                "argument missing?"
+            )
+    misplaced = [path for path, leaf in weights.items() if is_adapter(leaf)]
+    if misplaced and not any(map(is_adapter, trained.values())):
+        raise ValueError(
+            f"{name} holds an adapter at {misplaced[0]}, and lora holds none: they are swapped. The order is {name}, "
+            "lora."
+        )
+    if misplaced:
+        raise ValueError(
+            f"{name} holds an adapter at {misplaced[0]}, and only lora may hold adapters. Use the pair that one init "
+            "returned."
+        )
+
+
+def _holds_adapters(tree: PyTree) -> bool:
+    return any(map(is_adapter, jax.tree.leaves(tree, is_leaf=is_adapter)))
+
+
+def check_leaf(path: Path, leaf: Leaf) -> None:
+    """Raises a `TypeError` that names the path unless ``leaf`` is an array, a shape, or a number."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, (int, float, complex)):
+        raise TypeError(
+            f"{path} is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
+            "it to the net another way."
+        )
+
+
+def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
     if weight is None:
         raise ValueError(f"{path}: lora holds an adapter, but frozen holds no weight there (None).")
-    if len(adapter.axes) != len(weight.shape):
-        got = f"axes {adapter.axes}"
-        raise ValueError(f"{path}: the weight has shape {tuple(weight.shape)}, but its adapter has {got}.")
-    expected = array_shapes(adapter.axes, weight.shape, adapter.rank, len(adapter.tokens or ()))
+    shape = tuple(weight.shape)
+    if len(adapter.axes) != len(shape):
+        raise ValueError(f"{path}: the weight has shape {shape}, but its adapter has axes {adapter.axes}.")
+    expected = array_shapes(adapter.axes, shape, adapter.rank, len(adapter.tokens or ()))
     got = {name: tuple(x.shape) for name, x in adapter.arrays.items()}
-    wanted = {name: expected[name] for name in got}
-    if got != wanted:
+    if any(expected[name] != got[name] for name in got):
         raise ValueError(
-            f"{path}: a weight of shape {tuple(weight.shape)} with axes {adapter.axes} needs an adapter of "
-            f"shapes {_listed(wanted)}, got {_listed(got)}. "
+            f"{path}: a weight of shape {shape} with axes {adapter.axes} needs an adapter of "
+            f"shapes {_join(expected[name] for name in got)}, got {_join(got.values())}. "
             "Were these params, or this adapter, made for another model?"
         )
-    stack = math.prod(n for n, role in zip(weight.shape, adapter.axes, strict=True) if role == "stack")
-    if isinstance(adapter.scale, tuple) and len(adapter.scale) != stack:
-        raise ValueError(f"{path}: {len(adapter.scale)} scales for a stack of {stack}.")
+    entries = size(adapter.axes, shape, "stack")
+    if isinstance(adapter.scale, tuple) and len(adapter.scale) != entries:
+        raise ValueError(f"{path}: {len(adapter.scale)} scales for a stack of {entries}.")
 
 
-def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
-    return " and ".join(str(shape) for shape in shapes.values())
+def _join(shapes: Iterable[Shape]) -> str:
+    return " and ".join(map(str, shapes))

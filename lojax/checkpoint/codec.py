@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -12,54 +13,50 @@ import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.metadata import box_arrays, is_box, rebox, unbox
-from lojax.adapters.paths import is_leaf, map_paths, path_of
+from lojax.adapters.adapter import ARRAYS, Adapter, box_arrays, is_adapter
+from lojax.adapters.metadata import is_box, rebox, unbox
+from lojax.adapters.paths import is_leaf, map_paths, path_of, unflatten
 from lojax.adapters.targets import nearest
-from lojax.checkpoint.manifest import AdapterEntry, Array, Record, stored_name
+from lojax.checkpoint.manifest import STATIC_FIELDS, Manifest, StoredArray, fields_of, stored_name
+from lojax.text import spec
+from lojax.types import ArrayLike, Leaf, Params, Path
 
 _BOXES = {"Partitioned": nn.Partitioned, "LogicallyPartitioned": nn.LogicallyPartitioned}
-_STATIC = [field.name for field in dataclasses.fields(Adapter) if field.metadata.get("static")]
-_DATA = [field.name for field in dataclasses.fields(Adapter) if not field.metadata.get("static")]
 
 
-def leaves(lora: Any) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]:
+def flatten_with_keys(lora: Params) -> tuple[dict[Path, Leaf], dict[Path, tuple[str | int, ...]]]:
     """The leaves of ``lora`` by path, and the keys of the paths that do not simply split at ``/``."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_leaf)
-    found: dict[str, Any] = {}
-    odd: dict[str, tuple[str | int, ...]] = {}
-    for entries, leaf in flat:
+    leaves: dict[Path, Leaf] = {}
+    keys: dict[Path, tuple[str | int, ...]] = {}
+    for entries, leaf in jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_leaf)[0]:
         path = path_of(entries)
-        if path in found:
+        if path in leaves:
             raise ValueError(f"lora has two leaves at the path {path}: a key holds a '/', or is a number. Rename it.")
-        found[path] = leaf
-        keys = tuple(_key(entry) for entry in entries)
-        if keys != tuple(path.split("/")):
-            odd[path] = keys
-    return found, odd
+        leaves[path] = leaf
+        own_keys = tuple(_plain_key(entry) for entry in entries)
+        if own_keys != tuple(path.split("/")):
+            keys[path] = own_keys
+    return leaves, keys
 
 
-def _key(entry: Any) -> str | int:
+def _plain_key(entry: Any) -> str | int:
     for attribute in ("key", "idx"):
         if isinstance(value := getattr(entry, attribute, None), int) and not isinstance(value, bool):
             return value
     return path_of((entry,))
 
 
-def arrays_of(found: Mapping[str, Any]) -> dict[str, Any]:
+def collect_arrays(leaves: Mapping[Path, Leaf]) -> dict[str, ArrayLike]:
     """Every array of a `lora` by the name it is stored under, out of its box.
 
     Raises:
-        TypeError: A leaf holds no array.
+        TypeError: A leaf does not hold an array.
         ValueError: There is nothing to store.
     """
     arrays: dict[str, Any] = {}
-    for path, leaf in found.items():
-        if is_adapter(leaf):
-            fields = {name: unbox(getattr(leaf, name)) for name in _DATA}
-            arrays |= {stored_name(path, name): value for name, value in fields.items() if value is not None}
-        elif leaf is not None:
-            arrays[stored_name(path, None)] = unbox(leaf)
+    for path, leaf in leaves.items():
+        for field, value in fields_of(leaf).items():
+            arrays[stored_name(path, field)] = unbox(value)
     for name, value in arrays.items():
         if not isinstance(value, (np.ndarray, np.generic, jax.Array)) or isinstance(value, Tracer):
             raise TypeError(f"{name} is a {type(value).__name__}, expected an array. Save outside jit, with values.")
@@ -70,115 +67,97 @@ def arrays_of(found: Mapping[str, Any]) -> dict[str, Any]:
     return arrays
 
 
-def entries_of(
-    found: Mapping[str, Any], digests: Mapping[str, str]
-) -> tuple[dict[str, AdapterEntry], dict[str, Array], tuple[str, ...]]:
-    """What ``adapter.json`` says of each leaf: the adapters, the full arrays, the paths that hold None."""
-
-    def entry(path: str, field: str | None, leaf: Any) -> Array:
-        value = unbox(leaf)
-        return Array(tuple(value.shape), str(value.dtype), digests[stored_name(path, field)], _describe(leaf))
-
-    adapters, full, other = {}, {}, []
-    for path, leaf in found.items():
+def describe_leaves(
+    leaves: Mapping[Path, Leaf],
+) -> tuple[dict[Path, Adapter], dict[Path, StoredArray], tuple[Path, ...]]:
+    """What the manifest says of each leaf: the adapters, the full arrays, the paths that hold None."""
+    adapters, full = {}, {}
+    for path, leaf in leaves.items():
         if is_adapter(leaf):
-            data = {name: value for name in _DATA if (value := getattr(leaf, name)) is not None}
-            static = {name: getattr(leaf, name) for name in _STATIC}
-            if isinstance(leaf.scale, (int, float)):
-                static["scale"] = float(leaf.scale)
-            adapters[path] = AdapterEntry(static, {name: entry(path, name, value) for name, value in data.items()})
-        elif leaf is None:
-            other.append(path)
-        else:
-            full[path] = entry(path, None, leaf)
-    return adapters, full, tuple(other)
+            scale = leaf.scale if isinstance(leaf.scale, tuple) else float(leaf.scale)
+            arrays = {str(name): _describe_array(value) for name, value in fields_of(leaf).items()}
+            adapters[path] = dataclasses.replace(leaf, scale=scale, **arrays)
+        elif leaf is not None:
+            full[path] = _describe_array(leaf)
+    return adapters, full, tuple(path for path, leaf in leaves.items() if leaf is None)
 
 
-def _describe(leaf: Any) -> dict[str, Any] | None:
-    if not is_box(leaf):
-        return None
-    kind = type(leaf).__name__
-    return {"kind": kind, "names": [*leaf.names]} if kind in _BOXES else {"kind": kind}
+def _describe_array(leaf: Leaf) -> StoredArray:
+    value, box, kind = unbox(leaf), None, type(leaf).__name__
+    if is_box(leaf):
+        box = {"kind": kind, "names": [*leaf.names]} if kind in _BOXES else {"kind": kind}
+    return StoredArray(tuple(value.shape), str(value.dtype), box)
 
 
-def _boxed(array: Array, value: Any) -> Any:
-    kind = _BOXES.get(array.box["kind"]) if array.box else None
-    return kind(value, names=tuple(_tuples(name) for name in array.box["names"])) if kind and array.box else value
+def _rebuild_box(array: StoredArray, value: ArrayLike) -> Leaf:
+    box = array.box or {}
+    kind, names = _BOXES.get(box.get("kind", "")), box.get("names", [])
+    return kind(value, names=tuple(tuple(x) if isinstance(x, list) else x for x in names)) if kind else value
 
 
-def _tuples(name: Any) -> Any:
-    return tuple(name) if isinstance(name, list) else name
-
-
-def build(record: Record, arrays: Mapping[str, Any], *, like: Any, frozen: Any) -> Any:
+def build_tree(manifest: Manifest, arrays: Mapping[str, ArrayLike], *, like: Params, frozen: Params) -> Params:
     """The `lora` tree: in the structure of ``like``, else of ``frozen``, else of nested dicts."""
 
-    def leaf(path: str, template: Any) -> Any:
-        if path in record.full:
-            entry, value = record.full[path], arrays[stored_name(path, None)]
-            return rebox(template, value) if like is not None else _boxed(entry, value)
-        if path not in record.adapters:
+    def leaf(path: Path, template: Leaf) -> Leaf:
+        if path in manifest.full:
+            value = arrays[stored_name(path, None)]
+            return rebox(template, value) if like is not None else _rebuild_box(manifest.full[path], value)
+        if path not in manifest.adapters:
             return None
-        entry = record.adapters[path]
-        data = {name: arrays[stored_name(path, name)] for name in entry.arrays}
-        if like is not None:
-            data = {name: rebox(getattr(template, name), value) for name, value in data.items()}
-        elif frozen is None:
-            data = {name: _boxed(entry.arrays[name], value) for name, value in data.items()}
-        adapter = Adapter(**{"a": None, "b": None} | data, **entry.static)
+        entry = manifest.adapters[path]
+        data: dict[str, Leaf] = {}
+        for name, array in fields_of(entry).items():
+            data[str(name)] = value = arrays[stored_name(path, name)]
+            if like is not None:
+                data[str(name)] = rebox(getattr(template, str(name)), value)
+            elif frozen is None:
+                data[str(name)] = _rebuild_box(array, value)
+        adapter = dataclasses.replace(entry, **data)
         return box_arrays(template, adapter) if like is None and frozen is not None else adapter
 
     template = like if like is not None else frozen
-    return _nested(record, leaf) if template is None else map_paths(leaf, template)
+    if template is None:
+        leaves = {manifest.keys.get(path, path): leaf(path, None) for path in manifest.paths}
+        return leaves[()] if () in leaves else unflatten(leaves)  # no key at all: the tree is one leaf
+    return map_paths(leaf, template)
 
 
-def _nested(record: Record, leaf: Callable[[str, Any], Any]) -> Any:
-    root: dict[Any, Any] = {}
-    for path in record.paths:
-        *parents, last = record.keys.get(path) or path.split("/")
-        if (path, parents, last) == ("", [], ""):
-            return leaf(path, None)  # the tree is one leaf
-        node = root
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf(path, None)
-    return root
-
-
-def check_like(record: Record, like: Any, place: Any) -> None:
+def check_like(manifest: Manifest, like: Params, directory: FilePath) -> None:
     """Raises unless ``like`` has the leaves that are stored: same paths, kinds, shapes, dtypes, static fields."""
-    found, _ = leaves(like)
-    check_paths(record, found, "like", place)
-    for path, leaf in found.items():
-        expected: Any = "nothing" if path in record.other else "an array" if path in record.full else "an adapter"
+    leaves, _ = flatten_with_keys(like)
+    check_paths(manifest, leaves, "like", directory)
+    for path, leaf in leaves.items():
+        expected = "nothing" if path in manifest.other else "an array" if path in manifest.full else "an adapter"
         got = "nothing" if leaf is None else "an adapter" if is_adapter(leaf) else "an array"
         if got != expected:
-            raise ValueError(f"{path}: {place} holds {expected}, but like holds {got}. Use the targets of the save.")
-        if is_adapter(leaf):
-            entry = record.adapters[path]
-            for name in _STATIC:
-                if getattr(leaf, name) != entry.static[name]:
-                    raise ValueError(
-                        f"{path}: {place} has {name}={entry.static[name]!r}, but like has {getattr(leaf, name)!r}. "
-                        f"Use the {name} of the save, or restore without like."
-                    )
-        for name in _DATA if is_adapter(leaf) else [None] if leaf is not None else []:
-            value = unbox(getattr(leaf, name) if name else leaf)
-            array = record.adapters[path].arrays.get(name) if name else record.full[path]
-            spec = None if value is None else f"{value.dtype}[{','.join(map(str, value.shape))}]"
-            if spec != (array.spec if array else None):
+            raise ValueError(
+                f"{path}: {directory} holds {expected}, but like holds {got}. Use the targets of the save."
+            )
+        entry = manifest.adapters.get(path)
+        for name in STATIC_FIELDS if entry is not None else ():
+            if getattr(leaf, name) != getattr(entry, name):
+                raise ValueError(
+                    f"{path}: {directory} has {name}={getattr(entry, name)!r}, but like has {getattr(leaf, name)!r}. "
+                    f"Use the {name} of the save, or restore without like."
+                )
+        stored = fields_of(manifest.full.get(path) if entry is None else entry)
+        fields = fields_of(leaf)
+        for name in (*ARRAYS, None):
+            expected = spec(stored[name]) if name in stored else None
+            got = spec(unbox(fields[name])) if name in fields else None
+            if got != expected:
                 where = f"{path}/{name}" if name else path
-                raise ValueError(f"{where}: {place} holds {array.spec if array else None}, but like holds {spec}.")
+                raise ValueError(f"{where}: {directory} holds {expected}, but like holds {got}.")
 
 
-def check_paths(record: Record, found: Mapping[str, Any], name: str, place: Any) -> None:
-    """Raises if the tree called ``name`` lacks a stored path, or has one that is not in the record."""
-    known = set(record.paths)
-    for path in record.paths:
-        if path not in found:
-            near = "".join(f"\n  {other}" for other in nearest(path, list(found), 3))
-            raise ValueError(f"{path}: is in {place}, but not in {name}. Is it another model? The nearest:{near}")
-    for path in found:
-        if path not in known:
-            near = "".join(f"\n  {other}" for other in nearest(path, list(known), 3))
-            raise ValueError(f"{path}: is in {name}, but not in {place}. Is it another model? The nearest:{near}")
+def check_paths(manifest: Manifest, leaves: Mapping[Path, Leaf], name: str, directory: FilePath) -> None:
+    """Raises if the tree called ``name`` lacks a stored path, or has one that is not in the manifest."""
+    known = set(manifest.paths)
+    for paths, others, where in (
+        (manifest.paths, leaves, f"is in {directory}, but not in {name}"),
+        (leaves, known, f"is in {name}, but not in {directory}"),
+    ):
+        for path in paths:
+            if path not in others:
+                near = "".join(f"\n  {other}" for other in nearest(path, list(others), 3))
+                raise ValueError(f"{path}: {where}. Is it another model? The nearest:{near}")

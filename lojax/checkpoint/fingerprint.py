@@ -7,110 +7,130 @@ that carry an adapter (see `lojax.checkpoint.digest`). A parameter trained in fu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path as FilePath
 
 import jax
 import numpy as np
 
+from lojax.adapters.adapter import Adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.checkpoint.codec import check_paths
 from lojax.checkpoint.digest import digests
-from lojax.checkpoint.manifest import Record
+from lojax.checkpoint.manifest import BaseEntry, Manifest
+from lojax.text import spec
+from lojax.types import ArrayLike, Leaf, Params, Path, Shape
+
+_REMEDY = "Load the right base, or pass check_base=False to use this one all the same."
 
 
-def fingerprint(frozen: Any, adapted: Iterable[str]) -> dict[str, Any]:
+def fingerprint(frozen: Params, adapted: Iterable[Path]) -> dict[Path, BaseEntry | None]:
     """The fingerprint of ``frozen``, with the content of the weights at the ``adapted`` paths.
 
     Returns:
-        ``{path: {"spec": "float32[768,768]", "content": digest}}``, plain data. Only adapted weights
-        have ``content``; a path where ``frozen`` holds None has None.
+        The entries by path; None where ``frozen`` holds None.
     """
     leaves = flatten(frozen)
-    content = _content(leaves, adapted)
-    found: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        told = {"spec": spec(leaf)} | ({"content": content[path]} if path in content else {})
-        found[path] = told if told["spec"] else None
-    return found
+    contents = _contents(leaves, adapted)
+    specs = {path: describe_leaf(leaf) for path, leaf in leaves.items()}
+    return {path: BaseEntry(text, contents.get(path)) if text else None for path, text in specs.items()}
 
 
-def spec(leaf: Any) -> str | None:
-    """Dtype and shape in one word, ``float32[768,768]``; of all its parts for a leaf that is a tree; or None.
+def describe_leaf(leaf: Leaf) -> str | None:
+    """Dtype and shape in one word, ``float32[768,768]``; of all its arrays for a leaf that is a tree; or None.
 
-    >>> spec(np.zeros((4, 3), np.float16))
+    >>> describe_leaf(np.zeros((4, 3), np.float16))
     'float16[4,3]'
     """
-    return " ".join(_spec(part) for part in jax.tree.leaves(unbox(leaf))) or None
+    arrays = jax.tree.leaves(unbox(leaf))
+    return " ".join(spec(array if hasattr(array, "dtype") else np.asarray(array)) for array in arrays) or None
 
 
-def _spec(part: Any) -> str:
-    dtype = getattr(part, "dtype", None) or np.result_type(part)
-    return f"{dtype}[{','.join(map(str, np.shape(part)))}]"
+def _contents(leaves: Mapping[Path, Leaf], adapted: Iterable[Path]) -> dict[Path, str]:
+    """The digest of each adapted weight that holds values; a weight of several arrays has several, in one word."""
+    arrays = {path: values for path in adapted if (values := _values(leaves[path]))}
+    results = digests({f"{path}:{i}": array for path, of in arrays.items() for i, array in enumerate(of)})
+    return {path: "-".join(results[f"{path}:{i}"] for i in range(len(of))) for path, of in arrays.items()}
 
 
-def _content(leaves: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, str]:
-    """The digest of each adapted weight; a weight of several arrays has several, in one word."""
-    parts = {path: jax.tree.leaves(unbox(leaves[path])) for path in adapted}
-    named = {f"{path}:{i}": part for path, found in parts.items() for i, part in enumerate(found)}
-    named = {name: part for name, part in named.items() if isinstance(part, (jax.Array, np.ndarray))}
-    known = digests(named)
-    return {
-        path: "-".join(known[f"{path}:{i}"] for i in range(len(found)))
-        for path, found in parts.items()
-        if all(f"{path}:{i}" in known for i in range(len(found)))
-    }
+def _values(leaf: Leaf) -> list[ArrayLike]:
+    """The arrays of a leaf; none where it only has shapes."""
+    arrays = jax.tree.leaves(unbox(leaf))
+    return arrays if all(isinstance(array, (jax.Array, np.ndarray)) for array in arrays) else []
 
 
-def check_base(record: Record, frozen: Any, place: Any) -> None:
+def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
     """Raises unless ``frozen`` is the base that the adapter was trained on.
 
     Shapes (`jax.ShapeDtypeStruct`) are enough; then the content is not compared.
 
     Raises:
-        ValueError: Names the first path that differs, what was expected, what was found, and what to do.
+        ValueError: Names the first path that differs, what was expected, what it holds, and what to do.
     """
-    leaves, base = flatten(frozen), record.base or {}
-    check_paths(record, leaves, "frozen", place)
+    leaves, base = flatten(frozen), manifest.base or {}
+    check_paths(manifest, leaves, "frozen", directory)
     for path, leaf in leaves.items():
-        got = spec(leaf)
-        if path in record.full and got is not None:
+        got = describe_leaf(leaf)
+        if path in manifest.full and got is not None:
             raise ValueError(
                 f"{path}: was trained in full, so frozen must hold None there, but it holds {got}. "
-                "Pass the frozen tree that model.init returned, with the targets of the save."
+                "Pass the frozen tree that model.init returned, with the targets= and train= of the save."
             )
-        expected = (base.get(path) or {}).get("spec", got)
+        entry = base.get(path)
+        expected = got if entry is None else entry.spec
+        if got is None and expected is not None:
+            raise ValueError(
+                f"{path}: frozen holds None, so this init trains it in full, but it was frozen ({expected}) when the "
+                f"adapter in {directory} was saved. Pass the frozen tree of an init with the targets= and train= of "
+                "the save."
+            )
         if got != expected:
             raise ValueError(
-                f"{path}: the adapter in {place} was trained on {expected}, but frozen holds {got}. {_FIX}"
+                f"{path}: the adapter in {directory} was trained on {expected}, but frozen holds {got}. {_REMEDY}"
             )
-    known = {path: entry["content"] for path, entry in base.items() if (entry or {}).get("content")}
-    for path, value in _content(leaves, known).items():
-        if value != known[path]:
+    expected_contents = {path: entry.content for path, entry in base.items() if entry and entry.content}
+    for path, content in _contents(leaves, expected_contents).items():
+        if content != expected_contents[path]:
             raise ValueError(
-                f"{path}: frozen holds other values than the base that the adapter in {place} was trained on: "
-                f"same shape ({spec(leaves[path])}), content {value}, expected {known[path]}. {_FIX}"
+                f"{path}: frozen holds other values than the base that the adapter in {directory} was trained on: "
+                f"same shape ({describe_leaf(leaves[path])}), content {content}, expected {expected_contents[path]}. "
+                f"{_explain_move(manifest.adapters.get(path)) or _REMEDY}"
+            )
+    for path, adapter in manifest.adapters.items():
+        reason = _explain_move(adapter)
+        if reason and path not in expected_contents and _values(leaves[path]):
+            raise ValueError(
+                f"{path}: {directory} was saved without frozen=, so nobody can tell whether frozen holds the weight "
+                f"that its adapter belongs to. {reason} If frozen is that tree, pass check_base=False."
             )
 
 
-_FIX = "Load the right base, or pass check_base=False to use this one all the same."
+def _explain_move(adapter: Adapter | None) -> str | None:
+    """What to do about an adapter whose start was taken out of its weight; None for any other."""
+    if adapter is None or adapter.moved_base is None:
+        return None
+    return (
+        f"The start of this adapter ({adapter.moved_base}) was taken out of its weight, so it belongs to the frozen "
+        "tree that init returned with it, and is wrong on the pretrained weight. Restore it onto that tree (the same "
+        "init with the same key gives it again), or save an adapter for the pretrained weight: "
+        "lojax.save(path, lora, frozen=frozen, start=start), start being the lora tree of that init."
+    )
 
 
-def _alike(shape: tuple[int, ...], known: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(known) and all(k in (None, n) for n, k in zip(shape, known, strict=True))
-
-
-def check_fits(record: Record, frozen: Any, place: Any) -> None:
+def check_fits(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
     """Raises unless every adapter has a weight of its shape in ``frozen``: what no override can waive."""
     leaves = flatten(frozen)
-    for path in (*record.adapters, *record.full):
-        if path not in leaves:
-            check_paths(record, leaves, "frozen", place)
-    for path, entry in record.adapters.items():
+    if not leaves.keys() >= {*manifest.adapters, *manifest.full}:
+        check_paths(manifest, leaves, "frozen", directory)
+    for path, entry in manifest.adapters.items():
         weight = unbox(leaves[path])
-        if weight is None or not _alike(np.shape(weight), entry.weight):
-            got = "None" if weight is None else f"shape {np.shape(weight)}"
+        if weight is None or not _matches(np.shape(weight), entry.weight_shape):
+            got = "None: this init trains it in full" if weight is None else f"shape {np.shape(weight)}"
             raise ValueError(
-                f"{path}: the adapter in {place} is for a weight of shape {entry.weight}, but frozen holds {got}. "
-                "It was made for another model."
+                f"{path}: the adapter in {directory} is for a weight of shape {entry.weight_shape}, but frozen holds "
+                f"{got}. Pass the frozen tree of the model and the targets of the save."
             )
+
+
+def _matches(shape: Shape, pattern: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(pattern) and all(n in (None, size) for size, n in zip(shape, pattern, strict=True))

@@ -1,183 +1,119 @@
-"""What ``adapter.json`` says: entries for people and programs, each checked when it is read.
+"""The manifest, ``adapter.json``: entries for people and programs, each checked when it is read.
 
-Every entry is plain data. Names in it are only ever looked up, never opened as files, imported or run.
+Every entry is plain data, and its type is that of a field below: what is declared here is what is written, and what
+is read is of the declared type. Names in it are only ever looked up, never opened as files, imported or run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import re
-from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import jax.numpy as jnp
 
-from lojax.adapters.adapter import Adapter
-from lojax.adapters.axes import array_shapes, check, positions
+from lojax.adapters.adapter import ARRAYS, Adapter, array_shapes, is_adapter
+from lojax.adapters.axes import check
+from lojax.types import Leaf, Shape
 
-FORMAT, VERSION = "lojax-adapter", 1
+FORMAT, VERSION = "lojax-adapter", 2
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 _DTYPE = re.compile(r"bool|u?int\d+|b?float\d+(_\w+)?|complex\d+")
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Adapter)}
-_STATIC = [field.name for field in dataclasses.fields(Adapter) if field.metadata.get("static")]
-_ALWAYS = ("scale", "axes", "dropout")
-_T = TypeVar("_T")
+_ALWAYS_WRITTEN = ("scale", "axes", "dropout")
+_FOR_READERS = ("rank", "alpha", "scaling", "weight")
+
+STATIC_FIELDS = {field.name: field.default for field in dataclasses.fields(Adapter) if field.metadata.get("static")}
+"""The fields of `Adapter` that are written as JSON, with their defaults."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Array:
+class StoredFile:
+    """The size of a file, and its BLAKE2b (see `lojax.files.filesystem.hash_file`)."""
+
+    bytes: int
+    blake2b: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
     """One stored array.
 
     Attributes:
         shape: Its shape.
         dtype: The name of its dtype.
-        digest: `lojax.checkpoint.digest` of its content.
         box: The Flax box that it came in: ``{"kind": "Partitioned", "names": [...]}``.
     """
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
-    digest: str
     box: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= size < 1 << 48 for size in self.shape) or not _DTYPE.fullmatch(self.dtype):
+            raise ValueError(f"{self.dtype!r} of shape {self.shape} is not an array")
+        jnp.dtype(self.dtype)
+        if self.box and not (_is_of(str, self.box["kind"]) and _is_of(tuple, self.box.get("names", []))):
+            raise TypeError(f"the box is {self.box}")
 
     @property
     def bytes(self) -> int:
         """The size of its data."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
-    @property
-    def spec(self) -> str:
-        """Dtype and shape in one word: ``float32[768,8]``."""
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        plain = {"shape": list(self.shape), "dtype": self.dtype, "digest": self.digest}
-        return plain | ({"box": self.box} if self.box else {})
-
-    @classmethod
-    def from_json(cls, value: Any) -> Array:
-        """The reverse of `to_json`."""
-        shape = tuple(_of(int, size, "a size") for size in _of(list, value["shape"], "shape"))
-        dtype = _of(str, value["dtype"], "dtype")
-        if any(not 0 <= size < 1 << 48 for size in shape) or not _DTYPE.fullmatch(dtype):
-            raise ValueError(f"{dtype!r} of shape {shape} is no array")
-        jnp.dtype(dtype)
-        return cls(shape, dtype, _of(str, value["digest"], "digest"), value.get("box"))
-
 
 @dataclasses.dataclass(frozen=True)
-class AdapterEntry:
-    """One adapter: the static fields of `lojax.Adapter`, and its arrays by field name."""
+class BaseEntry:
+    """A parameter of the base: its dtype and shape, and the digest of its content where it carries an adapter."""
 
-    static: Mapping[str, Any]
-    arrays: Mapping[str, Array]
-
-    @property
-    def rank(self) -> int:
-        """The rank ``r``; 0 where only token rows train."""
-        return self.arrays["a"].shape[-1] if "a" in self.arrays else 0
-
-    @property
-    def weight(self) -> tuple[int | None, ...]:
-        """The shape of the adapted weight; None where no stored array has an axis of that length."""
-        axes = self.static["axes"]
-        if "a" not in self.arrays:
-            out = iter(self.arrays["rows"].shape[1:])
-            return tuple(next(out) if role == "out" else None for role in axes)
-        a, b = self.arrays["a"].shape, self.arrays["b"].shape
-        stack = len(positions(axes, "stack"))
-        sizes = {"stack": iter(a[:stack]), "in": iter(a[stack:-1]), "out": iter(b[stack + 1 :])}
-        return tuple(next(sizes[role]) for role in axes)
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the file. Alpha is told for people, as that which gives the scale by the plain rule."""
-        scale = self.static["scale"]
-        alpha = scale * self.rank if isinstance(scale, float) else None
-        plain = {name: list(x) if isinstance(x, tuple) else x for name, x in self.static.items()}
-        said = {name: x for name, x in plain.items() if name in _ALWAYS or x != _DEFAULTS[name]}
-        told = {
-            "rank": self.rank,
-            "alpha": alpha,
-            "scaling": "scale = alpha / rank",
-            **said,
-            "weight": list(self.weight),
-        }
-        return told | {name: array.to_json() for name, array in self.arrays.items()}
-
-    @classmethod
-    def from_json(cls, value: Any, path: str) -> AdapterEntry:
-        """The reverse of `to_json`."""
-        arrays = {name: Array.from_json(field) for name, field in value.items() if isinstance(field, dict)}
-        told = ("rank", "alpha", "scaling", "weight")
-        static = {name: field for name, field in value.items() if name not in arrays and name not in told}
-        weight = tuple(_of((int, type(None)), size, "a size") for size in value["weight"])
-        if unknown := {*static, *arrays} - _DEFAULTS.keys():
-            raise ValueError(f"{min(unknown)!r} is no field of lojax.Adapter: perhaps a newer lojax wrote it")
-        static = {name: static.get(name, _DEFAULTS[name]) for name in _STATIC}
-        static["axes"] = check(_of(list, static["axes"], "axes"), weight, path)
-        static["dropout"] = float(_of((int, float), static["dropout"], "dropout"))
-        static["scale"] = _scale(static["scale"])
-        static["frozen_a"] = bool(static["frozen_a"])
-        for name in ("tokens", "ranks"):
-            if static[name] is not None:
-                static[name] = tuple(_of(int, i, name) for i in _of(list, static[name], name))
-        if ("a" in arrays) != ("b" in arrays) or not arrays:
-            raise KeyError("b" if "a" in arrays else "a")
-        if ("rows" in arrays) != (static["tokens"] is not None):
-            raise ValueError("rows and tokens go together")
-        known = tuple(size or 0 for size in weight)
-        expected = array_shapes(static["axes"], known, value["rank"], len(static["tokens"] or ()))
-        for name, array in arrays.items():
-            if array.shape != expected[name]:
-                raise ValueError(f"{name} has another shape than rank, axes and weight say: {expected[name]}")
-        return cls(static, arrays)
+    spec: str
+    content: str | None = None
 
 
-def _scale(value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, list):
-        return tuple(float(_of((int, float), x, "scale")) for x in value)
-    return float(_of((int, float), value, "scale"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """All of ``adapter.json``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of ``adapter.json``, in the order of the file.
 
     Attributes:
-        arrays: The folder of the arrays.
-        files: Size and BLAKE2b of each file in it.
-        adapters: The adapters by path.
+        saved: When, UTC.
+        software: Versions of the libraries that wrote it.
+        metadata: The user's.
+        adapters: The adapters by path, each with `StoredArray` in place of its arrays.
         full: The parameters trained in full, by path.
         other: The paths that hold None in `lora`: what stays frozen.
         keys: The keys of each path that does not simply split at ``/`` into strings.
         base: The fingerprint of the base (see `lojax.checkpoint.fingerprint`) where ``frozen`` was given, else None.
-        metadata: The user's.
-        software: Versions of the libraries that wrote it.
-        saved: When, UTC.
+        arrays: The folder of the arrays.
+        files: The files in it.
     """
 
-    arrays: str
-    files: Mapping[str, Mapping[str, Any]]
-    adapters: Mapping[str, AdapterEntry]
-    full: Mapping[str, Array]
+    saved: str = dataclasses.field(default_factory=lambda: _now())
+    software: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+    metadata: Mapping[str, Any]
+    adapters: Mapping[str, Adapter]
+    full: Mapping[str, StoredArray]
     other: tuple[str, ...]
     keys: Mapping[str, tuple[str | int, ...]]
-    base: Mapping[str, Any] | None
-    metadata: Mapping[str, Any]
-    software: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
-    saved: str = dataclasses.field(default_factory=lambda: _now())
+    base: Mapping[str, BaseEntry | None] | None
+    arrays: str
+    files: Mapping[str, StoredFile]
 
     @property
-    def stored(self) -> dict[str, tuple[str, str | None, Array]]:
+    def stored(self) -> dict[str, tuple[str, str | None, StoredArray]]:
         """Every stored array by the name that orbax knows: ``(path, field, array)``."""
-        found = [(path, field, array) for path, e in self.adapters.items() for field, array in e.arrays.items()]
-        found += [(path, None, array) for path, array in self.full.items()]
-        return {stored_name(path, field): (path, field, array) for path, field, array in found}
+        leaves = {**self.adapters, **self.full}
+        return {
+            stored_name(path, field): (path, field, array)
+            for path, leaf in leaves.items()
+            for field, array in fields_of(leaf).items()
+        }
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -185,24 +121,12 @@ class Record:
         return (*self.adapters, *self.full, *self.other)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the file, less the checksum."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "saved": self.saved,
-            "software": self.software,
-            "metadata": self.metadata,
-            "adapters": {path: entry.to_json() for path, entry in self.adapters.items()},
-            "full": {path: entry.to_json() for path, entry in self.full.items()},
-            "other": self.other,
-            "keys": self.keys,
-            "base": self.base,
-            "arrays": self.arrays,
-            "files": self.files,
-        }
+        """The fields of the file, less the checksum."""
+        fields = {field.name: to_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {"format": FORMAT, "version": VERSION, **fields}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], file: Any) -> Record:
+    def from_json(cls, value: Mapping[str, Any], file: Path) -> Manifest:
         """The reverse of `to_json`, for every version up to `VERSION`.
 
         Raises:
@@ -210,40 +134,38 @@ class Record:
         """
         if value.get("format") != FORMAT:
             raise ValueError(f"{file}: format {value.get('format')!r}, expected {FORMAT!r}.")
-        if not isinstance(value.get("version"), int) or not 1 <= value["version"] <= VERSION:
+        version = value.get("version")
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
             raise ValueError(
-                f"{file}: format version {value.get('version')!r}; this lojax reads versions 1 to {VERSION}. "
+                f"{file}: format version {version!r}; this lojax reads versions 1 to {VERSION}. "
                 "It was written by a newer lojax: update lojax to read it."
             )
-        place = "the file"
         try:
-            fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            for place, file_entry in _of(dict, fields["files"], "files").items():
-                _check_file(place, file_entry)
-            place = "arrays"
-            if not re.fullmatch(r"arrays-\d{1,18}", _of(str, fields["arrays"], "arrays")):
-                raise ValueError(f"arrays is {fields['arrays']!r}, expected a name such as 'arrays-1'")
-            for kind, read in (("adapters", AdapterEntry.from_json), ("full", lambda entry, _: Array.from_json(entry))):
-                entries = {}
-                for place, entry in _of(dict, fields[kind], kind).items():
-                    entries[place] = read(entry, place)
-                fields[kind] = entries
-            place = "other"
-            fields["other"] = tuple(_of(str, path, "a path") for path in fields["other"])
-            place = "keys"
-            fields["keys"] = {
-                path: tuple(_of((int, str), key, "a key") for key in keys) for path, keys in fields["keys"].items()
-            }
-            place = "base"
-            for entry in _of(dict, {} if fields["base"] is None else fields["base"], "base").values():
-                _of((str, type(None)), entry and entry["spec"], "spec")
-            record = cls(**fields)
-            if len(set(record.paths)) != len(record.paths):
-                raise ValueError("a path occurs twice")
-        except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{file}: {place!r} is not as lojax writes it: {reason}. Nothing was loaded.") from error
-        return record
+            manifest = cls(**_parse_fields(cls, value))
+            _check_names(manifest)
+        except _MALFORMED as error:
+            raise ValueError(f"{file} is not as lojax writes it: {_reason(error)}. Nothing was loaded.") from error
+        return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    if not re.fullmatch(r"arrays-\d{1,18}", manifest.arrays):
+        raise ValueError(f"'arrays' is {manifest.arrays!r}, expected a name such as 'arrays-1'")
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
+            raise ValueError(f"{name!r}: a file name must stay inside the folder of the arrays")
+    if len(set(manifest.paths)) != len(manifest.paths):
+        raise ValueError("a path occurs twice")
+    if unknown := sorted({*(manifest.base or {})} - {*manifest.paths}):
+        raise ValueError(f"'base' holds {unknown[0]!r}, which is not a path of the adapter")
+
+
+def fields_of(leaf: Leaf) -> dict[str | None, Any]:
+    """The arrays of a leaf by field of the adapter, in their boxes. A parameter trained in full has the field None."""
+    if is_adapter(leaf):
+        return {name: value for name in ARRAYS if (value := getattr(leaf, name)) is not None}
+    return {} if leaf is None else {None: leaf}
 
 
 def stored_name(path: str, field: str | None) -> str:
@@ -264,18 +186,136 @@ def _quote(part: str) -> str:
     return re.sub(r"[^\w.~@+=:,-]", lambda m: "".join(f"%{byte:02X}" for byte in m[0].encode()), part, flags=re.ASCII)
 
 
-def _check_file(name: str, entry: Any) -> None:
-    _of(int, entry["bytes"], "bytes")
-    _of(str, entry["blake2b"], "blake2b")
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00-\x1f]", name):
-        raise ValueError("a file name must stay inside the folder of the arrays")
+def adapter_to_json(adapter: Adapter) -> dict[str, Any]:
+    """The entry of an adapter, whose arrays are `StoredArray`: its fields, and what readers want to know besides.
+
+    Alpha is the value for which scale = alpha / rank.
+    """
+    written = {
+        name: getattr(adapter, name)
+        for name, default in STATIC_FIELDS.items()
+        if getattr(adapter, name) != default or name in _ALWAYS_WRITTEN
+    }
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.scale * adapter.rank if isinstance(adapter.scale, float) else None,
+        "scaling": "scale = alpha / rank",
+        **to_plain(written),
+        "weight": list(adapter.weight_shape),
+        **to_plain(adapter.arrays),
+    }
 
 
-def _of(kind: Callable[..., _T] | tuple[type, ...], value: Any, what: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
-        raise TypeError(f"{what} is {value!r}")
-    return value
+def adapter_from_json(entry: Mapping[str, Any], path: str) -> Adapter:
+    """The reverse of `adapter_to_json`. What is there for readers must fit the rest."""
+    names = entry.keys() - set(_FOR_READERS)
+    if unknown := sorted(names - {field.name for field in dataclasses.fields(Adapter)}):
+        raise ValueError(f"{unknown[0]!r} is not a field of lojax.Adapter: perhaps a newer lojax wrote it")
+    fields: dict[str, Any] = {name: parse(StoredArray, entry[name], name) if name in names else None for name in ARRAYS}
+    fields |= {name: parse(_hints(Adapter)[name], entry[name], name) for name in STATIC_FIELDS if name in names}
+    adapter = Adapter(**fields)
+    weight = tuple(size or 0 for size in parse(tuple[int | None, ...], entry["weight"], "weight"))
+    check(adapter.axes, weight, path)
+    if (adapter.a is None) != (adapter.b is None) or not adapter.arrays:
+        raise KeyError("a" if adapter.a is None else "b")
+    if (adapter.rows is None) != (adapter.tokens is None):
+        raise ValueError("rows and tokens go together")
+    expected = array_shapes(adapter.axes, weight, entry["rank"], len(adapter.tokens or ()))
+    for name, array in adapter.arrays.items():
+        if array.shape != expected[name]:
+            raise ValueError(f"{name} has shape {array.shape}; rank, axes and weight give {expected[name]}")
+    return adapter
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` in the types of JSON; fields of a dataclass that are None are left out.
+
+    >>> to_plain({"w": StoredArray((2, 3), "int8")})
+    {'w': {'shape': [2, 3], 'dtype': 'int8'}}
+    """
+    if isinstance(value, Adapter):
+        return adapter_to_json(value)
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return to_plain({name: item for name, item in fields.items() if item is not None})
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""What Python raises where an entry is not of the expected form."""
+
+
+def parse(hint: Any, value: Any, name: str) -> Any:
+    """The reverse of `to_plain`: a value read from JSON as the declared type, a tuple for a list, a float for 2.
+
+    Args:
+        hint: A plain class, a dataclass, ``Literal``, ``tuple[X, ...]``, ``Mapping[str, X]``, or a union of these.
+        value: What the file holds.
+        name: What it is called in errors.
+
+    >>> parse(float | tuple[float, ...], [1, 0.5], "scale")
+    (1.0, 0.5)
+    """
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        options = [option for option in arguments if _is_of(option, value)]
+        if not options:
+            raise TypeError(f"{name} is {value!r}")
+        return parse(options[0], value, name)
+    if hint is not Any and not _is_of(hint, value):
+        raise TypeError(f"{name} is {value!r}")
+    if kind is tuple:
+        return tuple(parse(arguments[0], item, name) for item in value)
+    if kind is Mapping:
+        return {key: _parse_entry(arguments[1], item, key) for key, item in value.items()}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return adapter_from_json(value, name) if hint is Adapter else hint(**_parse_fields(hint, value))
+    if kind is typing.Literal and value not in arguments:
+        raise ValueError(f"{name} holds {value!r}, expected one of {', '.join(map(repr, arguments))}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    return float(value) if hint is float else value
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value read from JSON has the outer form of a declared type. A bool is not a number."""
+    form = typing.get_origin(hint) or hint
+    if dataclasses.is_dataclass(form) or form is Mapping:
+        return isinstance(value, dict)
+    if isinstance(value, bool):
+        return form is bool
+    return isinstance(value, {tuple: list, float: (int, float), typing.Literal: str}.get(form, form))
+
+
+def _parse_entry(hint: Any, value: Any, key: str) -> Any:
+    try:
+        return parse(hint, value, key)
+    except _MALFORMED as error:
+        raise ValueError(f"{key!r}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _parse_fields(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that the file holds; those without a default value must be there."""
+    return {
+        field.name: _parse_entry(_hints(kind)[field.name], value[field.name], field.name)
+        for field in dataclasses.fields(kind)
+        if field.name in value or field.default is dataclasses.MISSING
+    }
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
@@ -287,7 +327,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -12,19 +12,20 @@ the step, the random key, several generations. `lora` is an ordinary pytree, so 
 and gives the adapter back alone, on any mesh, without reading the rest::
 
     shapes = jax.eval_shape(model.init, key, params, *example)[1]
-    found = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.StandardRestore(shapes)))
-    lojax.save("adapter", found["lora"], frozen=frozen)
+    restored = manager.restore(step, args=ocp.args.Composite(lora=ocp.args.StandardRestore(shapes)))
+    lojax.save("adapter", restored["lora"], frozen=frozen)
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,29 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.algebra import subtract
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten
-from lojax.adapters.trees import check_pair
-from lojax.checkpoint import adapter_directory as layout
-from lojax.checkpoint import arrays as store
-from lojax.checkpoint.codec import arrays_of, build, check_like, entries_of, leaves
-from lojax.checkpoint.digest import digests
-from lojax.checkpoint.fingerprint import check_base as _check_base
-from lojax.checkpoint.fingerprint import check_fits, fingerprint
-from lojax.checkpoint.manifest import Record
+from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.trees import check_pair, check_structure
+from lojax.checkpoint import adapter_directory as files
+from lojax.checkpoint import fingerprint
+from lojax.checkpoint.arrays import read, snapshot, start_write
+from lojax.checkpoint.codec import build_tree, check_like, collect_arrays, describe_leaves, flatten_with_keys
+from lojax.checkpoint.manifest import Manifest
+from lojax.files.filesystem import lock_directory
+from lojax.types import ArrayLike, Leaf, Params
 
 _log = logging.getLogger(__name__)
-_background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lojax-save")
-_last: concurrent.futures.Future[None] | None = None
+_pending: weakref.WeakValueDictionary[Path, concurrent.futures.Future[None]] = weakref.WeakValueDictionary()
+"""The last save in the background by directory: the next `save` or `restore` there waits for it."""
 
 
 def save(
     path: str | os.PathLike[str],
-    lora: Any,
+    lora: Params,
     *,
-    frozen: Any = None,
+    frozen: Params | None = None,
+    start: Params | None = None,
     overwrite: bool = True,
     metadata: Mapping[str, Any] | None = None,
     wait: bool = True,
@@ -63,17 +66,22 @@ def save(
     """Saves an adapter: its arrays through orbax, and all that the maths needs in ``adapter.json``.
 
     An interruption at any point, SIGKILL and power cut included, leaves the previous checkpoint whole
-    (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). With several
-    processes, each calls this with the same arguments and a path that all of them share.
+    (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). Programs and
+    threads that save to one path take turns. With several processes of one JAX program, each calls this with the same
+    arguments and a path that all of them share.
 
     Args:
         path: A directory, made if need be. One adapter each: ``base/adapters/french``.
-        lora: The trained tree. Boxes and every sharding are kept or made no difference.
+        lora: The trained tree. Boxes are saved with it; arrays may have any sharding.
         frozen: The frozen tree. With it the checkpoint holds a fingerprint of the base, by which
             `restore` refuses to put the adapter on another one. Content is read once per array.
+        start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
+            OLoRA, MiLoRA, LoRA-GA). Such an adapter belongs to the moved weight; with ``start``, what is saved is
+            the difference from it, an adapter of twice the rank for the pretrained weight. Its content, which
+            ``frozen`` does not hold, is then left out of the fingerprint.
         overwrite: Replace an adapter that is already at ``path``.
-        metadata: Anything that JSON can hold: the step, the data, a score.
-        wait: False returns once ``lora`` is copied, and writes in the background. The next save waits
+        metadata: Anything that JSON can hold: the step, the data, a score. `read_metadata` gives it back.
+        wait: False returns once ``lora`` is copied, and writes in the background. The next save to ``path`` waits
             for it. So must the program before it ends: call ``result()``, or this save is lost.
 
     Returns:
@@ -82,8 +90,10 @@ def save(
     Raises:
         FileExistsError: ``overwrite=False`` and there is an adapter at ``path``.
         OSError: The disk is full, or ``path`` cannot be written. The previous checkpoint is whole.
-        TypeError: A leaf is no array; ``metadata`` is no JSON.
-        ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty.
+        TimeoutError: Another program has been saving to ``path`` for ten minutes; the message says which.
+        TypeError: A leaf is not an array; ``metadata`` is not JSON; ``lora`` is a pair of trees.
+        ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty, or holds no adapter and there is no
+            ``frozen`` to show that it is not the base itself.
 
     >>> import tempfile, lojax
     >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
@@ -92,120 +102,147 @@ def save(
     ...     lojax.restore(folder, frozen=frozen)["kernel"].scale
     1.0
     """
-    place = layout.local(path)
+    directory = files.as_local_path(path)
     metadata = dict(metadata or {})
     _check_json(metadata)
     if frozen is not None:
         check_pair(frozen, lora)
-    found, keys = leaves(lora)
-    live = arrays_of(found)
-    _settle()
-    if (place / layout.POINTER).exists() and not overwrite:
-        raise FileExistsError(f"{place}: holds an adapter. Pass overwrite=True to replace it, or choose another path.")
-    adapted = [path for path, leaf in found.items() if is_adapter(leaf)]
-    base = None if frozen is None else fingerprint(frozen, adapted)
-    shared = {name: value for name, value in live.items() if not store.on_host(value)}
-    known = digests(shared)  # every process takes part, so it is not left to the background
-    copies = store.snapshot(live)
-
-    def describe(folder: Path) -> Record:
-        own = digests({name: value for name, value in copies.items() if name not in known})
-        adapters, full, other = entries_of(found, known | own)
-        return Record(folder.name, layout.inventory(folder), adapters, full, other, keys, base, metadata)
-
-    return _run(place, copies, describe, wait)
-
-
-def _run(
-    place: Path, copies: Mapping[str, Any], describe: Callable[[Path], Record], wait: bool
-) -> concurrent.futures.Future[None]:
-    """Writes ``copies``, then makes them the checkpoint; where it can, all of it in the background."""
-    global _last
-    if wait or jax.process_count() > 1:  # barriers between devices belong to the main thread
-        folder, finish_write = _start(place, copies)
-        task = partial(_finish, place, folder, finish_write, describe)
-    else:
-        task = lambda: _finish(place, *_start(place, copies), describe)
+    _check_is_lora(lora, frozen)
+    moved = {path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base}
+    if start is not None:
+        lora = _subtract_start(lora, start, moved)
+    leaves, keys = flatten_with_keys(lora)
+    arrays = collect_arrays(leaves)
+    _wait_for_pending(directory)
+    _check_overwrite(directory, overwrite)
+    adapted = [path for path, leaf in leaves.items() if is_adapter(leaf) and (start is None or path not in moved)]
+    base = None if frozen is None else fingerprint.fingerprint(frozen, adapted)
+    adapters, full, other = describe_leaves(leaves)
+    manifest = Manifest(
+        metadata=metadata, adapters=adapters, full=full, other=other, keys=keys, base=base, arrays="", files={}
+    )
+    steps = _write(directory, snapshot(arrays), manifest, overwrite)
+    if wait or jax.process_count() > 1:  # JAX's barriers between devices belong to the main thread
+        next(steps)
     if wait:
-        task()
+        _run(steps)
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
         done.set_result(None)
         return done
-    _last = _background.submit(_aloud, task)
-    return _last
+    executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="lojax-save")
+    _pending[directory] = future = executor.submit(_run_and_log, steps)
+    executor.shutdown(wait=False)  # the thread ends with its only task
+    return future
 
 
-def _aloud(task: Callable[[], None]) -> None:
-    """Runs ``task``; also says what went wrong, in case nobody asks for the result."""
+def _check_is_lora(lora: Params, frozen: Params | None) -> None:
+    """Raises where ``lora`` looks like something else: the base, or both trees at once."""
+    if isinstance(lora, tuple) and [_holds_adapter(tree) for tree in lora] == [False, True]:
+        raise TypeError("lora is a pair of trees, (frozen, lora): pass save(path, lora, frozen=frozen).")
+    if frozen is None and not _holds_adapter(lora) and jax.tree.leaves(lora):
+        raise ValueError(
+            "lora holds no adapter, so this would save the parameters of the base. Pass the lora tree of "
+            "`frozen, lora = model.init(...)`; where all that trains is trained in full, pass frozen=frozen as well."
+        )
+
+
+def _holds_adapter(tree: Params) -> bool:
+    return any(is_adapter(leaf) for leaf in flatten(tree).values())
+
+
+def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
+    """``lora`` with the adapters at the ``moved`` paths as differences from ``start``; the rest as it is."""
+    if not moved:
+        raise ValueError(
+            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
+            "lora holds none. Leave it out."
+        )
+    check_structure(start, lora, name="start")
+
+    def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
+        return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf
+
+    return map_paths(difference, lora, start)
+
+
+def _wait_for_pending(directory: Path) -> None:
+    if (future := _pending.get(directory)) is not None:
+        concurrent.futures.wait([future])
+
+
+def _run(steps: Iterator[None]) -> None:
+    for _ in steps:
+        pass
+
+
+def _run_and_log(steps: Iterator[None]) -> None:
+    """Runs a save in the background; also logs what went wrong, in case nobody asks for the result."""
     try:
-        task()
+        _run(steps)
     except BaseException:
         _log.exception("Saving in the background failed.")
         raise
 
 
-def _settle() -> None:
-    """Waits for a save that is still going on in the background."""
-    if _last is not None:
-        concurrent.futures.wait([_last])
-
-
-def _start(place: Path, copies: Mapping[str, Any]) -> tuple[Path, Callable[[], None]]:
-    with _failing_clearly(place):
-        number, fault = -1, None
-        if multihost.is_primary_host(0):
-            try:
-                number = _claim(place)
-            except OSError as error:
-                fault = error
-        if jax.process_count() > 1:  # the others must learn of a failure too, not wait for the first process
-            number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-        if number < 0:
-            raise fault or OSError("the first process could not make the directory")
-        folder = place / layout.folder_name(number)
-        return folder, store.start_write(folder, copies)
-
-
-def _claim(place: Path) -> int:
-    """Makes the directory, and room in it; returns a number for new arrays."""
-    place.mkdir(parents=True, exist_ok=True)
-    number = layout.next_number(place)
-    _tidy(place)
-    return number
-
-
-def _finish(place: Path, folder: Path, finish_write: Callable[[], None], describe: Callable[[Path], Record]) -> None:
-    with _failing_clearly(place):
+def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest, overwrite: bool) -> Iterator[None]:
+    """Writes ``arrays``, then makes them the checkpoint. What comes after the yield may run in another thread."""
+    with _explain_errors(directory), contextlib.ExitStack() as stack:
+        folder = directory / f"arrays-{_claim_number(directory, overwrite, stack)}"
+        finish_write = start_write(folder, arrays)
+        yield
         try:
             finish_write()
             if multihost.is_primary_host(0):
-                layout.write_pointer(place, describe(folder).to_json())
-                _tidy(place)
+                inventory = files.take_inventory(folder)
+                files.commit(directory, dataclasses.replace(manifest, arrays=folder.name, files=inventory).to_json())
         finally:
             if jax.process_count() > 1:  # nobody goes on before the checkpoint is there, or has failed
                 multihost.get_barrier_sync_fn()(key=f"lojax-save-{folder}", timeout_ms=600_000)
 
 
-def _tidy(place: Path) -> None:
-    """Sweeps, unless ``adapter.json`` is there but unreadable: then nobody knows what it names."""
-    keep = layout.current_folder(place)
-    if keep is not None or not (place / layout.POINTER).exists():
-        layout.sweep(place, keep)
+def _claim_number(directory: Path, overwrite: bool, stack: contextlib.ExitStack) -> int:
+    """Makes the directory, and locks it until ``stack`` is closed.
+
+    Returns:
+        A number for new arrays, the same on every process.
+    """
+    number, failure = -1, None
+    if multihost.is_primary_host(0):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_directory(directory))
+            _check_overwrite(directory, overwrite)  # again: there may have been another save
+            number = files.next_number(directory)
+            files.remove_leftovers(directory)
+            stack.callback(files.remove_leftovers, directory)
+        except OSError as error:  # the other processes wait for a number, so they are told before this one raises
+            failure = error
+    if jax.process_count() > 1:
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if number < 0:
+        raise failure or OSError("the first process could not make the directory")
+    return number
+
+
+def _check_overwrite(directory: Path, overwrite: bool) -> None:
+    if not overwrite and (directory / files.MANIFEST).exists():
+        raise FileExistsError(
+            f"{directory}: holds an adapter. Pass overwrite=True to replace it, or choose another path."
+        )
 
 
 @contextlib.contextmanager
-def _failing_clearly(place: Path) -> Iterator[None]:
+def _explain_errors(directory: Path) -> Iterator[None]:
     """Turns what the disk, or tensorstore, says into an `OSError` that names the path and what is left there."""
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(OSError):
-            if multihost.is_primary_host(0):
-                _tidy(place)
-        whole = "The previous checkpoint there is whole." if (place / layout.POINTER).exists() else "Nothing was saved."
-        text = f"{place}: the adapter could not be saved: {error}. {whole}"
+        is_whole = (directory / files.MANIFEST).exists()
+        state = "The previous checkpoint there is whole." if is_whole else "Nothing was saved."
+        text = f"{directory}: the adapter could not be saved: {error}. {state}"
         number = getattr(error, "errno", None)
-        raise (OSError(number, text) if number else OSError(text)) from error
+        kind = type(error) if isinstance(error, (FileExistsError, TimeoutError)) else OSError
+        raise (OSError(number, text) if number else kind(text)) from error
 
 
 def _check_json(metadata: Mapping[str, Any]) -> None:
@@ -218,11 +255,11 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
 def restore(
     path: str | os.PathLike[str],
     *,
-    frozen: Any = None,
-    like: Any = None,
+    frozen: Params | None = None,
+    like: Params | None = None,
     sharding: Any = None,
     check_base: bool = True,
-) -> Any:
+) -> Params:
     """Restores the `lora` tree that `save` wrote. All of it, bit for bit, or an error.
 
     Args:
@@ -242,69 +279,98 @@ def restore(
 
     Raises:
         FileNotFoundError: There is no checkpoint, or a file of it is missing.
-        ValueError: A file is damaged (which one is said); the base is another one (which path differs is
-            said); ``like`` has other leaves.
+        ValueError: A file is damaged (the message says which); the base is another one (it says which path
+            differs); ``like`` has other leaves.
     """
-    place = layout.local(path)
-    _settle()
+    directory = files.as_local_path(path)
+    _wait_for_pending(directory)
     while True:
-        record = read_record(place)
+        stamp = files.stamp(directory)
+        manifest = read_manifest(directory)
         try:
-            return _restore(place, record, frozen, like, sharding, check_base)
-        except (OSError, ValueError):
-            if layout.current_folder(place) in (None, record.arrays):
-                raise  # else a save has just replaced the checkpoint: read the new one
+            lora = _restore(directory, manifest, frozen, like, sharding, check_base)
+        except Exception:  # where files vanish beneath it, orbax raises a TypeError as well as an OSError
+            if files.stamp(directory) == stamp:
+                raise
+            continue
+        if files.stamp(directory) == stamp:
+            return lora
+        # Else a save replaced the checkpoint and removed these arrays meanwhile: read the new one.
 
 
-def read_record(path: str | os.PathLike[str]) -> Record:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata that `save` was given, without reading an array.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        What was passed as ``metadata``, as JSON holds it: a tuple is a list.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: Its ``adapter.json`` is damaged.
+
+    >>> import tempfile, lojax
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = lojax.save(folder, lora, metadata={"step": 100})
+    ...     lojax.read_metadata(folder)
+    {'step': 100}
+    """
+    directory = files.as_local_path(path)
+    _wait_for_pending(directory)
+    return dict(read_manifest(directory).metadata)
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """All that ``adapter.json`` says, without reading an array."""
-    place = layout.local(path)
-    return Record.from_json(layout.read_pointer(place), place / layout.POINTER)
+    directory = files.as_local_path(path)
+    return Manifest.from_json(files.read_json(directory), directory / files.MANIFEST)
 
 
-def _restore(place: Path, record: Record, frozen: Any, like: Any, sharding: Any, check_base: bool) -> Any:
-    folder, expected = place / record.arrays, {name: array for name, (_, _, array) in record.stored.items()}
-    layout.check_inventory(folder, record.files)
-    _check_size(place, record)
+def _restore(
+    directory: Path, manifest: Manifest, frozen: Params, like: Params, sharding: Any, check_base: bool
+) -> Params:
+    folder = directory / manifest.arrays
+    files.check_inventory(folder, manifest.files)
+    _check_size(directory, manifest)
     if like is not None:
-        check_like(record, like, place)
+        check_like(manifest, like, directory)
     if frozen is not None:
         if check_base:
-            _check_base(record, frozen, place)
-        check_fits(record, frozen, place)
-    arrays = store.read(folder, expected, _shardings(record, like, sharding))
-    for name, value in digests(arrays).items():
-        if value != expected[name].digest:
-            raise ValueError(f"{folder}: {name} differs from what was saved ({value}, not {expected[name].digest}).")
-    arrays = {name: _to_device(value) for name, value in arrays.items()}
-    return build(record, arrays, like=like, frozen=frozen)
+            fingerprint.check_base(manifest, frozen, directory)
+        fingerprint.check_fits(manifest, frozen, directory)
+    expected = {name: array for name, (_, _, array) in manifest.stored.items()}
+    arrays = read(folder, expected, _choose_shardings(manifest, like, sharding))
+    return build_tree(manifest, {name: _to_device(x) for name, x in arrays.items()}, like=like, frozen=frozen)
 
 
-def _check_size(place: Path, record: Record) -> None:
-    declared = sum(array.bytes for _, _, array in record.stored.values())
-    stored = sum(file["bytes"] for file in record.files.values())
+def _check_size(directory: Path, manifest: Manifest) -> None:
+    declared = sum(array.bytes for _, _, array in manifest.stored.values())
+    stored = sum(file.bytes for file in manifest.files.values())
     if declared > 64 * stored + (1 << 30):  # zeros compress to nothing, so less would refuse a fresh adapter
-        file = place / layout.POINTER
+        file = directory / files.MANIFEST
         raise ValueError(f"{file}: declares arrays of {declared:,} bytes, but their files hold {stored:,}. Refused.")
 
 
-def _shardings(record: Record, like: Any, sharding: Any) -> dict[str, Any]:
+def _choose_shardings(manifest: Manifest, like: Params, sharding: Any) -> dict[str, jax.sharding.Sharding | None]:
     if isinstance(sharding, jax.sharding.Sharding):
-        return dict.fromkeys(record.stored, sharding)
-    tree, pick = (like, _own_sharding) if sharding is None else (sharding, lambda value: value)
-    found = {} if tree is None else flatten(tree)
-    chosen = {}
-    for name, (path, field, _) in record.stored.items():
-        value = found.get(path)
-        chosen[name] = pick(unbox(getattr(value, field) if field and is_adapter(value) else value))
-    return chosen
+        return dict.fromkeys(manifest.stored, sharding)
+    leaves = flatten(like if sharding is None else sharding)
+    choices = {}
+    for name, (path, field, _) in manifest.stored.items():
+        leaf = leaves.get(path)
+        value = unbox(getattr(leaf, field) if field and is_adapter(leaf) else leaf)
+        choices[name] = _named_sharding(value) if sharding is None else value
+    return choices
 
 
-def _own_sharding(value: Any) -> Any:
+def _named_sharding(value: Leaf) -> jax.sharding.NamedSharding | None:
     sharding = getattr(value, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
-def _to_device(value: Any) -> Any:
-    wide = isinstance(value, np.ndarray) and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype
-    return value if wide else jnp.asarray(value)
+def _to_device(value: ArrayLike) -> ArrayLike:
+    is_too_wide = isinstance(value, np.ndarray) and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype
+    return value if is_too_wide else jnp.asarray(value)

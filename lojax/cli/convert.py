@@ -15,11 +15,10 @@ from flax import serialization
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten, unflatten
-from lojax.checkpoint.adapter_directory import POINTER
-from lojax.checkpoint.save_restore import read_record, restore, save
+from lojax.checkpoint.adapter_directory import MANIFEST
+from lojax.checkpoint.save_restore import read_manifest, restore, save
 from lojax.cli.paths import check_target, user_path
 from lojax.files import safetensors
-from lojax.files.atomic_directory import whole_directory
 from lojax.peft.config import read_config
 from lojax.peft.model_families import name_map, name_maps
 from lojax.peft.name_map import NameMap
@@ -51,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts."""
-    is_ours = (args.source / POINTER).is_file()
+    is_ours = (args.source / MANIFEST).is_file()
     inputs = [args.source, *args.source.glob("*"), *([args.params] if args.params else [])]
     foreign = foreign_entry if is_ours else _foreign_to_lojax
     check_target(args.target, inputs, overwrite=args.overwrite, foreign=foreign)
@@ -82,9 +81,9 @@ def read_map(name: str) -> NameMap:
 def _foreign_to_lojax(directory: Path) -> str | None:
     """The name of something in a directory that is not of an adapter which `lojax.save` wrote; None where all is."""
     names = sorted(entry.name for entry in directory.iterdir())
-    if POINTER not in names:
+    if MANIFEST not in names:
         return names[0] if names else None
-    return next((name for name in names if name != POINTER and not name.startswith("arrays-")), None)
+    return next((name for name in names if name != MANIFEST and not name.startswith("arrays-")), None)
 
 
 def _to_peft(args: argparse.Namespace, names: NameMap, params: Params | None) -> None:
@@ -102,7 +101,7 @@ def _to_peft(args: argparse.Namespace, names: NameMap, params: Params | None) ->
         names,
         base_model_name_or_path=args.base,
         task_type=args.task,
-        config=read_record(args.source).metadata.get("peft_config"),
+        config=read_manifest(args.source).metadata.get("peft_config"),
         overwrite=args.overwrite,
     )
 
@@ -112,8 +111,7 @@ def _from_peft(args: argparse.Namespace, names: NameMap, params: Params | None) 
     if params is None:
         raise ValueError("a PEFT adapter does not say what the JAX tree looks like; pass --params with the JAX base.")
     lora = load(args.source, params, names)
-    with whole_directory(args.target, overwrite=args.overwrite) as fresh:
-        save(fresh, lora, metadata={"peft_config": dict(config.fields)})
+    save(args.target, lora, metadata={"peft_config": dict(config.fields)}, overwrite=args.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)

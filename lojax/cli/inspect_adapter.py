@@ -12,11 +12,11 @@ import numpy as np
 
 from lojax.adapters.adapter import Adapter, is_adapter
 from lojax.adapters.axes import positions
-from lojax.adapters.factor_matrices import even, matrices
+from lojax.adapters.matrices import factor_matrices, unify_scale_and_rank
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
-from lojax.checkpoint.adapter_directory import POINTER
-from lojax.checkpoint.save_restore import read_record, restore
+from lojax.checkpoint.adapter_directory import MANIFEST
+from lojax.checkpoint.save_restore import read_manifest, restore
 from lojax.cli.paths import user_path
 from lojax.files import safetensors
 from lojax.peft.config import Config
@@ -47,7 +47,7 @@ def describe(directory: Path) -> str:
         FileNotFoundError: It holds no adapter.
         ValueError: It is damaged, or of a kind that lojax does not know.
     """
-    is_ours = (directory / POINTER).is_file()
+    is_ours = (directory / MANIFEST).is_file()
     rows, facts = _ours(directory) if is_ours else _peft(directory)
     header = ("weight", "in -> out", "rank", "scale", "parameters", "norm", "effective rank")
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
@@ -106,15 +106,15 @@ def singular_values(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _ours(directory: Path) -> tuple[list[Row], dict[str, str]]:
-    record = read_record(directory)
+    manifest = read_manifest(directory)
     rows = []
     for path, leaf in flatten(restore(directory)).items():
         if is_adapter(leaf):
             rows.append(_row(path, leaf))
         elif leaf is not None:
             rows.append(Row(path, str(leaf.shape), None, None, math.prod(leaf.shape), None))
-    base = "known by its fingerprint" if record.base is not None else "not recorded"
-    return rows, {"kind": "lojax adapter", "base": base, "metadata": str(dict(record.metadata) or "none")}
+    base = "known by its fingerprint" if manifest.base is not None else "not recorded"
+    return rows, {"kind": "lojax adapter", "base": base, "metadata": str(dict(manifest.metadata) or "none")}
 
 
 def _row(path: str, adapter: Adapter) -> Row:
@@ -124,8 +124,8 @@ def _row(path: str, adapter: Adapter) -> Row:
     a_shape, b_shape = unbox(adapter.a).shape, unbox(adapter.b).shape
     shape = _shape_text(a_shape[:stack], a_shape[stack:-1], b_shape[stack + 1 :])
     scale = None if isinstance(adapter.scale, tuple) else adapter.scale
-    plain = even(adapter)
-    a, b = matrices(plain)
+    plain = unify_scale_and_rank(adapter)
+    a, b = factor_matrices(plain)
     values = singular_values(np.asarray(a), np.asarray(b), plain.one_scale)
     return Row(path, shape, adapter.rank, scale, adapter.parameters, values)
 

@@ -13,8 +13,7 @@ import numpy as np
 from lojax.cli.paths import check_target, user_path
 from lojax.cli.progress import watcher
 from lojax.files import safetensors
-from lojax.files.atomic_directory import whole_directory
-from lojax.files.naming import naming
+from lojax.files.atomic_directory import atomic_directory
 from lojax.peft.patch import Patches, patches
 from lojax.text import printable
 
@@ -61,13 +60,11 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, e
         raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
     specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     changes = patches(adapter, specs, experts=experts)
-    with whole_directory(target, overwrite=overwrite) as fresh:
+    with atomic_directory(target, overwrite=overwrite) as fresh:
         for file in files:
-            with naming(target / file.path.name, written_as=fresh / file.path.name):
-                _merge_file(file, changes, fresh / file.path.name)
+            _merge_file(file, changes, fresh / file.path.name)
         for path in side_files:
-            with naming(target / path.name):
-                shutil.copyfile(path, fresh / path.name)
+            shutil.copyfile(path, fresh / path.name)
 
 
 def _foreign_entry(directory: Path, side_names: set[str]) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lojax.files.naming import naming
+from lojax.files.filesystem import hash_file, new_hash, parse_json
 from lojax.text import printable
 
 MAX_HEADER = 100_000_000
@@ -47,13 +47,12 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DIGEST = "lojax_sha256"
-"""The metadata key under which `write_all` leaves a digest of the data, which `open_file` checks."""
-HEADER_DIGEST = "lojax_header_sha256"
-"""The metadata key under which `write` leaves a digest of the rest of the header, which `open_file` checks."""
+DIGEST = "lojax_blake2b"
+"""The metadata key under which `write_all` leaves the hash of the data (`b2sum -l 128`), which `open_file` checks."""
+HEADER_DIGEST = "lojax_header_blake2b"
+"""The metadata key under which `write` leaves the hash of the rest of the header, which `open_file` checks."""
+_OLD_DIGEST = "lojax_sha256"  # the hash of the data as lojax 0.1.0 wrote it
 MAX_AXES = 64
-MAX_DIGITS = 40
-"""Of an integer in a header; those of a real file have 20 at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +94,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is not safetensors, is cut short, or its header contradicts itself or the
-            file; or the data differs from the digest that `write` left.
+            file; or the data differs from the hash that `write` left.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -110,12 +109,13 @@ def open_file(path: str | os.PathLike[str]) -> File:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its __metadata__ is not a map of strings")
     if HEADER_DIGEST in metadata and _digest_header(header) != metadata[HEADER_DIGEST]:
-        raise _damaged(path, f"its header differs from the digest stored with it: {_CHANGED}")
+        raise _damaged(path, f"its header differs from the hash stored with it: {_CHANGED}")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     _check_layout(path, entries, 8 + length, size)
-    if DIGEST in metadata and _digest_file(path, 8 + length) != metadata[DIGEST]:
-        raise _damaged(path, f"its data differs from the digest stored with it: {_CHANGED}")
+    for name, algorithm in ((DIGEST, new_hash), (_OLD_DIGEST, hashlib.sha256)):
+        if name in metadata and hash_file(path, 8 + length, algorithm) != metadata[name]:
+            raise _damaged(path, f"its data differs from the hash stored with it: {_CHANGED}")
     return File(path, entries, metadata)
 
 
@@ -127,22 +127,9 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in members:
-                raise _damaged(path, f"its header holds {_quoted(key)} twice")
-            members[key] = value
-        return members
-
-    def integer(digits: str) -> int:
-        if len(digits) > MAX_DIGITS:  # thousands of digits take quadratic time to multiply, and Python refuses 4,300
-            raise _damaged(path, f"its header holds a number of {len(digits):,} digits")
-        return int(digits)
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_int=integer)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise _damaged(path, f"its header is not JSON ({printable(error)})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -185,17 +172,11 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int
         raise _damaged(path, f"its tensors end at byte {end:,}, the file at {size:,}")
 
 
-def _digest_file(path: Path, start: int) -> str:
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _digest_header(header: Mapping[str, Any]) -> str:
-    """The digest of a header but for the digest itself."""
+    """The hash of a header but for the hash itself."""
     metadata = {key: value for key, value in header.get("__metadata__", {}).items() if key != HEADER_DIGEST}
     canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return new_hash(canonical.encode()).hexdigest()
 
 
 def is_from_lojax(path: Path) -> bool:
@@ -206,7 +187,7 @@ def is_from_lojax(path: Path) -> bool:
             metadata = _parse(path, stream.read(min(length, MAX_HEADER))).get("__metadata__", {})
     except (OSError, ValueError, struct.error):
         return False
-    return isinstance(metadata, dict) and bool({DIGEST, HEADER_DIGEST} & metadata.keys())
+    return isinstance(metadata, dict) and bool({DIGEST, HEADER_DIGEST, _OLD_DIGEST} & metadata.keys())
 
 
 def write(
@@ -224,16 +205,15 @@ def write(
         path: The file; it must not exist.
         shapes: The dtype and shape of every tensor.
         produce: Returns the tensor of a name; called once for each, in order.
-        metadata: Strings to keep in the header; digests among them are of another file, and are left out.
-        digest: The SHA-256 of the bytes of all tensors, where it is known, to leave in the header.
+        metadata: Strings to keep in the header; hashes among them are of another file, and are left out.
+        digest: The hash of the bytes of all tensors (`new_hash`), where it is known, to leave in the header.
         watch: Wraps the iteration, for a progress bar.
 
     Raises:
         FileExistsError: ``path`` exists.
-        OSError: The disk is full, or anything else went wrong with the file; the error names it.
         ValueError: ``produce`` returned another dtype or shape than announced.
     """
-    strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST)}
+    strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST, _OLD_DIGEST)}
     strings |= {DIGEST: digest} if digest else {}
     header: dict[str, Any] = {"__metadata__": strings}
     offset = 0
@@ -246,7 +226,7 @@ def write(
     strings[HEADER_DIGEST] = _digest_header(header)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with naming(path), open(path, "xb") as stream:
+    with open(path, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in watch(shapes):
             array = produce(name)
@@ -259,8 +239,8 @@ def write(
 
 
 def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes tensors that are at hand, with a digest of their bytes in the header's metadata."""
-    digest = hashlib.sha256()
+    """Writes tensors that are at hand, with a hash of their bytes in the header's metadata."""
+    digest = new_hash()
     for array in tensors.values():
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}

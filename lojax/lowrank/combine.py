@@ -1,19 +1,27 @@
-"""Low-rank values joined with other arrays: side by side, one of them by an index, scaled by channel, padded."""
+"""Low-rank values combined with other arrays: concatenated, selected by an index, scaled by channel, padded."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
 
-from lojax.lowrank.named_array import RANK, Name, Named, cast
-from lojax.lowrank.value import SIDE_BY_SIDE, LowRank, NotFactored
+from lojax.lowrank.frozen import DenseWeight, FrozenWeight
+from lojax.lowrank.named_array import RANK, Name, NamedArray, cast
+from lojax.lowrank.value import PATH_SEPARATOR, LowRank, NotFactored, Term
+from lojax.types import Array, Path, Shape
+
+Operand = LowRank | Array
 
 
-def concatenate(values: Sequence[Any], w: Any, axis: int) -> LowRank:
+def combine_frozen(f: Callable[..., Array], operands: Sequence[Operand]) -> FrozenWeight:
+    """``f`` of the frozen parts of ``operands``, some of them plain arrays."""
+    return DenseWeight(f(*(v.frozen.dense() if isinstance(v, LowRank) else v for v in operands)))
+
+
+def concatenate(values: Sequence[Operand], frozen: FrozenWeight, axis: int) -> LowRank:
     """Weights side by side along ``axis``, some of them plain arrays.
 
     The ranks add up: ``x @ [W1 | W2] = x @ [w1 | w2] + (x @ [a1 | a2]) @ diag(b1, b2)``. Along a stack
@@ -21,49 +29,67 @@ def concatenate(values: Sequence[Any], w: Any, axis: int) -> LowRank:
     """
     lows = [v for v in values if isinstance(v, LowRank)]
     if lows[0].probe:
-        return _probed(lows, w)
-    if any(len(v.factors) != 2 or v.rate or v.gain is not None for v in lows):
+        return _combine_probes(lows, frozen)
+    if any(len(v.terms) != 1 or v.dropout is not None or v.gain is not None for v in lows):
         raise NotFactored("a concatenation of sums of updates, under dropout, or with DoRA")
-    along = [tuple(axis in x.dims for x in complete_units(v, axis).factors) for v in lows]
-    if len(set(along)) != 1:
+    pairs = [_with_axis(v.terms[0], axis, v.shape) if isinstance(v, LowRank) else None for v in values]
+    has_axis = [tuple(axis in x.dims for x in pair) for pair in pairs if pair is not None]
+    if len(set(has_axis)) != 1:
         raise NotFactored("a concatenation of an in axis with an out axis")
-    ranks = [v.factors[0].size(RANK) if isinstance(v, LowRank) else 0 for v in values]
-    total, stacked = (max(ranks), True) if along[0] == (True, True) else (sum(ranks), False)
-    dtype = jnp.result_type(*(x.array.dtype for v in lows for x in v.factors))
-    factors = []
-    for i in (0, 1):
-        dims = next(complete_units(v, axis).factors[i].dims for v in lows)
-        blocks, before = [], 0
-        for v, rank in zip(values, ranks, strict=True):
-            start = 0 if stacked else before
-            before += rank
-            if isinstance(v, LowRank):
-                x = cast(complete_units(v, axis).factors[i], dtype).ordered(dims)
-                blocks.append(_padded_rank(x, start, total) if along[0][i] else x.array)
-            elif along[0][i]:
-                shape = [total if d == RANK else jnp.shape(v)[d] for d in dims]  # type: ignore[call-overload]
+    if len({tuple(frozenset(x.dims) for x in pair) for pair in pairs if pair is not None}) != 1:
+        raise NotFactored("a concatenation of weights whose updates have different forms")
+    ranks = [0 if pair is None else pair[0].size(RANK) for pair in pairs]
+    stacked = has_axis[0] == (True, True)
+    total = max(ranks) if stacked else sum(ranks)
+    starts = [0 if stacked else sum(ranks[:i]) for i in range(len(ranks))]
+    dtype = jnp.result_type(*(x.array.dtype for v in lows for x in v.terms[0]))
+
+    def join(i: int) -> NamedArray:
+        """The ``i``-th factor of the concatenation."""
+        dims = next(pair[i].dims for pair in pairs if pair is not None)
+        blocks = []
+        for v, pair, start in zip(values, pairs, starts, strict=True):
+            if pair is not None:
+                x = cast(pair[i], dtype).transpose_to(dims)
+                blocks.append(_pad_rank(x, start, total) if has_axis[0][i] else x.array)
+            elif has_axis[0][i]:
+                shape = [total if d == RANK else jnp.shape(v)[d] for d in dims]  # type: ignore[call-overload, arg-type]
                 blocks.append(jnp.zeros(shape, dtype))
-        position = dims.index(axis if along[0][i] else RANK)
-        factors.append(Named(jnp.concatenate(blocks, position), dims))
-    return dataclasses.replace(lows[0], w=w, factors=tuple(factors), path=_paths(lows))
+        return NamedArray(jnp.concatenate(blocks, dims.index(axis if has_axis[0][i] else RANK)), dims)
+
+    return dataclasses.replace(lows[0], frozen=frozen, terms=((join(0), join(1)),), path=_join_paths(lows))
 
 
-def complete_units(value: LowRank, axis: int) -> LowRank:
-    """The same value; an ``axis`` of neither factor becomes one of both, a stack."""
-    if any(axis in x.dims for x in value.factors):
-        return value
-    return dataclasses.replace(value, factors=tuple(x.extended(axis, value.shape[axis]) for x in value.factors))
+def _with_axis(term: Term, axis: int, shape: Shape) -> Term:
+    """``term``; an ``axis`` of neither factor becomes one of both, a stack."""
+    if any(axis in x.dims for x in term):
+        return term
+    return tuple(x.broadcast_axis(axis, shape[axis]) for x in term)
 
 
-def _padded_rank(x: Named, start: int, total: int) -> Any:
+def _pad_rank(x: NamedArray, start: int, total: int) -> Array:
     """The array of a factor with its ranks at ``start`` of ``total``, zeros elsewhere."""
-    room = [(0, 0, 0)] * x.array.ndim
-    room[x.axis(RANK)] = (start, total - start - x.size(RANK), 0)
-    return lax.pad(x.array, jnp.zeros((), x.array.dtype), room)
+    padding = [(0, 0, 0)] * x.array.ndim
+    padding[x.axis(RANK)] = (start, total - start - x.size(RANK), 0)
+    return lax.pad(x.array, jnp.zeros((), x.array.dtype), padding)
+
+
+def add(left: LowRank, right: LowRank, frozen: FrozenWeight) -> LowRank:
+    """The sum of two weights of one shape: their updates are terms of one."""
+    if left.probe:
+        return _combine_probes([left, right], frozen)
+    plain = all(v.dropout is None and v.gain is None and not v.tap for v in (left, right))
+    if not plain or left.shape != right.shape:
+        raise NotFactored("a sum of two adapted weights of different shapes, under dropout, or with DoRA")
+    terms = (*left.terms, *right.terms)
+    return dataclasses.replace(left, frozen=frozen, terms=terms, path=_join_paths([left, right]))
 
 
 def select(
-    cases: Sequence[Any], w: Any, axes: Sequence[int], pick: Callable[[Sequence[Any], Sequence[Name]], Any]
+    cases: Sequence[Operand],
+    frozen: FrozenWeight,
+    axes: Sequence[int],
+    pick: Callable[[Sequence[Array], Sequence[Name]], Array],
 ) -> LowRank:
     """One of ``cases``, some of them plain arrays, by an index that varies along ``axes`` of the value only.
 
@@ -71,103 +97,112 @@ def select(
 
     Args:
         cases: What may be picked.
-        w: What the frozen parts give.
+        frozen: What the frozen parts give.
         axes: The axes along which the index varies. One factor must have them all, but for those that neither has.
         pick: ``pick(arrays, dims)``, the choice among arrays with axes ``dims``.
     """
     lows = [v for v in cases if isinstance(v, LowRank)]
     first = lows[0]
     if first.probe:
-        return _probed(lows, w)
-    alike = len({_form(v) for v in lows}) == 1 and not first.watching
+        return _combine_probes(lows, frozen)
+    alike = len({_form(v) for v in lows}) == 1 and not first.tap
     if not alike or (len(lows) < len(cases) and first.gain is not None):
-        raise NotFactored("a choice between weights whose updates are not alike")
+        raise NotFactored("a choice between weights whose updates have different forms")
 
-    def masked(k: int, i: int, new: Sequence[int]) -> Any:
-        x = _extended(cases[k].factors[i].ordered(first.factors[i].dims), new, w.shape)
-        return pick([x.array if case == k else jnp.zeros_like(x.array) for case in range(len(cases))], x.dims)
+    def mask(case: int, x: NamedArray, new_axes: Sequence[int]) -> Array:
+        """``x`` where ``case`` is picked, zero elsewhere."""
+        x = _broadcast_axes(x, new_axes, frozen.shape)
+        return pick([x.array if i == case else jnp.zeros_like(x.array) for i in range(len(cases))], x.dims)
 
-    factors = []
-    for i in range(0, len(first.factors), 2):
-        held = i + _holder([x.dims for x in first.factors[i : i + 2]], axes)
-        for j in (i, i + 1):
-            dims = first.factors[j].dims
-            new = [d for d in axes if d not in dims] if j == held else []
-            arrays = [
-                masked(k, j, new) if j == held else v.factors[j].ordered(dims).array
-                for k, v in enumerate(cases)
-                if isinstance(v, LowRank)
-            ]
-            factors.append(Named(jnp.concatenate(arrays, dims.index(RANK)), (*dims, *new)))
+    terms = []
+    for t, term in enumerate(first.terms):
+        holder = _factor_along(term, axes)
+        factors = []
+        for j, factor in enumerate(term):
+            dims = factor.dims
+            new_axes = [d for d in axes if d not in dims] if j == holder else []
+            aligned = [(k, v.terms[t][j].transpose_to(dims)) for k, v in enumerate(cases) if isinstance(v, LowRank)]
+            arrays = [mask(k, x, new_axes) if j == holder else x.array for k, x in aligned]
+            factors.append(NamedArray(jnp.concatenate(arrays, dims.index(RANK)), (*dims, *new_axes)))
+        terms.append(tuple(factors))
     gain = first.gain
     if gain is not None:
-        gains = [_extended(v.gain.ordered(gain.dims), [d for d in axes if d not in gain.dims], w.shape) for v in cases]
-        gain = Named(pick([x.array for x in gains], gains[0].dims), gains[0].dims)
+        new_axes = [d for d in axes if d not in gain.dims]
+        gains = [_broadcast_axes(v.gain.transpose_to(gain.dims), new_axes, frozen.shape) for v in lows if v.gain]
+        gain = NamedArray(pick([x.array for x in gains], gains[0].dims), gains[0].dims)
     return dataclasses.replace(
-        first, w=w, factors=tuple(factors), gain=gain, path=_paths(lows), fusible=all(v.fusible for v in lows)
+        first,
+        frozen=frozen,
+        terms=tuple(terms),
+        gain=gain,
+        path=_join_paths(lows),
+        fusible=all(v.fusible for v in lows),
     )
 
 
-def scaled(value: LowRank, w: Any, by: Named) -> LowRank:
+def scale_by_channel(value: LowRank, frozen: FrozenWeight, by: NamedArray) -> LowRank:
     """The value times an array that varies along some of its axes, which goes on the factor that has them."""
     if value.probe:
-        return value.with_w(w)
-    factors = list(value.factors)
-    for i in range(0, len(factors), 2):
-        held = i + _holder([x.dims for x in factors[i : i + 2]], by.dims)  # type: ignore[arg-type]
-        x = _extended(factors[held], [d for d in by.dims if d not in factors[held].dims], value.shape)  # type: ignore[misc]
-        factors[held] = Named(x.array * by.spread(x.dims).astype(x.array.dtype), x.dims)
-    return dataclasses.replace(value, w=w, factors=tuple(factors))
+        return value.with_frozen(frozen)
+    axes: list[int] = list(by.dims)  # type: ignore[arg-type]
+    terms = []
+    for term in value.terms:
+        factors, holder = list(term), _factor_along(term, axes)
+        x = _broadcast_axes(factors[holder], [d for d in axes if d not in factors[holder].dims], value.shape)
+        factors[holder] = NamedArray(x.array * by.broadcastable(x.dims).astype(x.array.dtype), x.dims)
+        terms.append(tuple(factors))
+    return dataclasses.replace(value, frozen=frozen, terms=tuple(terms))
 
 
-def padded(value: LowRank, w: Any, room: Sequence[tuple[int, int, int]]) -> LowRank:
-    """The value with ``room`` (low, high, interior) along each axis, where the update is zero and the gain one."""
-    new = [d for d, amounts in enumerate(room) if any(amounts)]
+def pad(value: LowRank, frozen: FrozenWeight, config: Sequence[tuple[int, int, int]]) -> LowRank:
+    """The value padded along each axis by ``config`` (low, high, interior): the update by zero, the gain by one."""
+    padded_axes = [d for d, amounts in enumerate(config) if any(amounts)]
 
-    def padding(x: Named, filling: float) -> Named:
-        amounts = [(0, 0, 0) if d == RANK else room[d] for d in x.dims]  # type: ignore[call-overload]
-        return Named(lax.pad(x.array, jnp.asarray(filling, x.array.dtype), amounts), x.dims)
+    def pad_array(x: NamedArray, fill: float, repeated_axes: Sequence[int]) -> NamedArray:
+        x = _broadcast_axes(x, repeated_axes, value.shape)
+        amounts = [(0, 0, 0) if d == RANK else config[d] for d in x.dims]  # type: ignore[call-overload]
+        return NamedArray(lax.pad(x.array, jnp.asarray(fill, x.array.dtype), amounts), x.dims)
 
-    parts: list[Named] = []
-    for i in range(0, len(value.factors), 2):
-        pair = value.factors[i : i + 2]
-        repeated = [] if value.probe else [d for d in new if not any(d in x.dims for x in pair)]
-        parts += [padding(_extended(x, repeated if x is pair[-1] else [], value.shape), 0.0) for x in pair]
-    if value.gain is not None:
-        repeated = [d for d in new if d not in value.gain.dims]
-        parts.append(padding(_extended(value.gain, repeated, value.shape), 1.0))
-    return value.with_parts(parts, w=w)
+    def pad_term(term: Term) -> Term:
+        repeated = [] if value.probe else [d for d in padded_axes if not any(d in x.dims for x in term)]
+        return tuple(pad_array(x, 0.0, repeated if x is term[-1] else []) for x in term)
 
-
-def _holder(dims: Sequence[Sequence[Name]], axes: Sequence[int]) -> int:
-    """Which of two factors can vary along ``axes`` without taking on an axis of the other."""
-    for held in (1, 0):
-        if all(d in dims[held] or d not in dims[1 - held] for d in axes):
-            return held
-    raise NotFactored("a choice or scale by element of the weight")
+    gain = value.gain
+    if gain is not None:
+        gain = pad_array(gain, 1.0, [d for d in padded_axes if d not in gain.dims])
+    return dataclasses.replace(value, frozen=frozen, terms=tuple(pad_term(term) for term in value.terms), gain=gain)
 
 
-def _form(value: LowRank) -> Any:
+def _factor_along(term: Term, axes: Sequence[int]) -> int:
+    """Which factor can vary along ``axes`` without taking on an axis of the other."""
+    for i in (1, 0):
+        if all(d in term[i].dims or d not in term[1 - i].dims for d in axes):
+            return i
+    raise NotFactored("a choice or a scale that differs from element to element of the weight")
+
+
+def _form(value: LowRank) -> Hashable:
     """What two values must have in common for one to stand where the other may."""
-    return tuple(frozenset(x.dims) for x in value.parts), value.gain is None, value.rate
+    rate = None if value.dropout is None else value.dropout.rate
+    return tuple(frozenset(x.dims) for x in value.named_arrays), value.gain is None, rate
 
 
-def _extended(x: Named, names: Sequence[int], shape: Sequence[int]) -> Named:
+def _broadcast_axes(x: NamedArray, names: Sequence[int], shape: Sequence[int]) -> NamedArray:
     for name in names:
-        x = x.extended(name, shape[name])
+        x = x.broadcast_axis(name, shape[name])
     return x
 
 
-def _paths(values: Sequence[LowRank]) -> str:
-    return SIDE_BY_SIDE.join(dict.fromkeys(v.path for v in values))
+def _join_paths(values: Sequence[LowRank]) -> Path:
+    return PATH_SEPARATOR.join(dict.fromkeys(v.path for v in values))
 
 
-def _probed(probes: Sequence[LowRank], w: Any) -> LowRank:
-    """Probes whose axes lie alike, as one of all their weights."""
-    if len({tuple(x.dims for x in v.factors) for v in probes}) > 1:
-        raise NotFactored("weights whose axes lie unlike each other")
+def _combine_probes(probes: Sequence[LowRank], frozen: FrozenWeight) -> LowRank:
+    """Probes whose axes are in the same places, as one probe of all their weights."""
+    if len({tuple(x.dims for term in v.terms for x in term) for v in probes}) > 1:
+        raise NotFactored("weights whose axes are in different places")
     factors = [
-        Named(jnp.ones([1 if d == RANK else w.shape[d] for d in x.dims]), x.dims)  # type: ignore[call-overload]
-        for x in probes[0].factors
+        NamedArray(jnp.ones([1 if d == RANK else frozen.shape[d] for d in x.dims]), x.dims)  # type: ignore[call-overload]
+        for x in probes[0].terms[0]
     ]
-    return dataclasses.replace(probes[0], w=w, factors=tuple(factors), path=_paths(probes))
+    return dataclasses.replace(probes[0], frozen=frozen, terms=(tuple(factors),), path=_join_paths(probes))

@@ -1,10 +1,10 @@
-"""The product with a factor that moves: its gradient takes a CPU no turning over of an activation.
+"""A product with the tangent of a factor, whose transpose on a CPU needs no transposed copy of an activation.
 
-The gradient of a factor sums over all tokens, ``x^T g``. JAX writes it as ``g^T x``, turned, and XLA:CPU then turns
-over whichever operand stands first, or, where it makes one product of both, multiplies ``x^T`` by a narrow ``g``.
-Either takes a third of the time of ``x W``. So this product is a primitive of its own, whose transpose says what is
-wanted, and whose lowering for a CPU puts the smaller operand first and turns the result. Elsewhere it is
-`named.multiply` and nothing else.
+The gradient of a factor sums over all tokens, ``x^T g``. JAX writes it as ``(g^T x)^T``, and XLA:CPU then copies
+whichever operand comes first with its axes transposed, or, where it merges the two transposes, multiplies ``x^T`` by a
+narrow ``g``. Either takes a third of the time of ``x W`` (seen with JAX 0.10 to 0.12). So this product is a primitive
+of its own: its transpose rule marks the gradient of a factor, and its lowering for a CPU puts the smaller operand first
+and transposes the small result. On other devices it is `multiply` and nothing else.
 """
 
 from __future__ import annotations
@@ -16,82 +16,109 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from lojax.lowrank.named_array import Name, Named, multiply, sizes
+from lojax.lowrank.named_array import Name, NamedArray, Precision, axis_lengths, multiply
+from lojax.types import Array, Dtype
 
-TOKENS = 4
-"""A gradient is worth turning where the larger operand is so many times as large."""
+Dims = tuple[Name, ...]
 
-moving_p = Primitive("moving_product")
+TRANSPOSE_RATIO = 4
+"""The larger operand must have this many times the entries of the result for the other order to pay: the result is
+transposed once, and below that the copies of XLA:CPU cost no more."""
+
+factor_product_p = Primitive("lojax_factor_product")
 """``multiply(x, y, out)``, with the names of all axes as parameters; ``gradient`` where it is that of a factor."""
 
 
-class Moving(Named):
+class FactorTangent(NamedArray):
     """A factor that is a tangent."""
 
 
-def product(
-    x: Named, y: Named, out: Sequence[Name], *, precision: Any = None, dtype: Any = None, like: Any = None
-) -> Named:
-    """`named.multiply` with a `Moving` factor ``y``; where a mesh is in the types, that itself."""
+def factor_product(
+    x: NamedArray,
+    y: NamedArray,
+    out: Sequence[Name],
+    *,
+    precision: Precision = None,
+    dtype: Dtype | None = None,
+    like: ShapedArray | None = None,
+) -> NamedArray:
+    """`multiply` with a `FactorTangent` ``y``; where types carry a mesh, `multiply` itself."""
     if not jax.typeof(x.array).sharding.mesh.empty:
         return multiply(x, y, out, precision=precision, dtype=dtype, like=like)
-    names = {"x_dims": x.dims, "y_dims": y.dims, "out": tuple(out)}
     kind = jnp.dtype(dtype if dtype is not None else x.array.dtype)
-    return Named(moving_p.bind(x.array, y.array, **names, precision=precision, dtype=kind, gradient=False), tuple(out))
+    dims = {"x_dims": x.dims, "y_dims": y.dims, "out": tuple(out)}
+    y_out = factor_product_p.bind(x.array, y.array, **dims, precision=precision, dtype=kind, gradient=False)
+    return NamedArray(y_out, tuple(out))
 
 
-def _plain(x: Any, y: Any, *, x_dims: Any, y_dims: Any, out: Any, gradient: bool, **settings: Any) -> Any:
-    return multiply(Named(x, x_dims), Named(y, y_dims), out, **settings).array
+def _multiply(x: Array, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, gradient: bool, **settings: Any) -> Array:
+    return multiply(NamedArray(x, x_dims), NamedArray(y, y_dims), out, **settings).array
 
 
-def _on_a_cpu(x: Any, y: Any, *, x_dims: Any, y_dims: Any, out: Any, gradient: bool, **settings: Any) -> Any:
-    small, large = sorted((Named(x, x_dims), Named(y, y_dims)), key=lambda v: v.array.size)
-    length = sizes(small, large)
-    if not gradient or large.array.size < TOKENS * math.prod(length[d] for d in out):
-        return multiply(Named(x, x_dims), Named(y, y_dims), out, **settings).array
+def _multiply_on_cpu(
+    x: Array, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, gradient: bool, **settings: Any
+) -> Array:
+    small, large = sorted((NamedArray(x, x_dims), NamedArray(y, y_dims)), key=lambda v: v.array.size)
+    length = axis_lengths(small, large)
+    if not gradient or large.array.size < TRANSPOSE_RATIO * math.prod(length[d] for d in out):
+        return _multiply(x, y, x_dims=x_dims, y_dims=y_dims, out=out, gradient=gradient, **settings)
     batch = [d for d in small.dims if d in large.dims and d in out]
     dims = [*batch, *(d for v in (small, large) for d in v.dims if d in out and d not in batch)]
     if small.dims == y_dims and isinstance(settings["precision"], tuple):
         settings |= {"precision": settings["precision"][::-1]}
-    found = multiply(small, large, dims, **settings)
-    if found.dims == out:
-        return found.array
-    kind = jnp.finfo(found.array.dtype)  # XLA would turn over an operand instead, but not across an operation
-    return Named(lax.reduce_precision(found.array, kind.nexp, kind.nmant), found.dims).ordered(out).array
+    product = multiply(small, large, dims, **settings)
+    if product.dims == out or jnp.issubdtype(product.array.dtype, jnp.complexfloating):
+        return product.transpose_to(out).array
+    # XLA merges the transpose of a product into the product and copies an operand after all; it does not merge across
+    # an operation, and this one rounds to the precision that the values have. There is none for complex numbers.
+    info = jnp.finfo(product.array.dtype)
+    rounded = lax.reduce_precision(product.array, info.nexp, info.nmant)
+    return NamedArray(rounded, product.dims).transpose_to(out).array
 
 
-def _shaped(x: Any, y: Any, *, x_dims: Any, y_dims: Any, out: Any, dtype: Any, **_: Any) -> Any:
-    length = sizes(Named(x, x_dims), Named(y, y_dims))
+def _abstract_product(
+    x: Any, y: Any, *, x_dims: Dims, y_dims: Dims, out: Dims, dtype: Dtype, gradient: bool, precision: Precision
+) -> Any:
+    length = axis_lengths(NamedArray(x, x_dims), NamedArray(y, y_dims))
     return x.update(shape=tuple(length[d] for d in out), dtype=dtype, weak_type=False)
 
 
-def _of_x(cotangent: Any, x: Any, y: Any, *, x_dims: Any, y_dims: Any, out: Any, precision: Any, **_: Any) -> Any:
-    found = multiply(Named(cotangent, out), Named(y, y_dims), x_dims, precision=precision, dtype=cotangent.dtype)
-    return found.array.astype(x.aval.dtype)
+def _transpose_x(
+    cotangent: Array, x: Any, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, precision: Precision, **_: Any
+) -> Array:
+    x_bar = multiply(
+        NamedArray(cotangent, out), NamedArray(y, y_dims), x_dims, precision=precision, dtype=cotangent.dtype
+    )
+    return x_bar.array.astype(x.aval.dtype)
 
 
-def _of_y(cotangent: Any, x: Any, y: Any, *, x_dims: Any, y_dims: Any, out: Any, precision: Any, **_: Any) -> Any:
-    names = {"x_dims": out, "y_dims": x_dims, "out": y_dims}
-    found = moving_p.bind(cotangent, x, **names, precision=precision, dtype=cotangent.dtype, gradient=True)
-    return found.astype(y.aval.dtype)
+def _transpose_y(
+    cotangent: Array, x: Array, y: Any, *, x_dims: Dims, y_dims: Dims, out: Dims, precision: Precision, **_: Any
+) -> Array:
+    dims = {"x_dims": out, "y_dims": x_dims, "out": y_dims}
+    y_bar = factor_product_p.bind(cotangent, x, **dims, precision=precision, dtype=cotangent.dtype, gradient=True)
+    return y_bar.astype(y.aval.dtype)
 
 
-def _batched(args: Any, axes: Any, *, x_dims: Any, y_dims: Any, out: Any, **params: Any) -> Any:
+def _batch(
+    operands: Sequence[Array], axes: Sequence[int | None], *, x_dims: Dims, y_dims: Dims, out: Dims, **params: Any
+) -> tuple[Array, int]:
     taken = {*x_dims, *y_dims, *out}
     name = next(n for i in range(len(taken) + 1) if (n := ("vmap", i)) not in taken)
     x_dims, y_dims = (
         dims if axis is None else (*dims[:axis], name, *dims[axis:])
         for dims, axis in zip((x_dims, y_dims), axes, strict=True)
     )
-    return moving_p.bind(*args, x_dims=x_dims, y_dims=y_dims, out=(name, *out), **params), 0
+    return factor_product_p.bind(*operands, x_dims=x_dims, y_dims=y_dims, out=(name, *out), **params), 0
 
 
-moving_p.def_impl(_plain)
-moving_p.def_abstract_eval(_shaped)
-ad.defbilinear(moving_p, _of_x, _of_y)
-batching.primitive_batchers[moving_p] = _batched
-mlir.register_lowering(moving_p, mlir.lower_fun(_plain, multiple_results=False))
-mlir.register_lowering(moving_p, mlir.lower_fun(_on_a_cpu, multiple_results=False), platform="cpu")
+factor_product_p.def_impl(_multiply)
+factor_product_p.def_abstract_eval(_abstract_product)
+ad.defbilinear(factor_product_p, _transpose_x, _transpose_y)
+batching.primitive_batchers[factor_product_p] = _batch
+mlir.register_lowering(factor_product_p, mlir.lower_fun(_multiply, multiple_results=False))
+mlir.register_lowering(factor_product_p, mlir.lower_fun(_multiply_on_cpu, multiple_results=False), platform="cpu")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from lojax.adapters.adapter import Adapter, is_adapter, scaled
+from lojax.adapters.adapter import Adapter, is_adapter, scale_update
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair, check_structure
@@ -88,7 +88,7 @@ def _negated(path: str, trained: Any) -> Any:
             f"{path}: a DoRA merge sets the length of every column to its magnitude, so the base's own lengths are "
             "gone from params. Keep frozen, or load the base again."
         )
-    return scaled(trained, -1.0)
+    return scale_update(trained, -1.0)
 
 
 def _merged(frozen: Any, lora: Any, add: Callable[[Any, Adapter], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The cost model: which way a product with an adapted weight is computed.
+"""The cost model: which way a product with an adapted weight is computed, decided in one place for each use.
 
 T tokens, m in, n out, rank r. Floating-point operations, forward and backward with dA, dB and dx together:
 
@@ -8,11 +8,11 @@ T tokens, m in, n out, rank r. Floating-point operations, forward and backward w
 | fused         | 4Tmn + 4Tr(m + n) + 4mnr       | one array of the size of the weight          |
 | materialize   | 6Tmn + 6mnr                    | two of the size of the weight: it, its grad. |
 
-``"auto"`` takes the fused way where it is as exact and costs less, the factored way otherwise. As exact means:
+``"auto"`` takes the fused product where it is as exact and costs less, the factored one otherwise. As exact means:
 weight, activation and result in float32 or wider *and* products in float32, which a GPU or a TPU only
 does at `jax.lax.Precision.HIGHEST`. In bfloat16 the sum ``W0 + s A B`` loses most of a small update (78 % of
 the entries do not change where the update is a thousandth of the weight). Costs less means: fewer operations,
-``T > 2mn / (m + n)``, with a margin for the room and the time that forming the weight takes.
+``T > 2mn / (m + n)``, with a margin for the room and the time that materializing the weight takes.
 
 Everything is read off static shapes. What `jax.vmap` adds around the program is not seen: to run many adapters on
 one input, ask for ``"factored"``.
@@ -21,19 +21,23 @@ one input, ask for ``"factored"``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lojax.lowrank.named_array import Precision
+from lojax.text import suggest
+from lojax.types import Array, Dtype
 
 Strategy = Literal["factored", "fused", "materialize"]
 EXECUTIONS = ("auto", "factored", "fused", "materialize")
 """What a user may ask for."""
 
 MARGIN = 1.25
-"""The fused way must save this many times the operations that forming the weight takes."""
+"""The fused product must save this many times the operations that materializing the weight takes: operations on a
+weight-sized array run at the speed of memory and not of the matrix units (`benchmarks/layer_cost.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +47,12 @@ class Work:
     Attributes:
         base: Of the frozen product, ``2Tmn``.
         low_rank: Of the two products with the factors, ``2Tr(m + n)``.
-        forming: Of the product of the factors, ``2mnr``.
+        materializing: Of the product of the factors, ``2mnr``.
     """
 
     base: int
     low_rank: int
-    forming: int
+    materializing: int
 
     def flops(self, strategy: Strategy) -> int:
         """Forward and backward, with the gradients of both factors and of the activation.
@@ -60,8 +64,27 @@ class Work:
         if strategy == "factored":
             return 2 * self.base + 3 * self.low_rank
         if strategy == "fused":
-            return 2 * self.base + 2 * self.low_rank + 2 * self.forming
-        return 3 * self.base + 3 * self.forming
+            return 2 * self.base + 2 * self.low_rank + 2 * self.materializing
+        return 3 * self.base + 3 * self.materializing
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product with an adapted weight: its value, and what the update added to its cost.
+
+    Attributes:
+        value: The product.
+        flops: Floating-point operations of the frozen product.
+        extra_flops: Floating-point operations that the update added.
+        extra_bytes: Bytes of the arrays that the update made on the way.
+        strategy: How it was computed.
+    """
+
+    value: Array
+    flops: int
+    extra_flops: int
+    extra_bytes: int
+    strategy: Strategy = "factored"
 
 
 def dense_layer(tokens: int, m: int, n: int, rank: int) -> Work:
@@ -69,24 +92,23 @@ def dense_layer(tokens: int, m: int, n: int, rank: int) -> Work:
     return Work(2 * tokens * m * n, 2 * tokens * rank * (m + n), 2 * m * n * rank)
 
 
-def checked_execution(execution: str, strict: bool) -> str:
-    """``execution``, if it is a name we know and goes with ``strict``.
+def check_execution(execution: str, strict: bool) -> str:
+    """``execution``, if it is one of `EXECUTIONS` and goes with ``strict``.
 
     Raises:
         ValueError: It is not, or does not.
     """
     if execution not in EXECUTIONS:
-        near = difflib.get_close_matches(str(execution), EXECUTIONS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = suggest(execution, EXECUTIONS)
         raise ValueError(f"execution={execution!r} is unknown; expected one of {list(EXECUTIONS)}.{hint}")
     if execution == "materialize" and strict:
         raise ValueError(
-            "execution='materialize' forms every weight and strict=True forbids to form any. Leave one of them out."
+            "execution='materialize' materializes every weight, and strict=True forbids that. Leave one of them out."
         )
     return execution
 
 
-def choose(execution: str, work: Work, *, dtypes: tuple[Any, ...], precision: Any) -> Strategy:
+def choose_strategy(execution: str, work: Work, *, dtypes: tuple[Dtype, ...], precision: Precision) -> Strategy:
     """The way to compute a product that can be computed either way.
 
     Args:
@@ -99,10 +121,10 @@ def choose(execution: str, work: Work, *, dtypes: tuple[Any, ...], precision: An
         return "fused" if execution == "fused" else "factored"
     if not exact(dtypes, precision, jax.default_backend()):
         return "factored"
-    return "fused" if work.low_rank >= 2 * MARGIN * work.forming else "factored"
+    return "fused" if work.low_rank >= 2 * MARGIN * work.materializing else "factored"
 
 
-def exact(dtypes: tuple[Any, ...], precision: Any, platform: str) -> bool:
+def exact(dtypes: tuple[Dtype, ...], precision: Precision, platform: str) -> bool:
     """Whether rounding ``W0 + s A B`` to the dtype of the weight loses no more than the product itself does.
 
     >>> exact((jnp.float32,) * 3, None, "cpu"), exact((jnp.float32,) * 3, None, "tpu")

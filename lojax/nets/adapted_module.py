@@ -7,18 +7,23 @@ and ``nnx.value_and_grad(..., argnums=nnx.DiffState(0, nnx.LoRAParam))`` train e
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx, traverse_util
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.axes import array_axes
+from lojax.adapters.adapter import Adapter, array_axes, is_adapter
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair
-from lojax.nets.nnx import NNXNet, copied, open_nnx, variables
-from lojax.nets.params_check import call
+from lojax.nets.net import Net
+from lojax.nets.nnx import NNXNet, copy_objects, from_nnx
+from lojax.nets.nnx_state import state_of
+from lojax.nets.params_check import Method, call_method
 from lojax.rewrite.transform import transform
+from lojax.types import Array, Key, Params, Path, PyTree
+
+TreeDef: TypeAlias = Any
+"""What `jax.tree.structure` returns; JAX exports no type for it."""
 
 
 class AdaptedModule(nnx.Module):
@@ -36,28 +41,33 @@ class AdaptedModule(nnx.Module):
     """
 
     def __init__(
-        self, net: nnx.Module, adapters: dict[str, Adapter], *, strict: bool, execution: str, rngs: nnx.Rngs | None
+        self, net: nnx.Module, adapters: dict[Path, Adapter], *, strict: bool, execution: str, rngs: nnx.Rngs | None
     ):
-        weights = _params(net)
-        factors = {tuple(path.split("/")): _variables(adapter, weights[path]) for path, adapter in adapters.items()}
+        weights = _parameters(net)
+        variables = {tuple(path.split("/")): _variables(adapter, weights[path]) for path, adapter in adapters.items()}
         self.net = net
-        self.lora = nnx.data(traverse_util.unflatten_dict(factors))
-        self.forms = nnx.static(tuple((path, jax.tree.structure(adapter)) for path, adapter in adapters.items()))
+        self.lora = nnx.data(traverse_util.unflatten_dict(variables))
+        self.treedefs = nnx.static(tuple((path, jax.tree.structure(adapter)) for path, adapter in adapters.items()))
         self.strict = strict
         self.execution = execution
         self.rngs = rngs
         self.deterministic = False
 
-    def pair(self) -> tuple[Any, Any]:
-        """``(frozen, lora)`` as they are now: for `Model.apply`, `merge` and `save`."""
-        held = {path: (variable.get_value(), _trains(variable)) for path, variable in _params(self.net).items()}
+    def pair(self) -> tuple[Params, Params]:
+        """``(frozen, lora)`` as they are now: for `Model.apply`, `merge` and `save`.
+
+        Batch statistics and whatever else outlives a call are in ``frozen``, as the calls so far have left them.
+        """
         adapters = self._adapters()
-        tree = nnx.to_pure_dict(nnx.state(self.net, nnx.Param))
-        frozen = map_paths(lambda path, _: None if held[path][1] else held[path][0], tree)
-        lora = map_paths(lambda path, _: held[path][0] if held[path][1] else adapters.get(path), tree)
+        trained_paths = {path for path, variable in _parameters(self.net).items() if _trains(variable)}
+        params = from_nnx(self.net).params
+        frozen = map_paths(lambda path, leaf: None if path in trained_paths else leaf, params)
+        lora = map_paths(lambda path, leaf: leaf if path in trained_paths else adapters.get(path), params)
         return frozen, lora
 
-    def __call__(self, *args: Any, dropout_key: Any = None, method: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: object, dropout_key: Key | None = None, method: Method = None, **kwargs: object
+    ) -> PyTree:
         """What the net returns with its weights adapted.
 
         Args:
@@ -68,12 +78,12 @@ class AdaptedModule(nnx.Module):
         """
         if dropout_key is None and self.rngs is not None and not self.deterministic:
             dropout_key = self.rngs.dropout()
-        parts = open_nnx(self.net)
+        pure_net = from_nnx(self.net)
 
-        def run(params: Any, *args: Any, **kwargs: Any) -> Any:
-            net = parts.bind(params)
-            args, kwargs = copied((args, kwargs))
-            return call(net, method, args, kwargs), variables(net)
+        def run(params: Params, *args: object, **kwargs: object) -> tuple[PyTree, nnx.State]:
+            net = pure_net.bind(params)
+            args, kwargs = copy_objects((args, kwargs))
+            return call_method(net, method, args, kwargs), state_of(net)
 
         adapted = transform(run, strict=self.strict, execution=self.execution)
         outputs, state = adapted(*self.pair(), *args, dropout_key=dropout_key, **kwargs)
@@ -88,48 +98,48 @@ class AdaptedModule(nnx.Module):
             return functools.partial(self.__call__, method=name)
         return getattr(net, name)
 
-    def _adapters(self) -> dict[str, Adapter]:
+    def _adapters(self) -> dict[Path, Adapter]:
         """The adapters by path, as arrays."""
-        flat: dict[Any, Any] = traverse_util.flatten_dict(self.lora)  # type: ignore[assignment]
-        found = {}
-        for path, form in self.forms:
-            names = _names(form)
-            found[path] = jax.tree.unflatten(form, [flat[*path.split("/"), name].get_value() for name in names])
-        return found
+        variables: dict[tuple[str, ...], nnx.Variable[Array]] = traverse_util.flatten_dict(self.lora)  # type: ignore[assignment]
+        adapters = {}
+        for path, treedef in self.treedefs:
+            arrays = [variables[*path.split("/"), name].get_value() for name in _variable_names(treedef)]
+            adapters[path] = jax.tree.unflatten(treedef, arrays)
+        return adapters
 
 
 def as_module(
-    net: Any, frozen: Any, lora: Any, *, strict: bool, execution: str, rngs: nnx.Rngs | None
+    net: Net, frozen: Params, lora: Params, *, strict: bool, execution: str, rngs: nnx.Rngs | None
 ) -> AdaptedModule:
     """The `AdaptedModule` of an NNX net.
 
     Raises:
-        TypeError: The net is of another kind.
+        TypeError: The net is of another kind, or ``rngs`` is not an `nnx.Rngs`.
         ValueError: The trees do not fit the net.
     """
     if not isinstance(net, NNXNet):
         raise TypeError(
-            f"as_nnx is for NNX nets, and this one is a {type(net).__name__.removesuffix('Net')}. Train lora itself "
-            "with optax: every array in it trains, and jax.grad with respect to it is all a loop needs."
+            f"as_nnx is for NNX modules, and this net is {net.kind}. Train lora itself with optax: every array in "
+            "it trains, and jax.grad with respect to it is all a loop needs."
+        )
+    if not isinstance(rngs, nnx.Rngs | None):
+        raise TypeError(
+            f"rngs is of type {type(rngs).__name__}; expected an nnx.Rngs, such as nnx.Rngs(dropout=0), or None."
         )
     check_pair(frozen, lora)
-    trained = flatten(lora)
-
-    def typed(path: str, weight: Any) -> Any:
-        return weight if trained[path] is None or is_adapter(trained[path]) else trained[path]
-
-    module = net.bind(map_paths(typed, frozen))
+    trained = {path: leaf for path, leaf in flatten(lora).items() if leaf is not None}
     adapters = {path: leaf for path, leaf in trained.items() if is_adapter(leaf)}
-    full = {path for path, leaf in trained.items() if leaf is not None and not is_adapter(leaf)}
-    return AdaptedModule(_retyped(module, full), adapters, strict=strict, execution=execution, rngs=rngs)
+    full = {path: leaf for path, leaf in trained.items() if not is_adapter(leaf)}
+    module = _retype(net.bind(map_paths(lambda path, leaf: full.get(path, leaf), frozen)), set(full))
+    return AdaptedModule(module, adapters, strict=strict, execution=execution, rngs=rngs)
 
 
-def _retyped(module: nnx.Module, full: set[str]) -> nnx.Module:
-    """``module`` with `nnx.LoRAParam` at the paths in ``full``, and no other."""
+def _retype(module: nnx.Module, trained_paths: set[Path]) -> nnx.Module:
+    """``module`` with an `nnx.LoRAParam` at each of the paths, and an `nnx.Param` at every other."""
     graphdef, params, state = nnx.split(module, nnx.Param, ...)
 
-    def retype(keys: tuple[Any, ...], variable: Any) -> Any:
-        trains = "/".join(map(str, keys)) in full
+    def retype(keys: tuple[str | int, ...], variable: nnx.Variable[Array]) -> nnx.Variable[Array]:
+        trains = "/".join(map(str, keys)) in trained_paths
         if trains == _trains(variable):
             return variable
         return (nnx.LoRAParam if trains else nnx.Param).from_metadata(variable.get_value(), variable.get_metadata())
@@ -137,36 +147,33 @@ def _retyped(module: nnx.Module, full: set[str]) -> nnx.Module:
     return nnx.merge(graphdef, nnx.map_state(retype, params), state)
 
 
-def _trains(variable: Any) -> bool:
+def _trains(variable: nnx.Variable[Array]) -> bool:
     return isinstance(variable, nnx.LoRAParam)
 
 
-def _params(net: nnx.Module) -> dict[str, Any]:
+def _parameters(net: nnx.Module) -> dict[Path, nnx.Variable[Array]]:
     """The parameters of a module, as variables, by path."""
     return {"/".join(map(str, keys)): v for keys, v in nnx.to_flat_state(nnx.state(net, nnx.Param))}
 
 
-def _names(form: Any) -> tuple[str, ...]:
+def _variable_names(treedef: TreeDef) -> tuple[str, ...]:
     """What the arrays of an adapter are called in a module: ``lora_a``, ``lora_b``."""
-    adapter = jax.tree.unflatten(form, range(form.num_leaves))
+    adapter = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return tuple(f"lora_{keys[0].name}" for keys, _ in jax.tree_util.tree_flatten_with_path(adapter)[0])
 
 
-def _variables(adapter: Adapter, weight: Any) -> dict[str, Any]:
+def _variables(adapter: Adapter, weight: nnx.Variable[Array]) -> dict[str, nnx.Variable[Array]]:
     """The arrays of an adapter as variables, with the axis names of the weight; the rank axis has none."""
     metadata = weight.get_metadata()
-    names = metadata.get("out_sharding")
-    specs: dict[str, Any] = {}
-    if names is not None:
-        names = (*names, *[None] * (len(adapter.axes) - len(names)))
-        along = array_axes(adapter.axes).items()
-        specs = {f"lora_{name}": tuple(None if d is None else names[d] for d in dims) for name, dims in along}
+    sharding: dict[str, dict[str, Any]] = {}
+    if (axis_names := metadata.get("out_sharding")) is not None:
+        axis_names = (*axis_names, *[None] * (len(adapter.axes) - len(axis_names)))
+        # eager_sharding=False: the arrays are where they should be already, so NNX must not move them.
+        mesh = {"mesh": metadata.get("mesh"), "eager_sharding": False}
+        for name, weight_axes in array_axes(adapter.axes).items():
+            names = tuple(None if axis is None else axis_names[axis] for axis in weight_axes)
+            sharding[f"lora_{name}"] = {"out_sharding": names, **mesh}
 
-    placed = {"mesh": metadata.get("mesh"), "eager_sharding": False}  # the arrays are where they should be already
-    kinds = {"lora_a": nnx.Param} if adapter.frozen_a else {}
-    return {
-        name: kinds.get(name, nnx.LoRAParam)(
-            value, **({"out_sharding": specs[name], **placed} if name in specs else {})
-        )
-        for name, value in zip(_names(jax.tree.structure(adapter)), jax.tree.leaves(adapter), strict=True)
-    }
+    types = {"lora_a": nnx.Param} if adapter.frozen_a else {}
+    arrays = zip(_variable_names(jax.tree.structure(adapter)), jax.tree.leaves(adapter), strict=True)
+    return {name: types.get(name, nnx.LoRAParam)(value, **sharding.get(name, {})) for name, value in arrays}

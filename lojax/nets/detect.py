@@ -1,9 +1,13 @@
-"""The kinds of net, and how each is recognised: by the names of its classes, so that no library is imported for it."""
+"""The kinds of net, and how each is recognized.
+
+Flax comes with lojax. The other libraries are recognized by the names of their classes, so that none is imported
+before a net of it is wrapped.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,11 +15,9 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from lojax.nets.function import FunctionNet
-from lojax.nets.haiku import HaikuNet
-from lojax.nets.linen import LinenNet
+from lojax.nets.function import LINEN, FunctionNet
 from lojax.nets.net import Net
-from lojax.nets.nnx import open_nnx
+from lojax.nets.nnx import from_nnx
 from lojax.nets.transformers import TransformersNet
 
 KINDS = (
@@ -23,65 +25,62 @@ KINDS = (
     "transformers, or a function f(params, *args, **kwargs)"
 )
 
+HINTS = {
+    "haiku.MultiTransformed": "For a Haiku multi_transform, pass one of its functions: "
+    "lambda params, *args: net.apply.name(params, *args).",
+    "haiku.Module": "A Haiku module is built inside a transform: pass hk.transform(lambda *args: Net()(*args)).",
+    "torch.Module": "That is a PyTorch module, and lojax adapts JAX programs. Hugging Face PEFT adapts this one.",
+    "keras.Layer": "For a Keras model on the JAX backend, pass a function of its trainable variables: "
+    "lambda params, x: net.stateless_call(params, net.non_trainable_variables, x)[0].",
+}
+"""What to pass instead of something that is almost a net, by ``library.Class``."""
 
-def open_net(net: Any) -> Net:
+CLASS_HINT = "That is a class: pass an instance."
+TREE_HINT = "That looks like a parameter tree: wrap the net, and pass the tree to model.init."
+SPLIT_HINT = "That is an NNX module already split: pass the module itself, nnx.merge(graphdef, *states)."
+
+
+def as_net(net: Any) -> Net:
     """The `Net` of a net of any kind.
 
     Raises:
         TypeError: ``net`` is of no known kind; the message says what to pass instead.
     """
     if inspect.isclass(net):
-        raise TypeError(_refusal(net, "That is a class: pass an instance."))
+        raise TypeError(_refusal(net, CLASS_HINT))
     if isinstance(net, nn.Module):
-        return LinenNet(net)
+        return FunctionNet(net.apply, type(net).__name__, LINEN, "its variables")
     if isinstance(net, nnx.Module):
-        return open_nnx(net)
-    names = set(_class_names(net))
+        return from_nnx(net)
+    names = [f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(net).__mro__]
     if "transformers.FlaxPreTrainedModel" in names:
         return TransformersNet(net)
-    if names & {"haiku.Transformed", "haiku.TransformedWithState"}:
-        return HaikuNet(net)
-    if "equinox.Module" in names and _holds_arrays(net):
-        from lojax.nets.equinox import open_equinox
+    if "haiku.Transformed" in names or "haiku.TransformedWithState" in names:
+        return FunctionNet(net.apply, net.apply.__name__, "a Haiku function", "what its init returned")
+    if "equinox.Module" in names and _has_arrays(net):
+        from lojax.nets.equinox import from_equinox
 
-        return open_equinox(net)
-    hint = _hint(net, names)
+        return from_equinox(net)
+    hint = SPLIT_HINT if _is_split(net) else next((HINTS[n] for n in names if n in HINTS), "")
+    if not hint and isinstance(net, Mapping) and _has_arrays(net):
+        hint = TREE_HINT
     if callable(net) and not hint:
-        return FunctionNet(net)
+        return FunctionNet(net, getattr(net, "__name__", type(net).__name__))
     raise TypeError(_refusal(net, hint))
 
 
-def _class_names(net: Any) -> Iterator[str]:
-    """The classes of ``net``, as ``library.Class``."""
-    for cls in type(net).__mro__:
-        yield f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
-
-
-def _holds_arrays(net: Any) -> bool:
+def _has_arrays(net: Any) -> bool:
     """Whether a pytree is more than a wrapped function (as ``eqx.filter_jit(f)`` is)."""
     return any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(net))
 
 
-def _hint(net: Any, names: set[str]) -> str:
-    """What to pass instead of something that is nearly a net; "" where there is nothing to say."""
-    split = (nnx.GraphDef, nnx.State)
-    if isinstance(net, split) or (isinstance(net, tuple) and any(isinstance(part, split) for part in net)):
-        return "That is an NNX module already split: pass the module itself, nnx.merge(graphdef, *states)."
-    if names & {"haiku.MultiTransformed", "haiku.MultiTransformedWithState"}:
-        return "Of a Haiku multi_transform pass one function: lambda params, *args: net.apply.name(params, *args)."
-    if "haiku.Module" in names:
-        return "A Haiku module is built inside a transform: pass hk.transform(lambda *args: Net()(*args))."
-    if "torch.Module" in names:
-        return "That is a PyTorch module; lojax adapts JAX programs. Hugging Face PEFT adapts this one."
-    if "keras.Layer" in names:
-        return (
-            "Of a Keras model on the JAX backend pass a function of its trainable variables: "
-            "lambda params, x: net.stateless_call(params, net.non_trainable_variables, x)[0]."
-        )
-    return ""
+def _is_split(net: Any) -> bool:
+    """Whether ``net`` is what `nnx.split` returned, or one of its parts."""
+    parts = net if isinstance(net, tuple) else (net,)
+    return any(isinstance(part, (nnx.GraphDef, nnx.State)) for part in parts)
 
 
 def _refusal(net: Any, hint: str) -> str:
-    shown = repr(net)
-    shown = shown if len(shown) <= 200 else shown[:200] + "…"
-    return f"lojax.wrap takes {KINDS}; got {type(net).__name__}: {shown}." + (f" {hint}" if hint else "")
+    text = repr(net)
+    text = text if len(text) <= 200 else text[:200] + "…"
+    return f"lojax.wrap takes {KINDS}; got {type(net).__name__}: {text}." + (f" {hint}" if hint else "")

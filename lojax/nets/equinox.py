@@ -8,7 +8,8 @@ from typing import Any
 import equinox as eqx
 
 from lojax.adapters.paths import flatten
-from lojax.nets.params_check import call, fit
+from lojax.nets.params_check import Method, call_method, check_params
+from lojax.types import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,24 +21,33 @@ class EquinoxNet:
         static: The module with everything else: functions, flags, integer arrays.
     """
 
-    params: Any
-    static: Any
+    params: Params
+    static: PyTree
+    state_paths = frozenset()
+    kind = "an Equinox module"
 
-    def check(self, params: Any) -> None:
+    @property
+    def name(self) -> str:
+        """The name of its class."""
+        return type(self.params).__name__
+
+    def check(self, params: Params) -> None:
         """Raises unless ``params`` fits the module."""
-        held = {path: leaf for path, leaf in flatten(self.params).items() if leaf is not None}
-        fit(params, held, f"the Equinox module {type(self.params).__name__}")
+        arrays = {path: leaf for path, leaf in flatten(self.params).items() if leaf is not None}
+        check_params(params, arrays, f"the Equinox module {self.name}")
 
-    def bind(self, params: Any) -> Any:
+    def bind(self, params: Params) -> Any:
         """The module with ``params``."""
         self.check(params)
         return eqx.combine(params, self.static)
 
-    def apply(self, params: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+    def apply(self, params: Params, /, *args: object, method: Method = None, **kwargs: object) -> PyTree:
         """What the module returns; ``method`` is a name, or a function of the module, to call instead."""
-        return call(self.bind(params), method, args, kwargs)
+        return call_method(self.bind(params), method, args, kwargs)
+
+    observe = apply
 
 
-def open_equinox(module: Any) -> EquinoxNet:
+def from_equinox(module: Any) -> EquinoxNet:
     """Partitions a module."""
     return EquinoxNet(*eqx.partition(module, eqx.is_inexact_array))

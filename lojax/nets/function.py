@@ -1,30 +1,57 @@
-"""A plain function ``f(params, *args, **kwargs)`` as a net."""
+"""Nets that hold no parameters: plain functions, transformed Haiku functions and Flax Linen modules.
+
+All three are a function ``apply(params, *args, **kwargs)``. A Linen module takes its whole ``variables`` dict for
+``params``, and ``rngs=``, ``mutable=`` and ``method=`` after it. A Haiku function takes the rng first in ``args``, or
+the state and the rng.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+
+from lojax.types import Params, PyTree
+
+LINEN = "a Linen module"
+"""What errors call a Linen module."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FunctionNet:
-    """A net that is its own apply function and holds no parameters."""
+    """A net that is its apply function.
 
-    f: Callable[..., Any]
+    Attributes:
+        apply: The function.
+        name: Its name: that of a Linen module is the name of its class.
+        kind: What errors call the net.
+        source: Where its parameters come from, for the error of a caller who asks the net for them.
+    """
 
-    def apply(self, params: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function."""
-        return self.f(params, *args, **kwargs)
+    apply: Callable[..., PyTree]
+    name: str
+    kind: str = "a plain function"
+    source: str = "them"
+    state_paths = frozenset()
+
+    def observe(self, params: Params, /, *args: object, **kwargs: object) -> PyTree:
+        """The same."""
+        return self.apply(params, *args, **kwargs)
 
     @property
-    def params(self) -> Any:
-        """Raises: a function holds no parameters."""
-        raise AttributeError("A plain function holds no parameters: pass them to init and apply.")
+    def params(self) -> Params:
+        """Raises: the parameters are elsewhere."""
+        kind = self.kind[0].upper() + self.kind[1:]
+        raise AttributeError(f"{kind} holds no parameters: pass {self.source} to init and apply.")
 
-    def check(self, params: Any) -> None:
-        """Nothing: any tree may be right."""
+    def check(self, params: Params) -> None:
+        """Accepts any tree, but for Linen's ``variables``. Linen and Haiku name a missing parameter themselves."""
+        if self.kind == LINEN and not (isinstance(params, Mapping) and "params" in params):
+            keys = f" (its keys: {', '.join(map(str, params))})" if isinstance(params, Mapping) else ""
+            raise ValueError(
+                f"params has no collection 'params'{keys}. A Linen module takes its whole variables dict: pass "
+                '{"params": params}, with batch_stats and the like beside it.'
+            )
 
-    def bind(self, params: Any) -> Any:
-        """``params``: all there is to hold."""
+    def bind(self, params: Params) -> Params:
+        """``params``, since there is nothing else to hold."""
         return params

@@ -1,22 +1,42 @@
-"""What lojax needs to know of a net, whatever library it comes from."""
+"""What lojax needs to know about a net, whatever library it comes from."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+from lojax.types import Params, Path, PyTree
+
 
 class Net(Protocol):
     """A net as a function of its parameters."""
 
-    def apply(self, params: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """What the net returns for these parameters."""
+    @property
+    def kind(self) -> str:
+        """What errors call a net of this kind: ``"an NNX module"``."""
+        ...
 
     @property
-    def params(self) -> Any:
-        """The parameters the net holds, or an `AttributeError` where it holds none."""
+    def name(self) -> str:
+        """The name of its class or function, which tracer errors and profiles show."""
+        ...
 
-    def check(self, params: Any) -> None:
-        """Raises if ``params`` cannot be the parameters of this net. Only nets that hold parameters can tell."""
+    def apply(self, params: Params, /, *args: Any, **kwargs: Any) -> PyTree:
+        """What the net returns for these parameters."""
 
-    def bind(self, params: Any) -> Any:
-        """A net of the same kind that holds ``params``; ``params`` itself where nets hold none."""
+    def observe(self, params: Params, /, *args: Any, **kwargs: Any) -> PyTree:
+        """The same, for a caller who looks at the traced program alone: it warns of nothing."""
+
+    @property
+    def params(self) -> Params:
+        """The parameters that the net holds, or an `AttributeError` if it holds none."""
+
+    @property
+    def state_paths(self) -> frozenset[Path]:
+        """The paths in the parameter tree of what is not a parameter and never trains, such as batch statistics."""
+        ...
+
+    def check(self, params: Params) -> None:
+        """Raises if ``params`` cannot be the parameters of this net. A net that holds none takes any tree."""
+
+    def bind(self, params: Params) -> Any:
+        """A net of the same kind that holds ``params``, or ``params`` itself if nets of this kind hold none."""

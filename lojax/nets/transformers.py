@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 from lojax.adapters.paths import flatten
-from lojax.nets.params_check import call, fit
+from lojax.nets.params_check import Method, call_method, check_params
+from lojax.types import Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -15,30 +16,40 @@ class TransformersNet:
     """A ``FlaxPreTrainedModel``. Nothing of transformers is imported."""
 
     model: Any
+    state_paths = frozenset()
+    kind = "a Hugging Face model"
 
     @property
-    def params(self) -> Any:
+    def name(self) -> str:
+        """The name of its class."""
+        return type(self.model).__name__
+
+    @property
+    def params(self) -> Params:
         """The parameters of the model."""
         if not self.model._is_initialized:
             raise AttributeError(
-                f"This {type(self.model).__name__} was made with _do_init=False and holds no parameters: pass those "
+                f"This {self.name} was made with _do_init=False and holds no parameters: pass those "
                 "that came with it to init and apply."
             )
         return self.model.params
 
-    def check(self, params: Any) -> None:
+    def check(self, params: Params) -> None:
         """Raises unless ``params`` fits the model."""
         if self.model._is_initialized:
-            fit(params, flatten(self.model.params), f"the model {type(self.model).__name__}")
+            check_params(params, flatten(self.model.params), f"the model {self.name}")
 
-    def bind(self, params: Any) -> Any:
-        """A copy of the model that holds ``params``; it shares everything else."""
+    def bind(self, params: Params) -> Any:
+        """A copy of the model that holds ``params`` and shares everything else."""
         self.check(params)
         bound = copy.copy(self.model)
+        # Not through the setter of ``model.params``, which refuses on a model made with _do_init=False.
         bound._params, bound._is_initialized = params, True
         return bound
 
-    def apply(self, params: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+    def apply(self, params: Params, /, *args: object, method: Method = None, **kwargs: object) -> PyTree:
         """What the model returns; ``method`` is the name of one that takes ``params=``, such as ``"decode"``."""
         self.check(params)
-        return call(self.model, method, args, {**kwargs, "params": params})
+        return call_method(self.model, method, args, {**kwargs, "params": params})
+
+    observe = apply

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from lojax.adapters.adapter import Adapter
-from lojax.adapters.metadata import box_arrays, rebox, unbox
+from lojax.adapters.adapter import Adapter, box_arrays
+from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors

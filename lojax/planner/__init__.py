@@ -1,4 +1,4 @@
-"""Plans of a fine-tuning run on accelerators that are not there: a decoder, its step, and what the compiler says."""
+"""Plans of a fine-tuning run on devices that nobody has rented yet. A tool behind the library, like the CLI."""
 
 from lojax.planner.collectives import traffic
 from lojax.planner.plan import plan, search

@@ -1,4 +1,4 @@
-"""Compiling for chips that are not there: `jax.experimental.topologies` and the TPU compiler in libtpu."""
+"""Compiling ahead of time for TPUs that are not there, with `jax.experimental.topologies` and libtpu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,9 +16,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from lojax.planner.chips import Topology
 from lojax.planner.collectives import Traffic, traffic
+from lojax.types import PyTree
 
 HINT = (
-    "libtpu, the TPU compiler, is not installed, so this is the estimate by formula and nothing was compiled. "
+    "libtpu, the TPU compiler, is not installed, so nothing was compiled and the formulas' estimate is shown. "
     'Install it for the compiled plan (no TPU is needed): pip install "jax[tpu]"'
 )
 
@@ -30,29 +30,29 @@ def has_compiler() -> bool:
 
 
 @contextlib.contextmanager
-def _without_a_machine(topology: Topology) -> Iterator[None]:
+def _compile_only_environment(topology: Topology) -> Iterator[None]:
     """The environment in which libtpu looks for no TPU, no cloud metadata, and no other process that uses it."""
-    wanted = {
+    variables = {
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": f"{topology.chip.name}-{topology.chips}",
+        "TPU_ACCELERATOR_TYPE": f"{topology.chip.name}-{topology.devices}",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so several plans at once are no danger
+        # libtpu locks the TPUs of a host for one process. Nothing is opened here, so several plans may run at once.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+    unset = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in unset})
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
+        for name in unset:
+            os.environ.pop(name, None)
 
 
 def topology_mesh(topology: Topology, axes: Mapping[str, int]) -> Mesh:
-    """A mesh of the chips of ``topology``, to lower and compile for.
+    """A mesh of the devices of ``topology``, to lower and compile for.
 
-    An axis of the mesh takes whole axes of the torus where that can be, and parts of them elsewhere (``data=4,fsdp=16``
-    on 8 x 8 chips).
+    A mesh axis takes whole axes of the torus where possible, and parts of them elsewhere (``data=4,fsdp=16`` on
+    8 x 8 devices).
 
     Raises:
         RuntimeError: libtpu is missing, or does not know the topology.
@@ -62,58 +62,56 @@ def topology_mesh(topology: Topology, axes: Mapping[str, int]) -> Mesh:
     from jax.experimental import mesh_utils, topologies
 
     shape = tuple(axes.values())
-    with _without_a_machine(topology):
+    with _compile_only_environment(topology):
         try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=str(topology))
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices
             try:
-                chips = mesh_utils.create_device_mesh(shape, found.devices)
-            except NotImplementedError:
-                chips = mesh_utils.create_device_mesh(shape, found.devices, allow_split_physical_axes=True)
-            return Mesh(chips, tuple(axes))
-        except Exception as error:  # jaxlib raises several kinds, none of them its own
-            raise RuntimeError(f"libtpu does not give a mesh for {topology}: {error}") from error
+                grid = mesh_utils.create_device_mesh(shape, devices)
+            except NotImplementedError:  # its way of saying that the shape splits an axis of the torus
+                grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(grid, tuple(axes))
+        except Exception as error:  # jaxlib raises several kinds of errors here, none of them its own
+            raise RuntimeError(f"libtpu has no mesh for {topology}: {error}") from error
 
 
 def abstract_mesh(axes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh of no chips at all, to count on."""
+    """A mesh without devices, for shardings whose program is not compiled."""
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What the compiler says of a program, per chip.
+class CompiledCost:
+    """What the compiler says about a program, per device.
 
     Attributes:
-        peak: The most bytes in use at once, arguments included.
-        arguments: The bytes of the arguments.
-        fits: Whether the compiler could place it in the chip's memory.
-        traffic: Its collectives; None where it does not fit.
+        peak_memory: The most bytes in use at once, arguments included.
+        traffic: Its collectives; None where the program does not fit into memory.
     """
 
-    peak: int
-    arguments: int
-    fits: bool
+    peak_memory: int
     traffic: Traffic | None
 
 
-def measure(lowered: Any) -> Measured:
-    """Compiles a lowered program and reads off memory and traffic. One that does not fit is a finding, no error."""
+def compile_cost(lowered: jax.stages.Lowered) -> CompiledCost:
+    """Compiles a lowered program and reads memory and traffic. A program that does not fit is not an error."""
     try:
         compiled = lowered.compile()
     except Exception as error:
+        # The compiler has no other way to say how much memory a program needs that it cannot place.
         used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
         if used is None:
             raise
-        return Measured(int(float(used[1]) * 1024 ** "BKMGT".index(used[2])), 0, False, None)
-    memory = compiled.memory_analysis()
+        return CompiledCost(int(float(used[1]) * 1024 ** "BKMGT".index(used[2])), None)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "only backends without a compiler return None"
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or total
-    return Measured(peak, memory.argument_size_in_bytes, True, traffic(compiled.as_text()))
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes  # donated arguments count once
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or total  # 0 on backends that do not simulate the schedule
+    return CompiledCost(peak, traffic(text))
 
 
-def shard_bytes(tree: Any) -> int:
-    """The bytes that one chip holds of a tree of shapes with shardings."""
+def shard_bytes(tree: PyTree) -> int:
+    """The bytes that one device holds of a tree of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize if x.sharding else 0
         for x in jax.tree.leaves(tree)

@@ -1,38 +1,40 @@
-"""The chips that can be rented, the slices they come in, and what a topology such as ``v5e:16x16`` means."""
+"""Kinds of TPU chips, the slices they come in, and what a topology such as ``v5e:16x16`` means."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
 
+from lojax.text import suggest
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of TPU chip, by its maker's published numbers.
+    """One kind of TPU chip, with the numbers that its maker publishes.
 
     Attributes:
-        name: As in a topology's name.
+        name: As in the name of a topology.
         memory: Bytes of high-bandwidth memory.
         flops: bfloat16 operations a second.
-        link: Bytes a second that a chip can receive from its neighbours, all links together.
-        slices: The shapes that can be had, smallest first.
+        bandwidth: Bytes a second that a chip can receive from its neighbors, all links together.
+        slices: The shapes that can be rented, smallest first.
     """
 
     name: str
     memory: int
     flops: float
-    link: float
+    bandwidth: float
     slices: tuple[str, ...]
 
     @property
-    def usable(self) -> int:
-        """The bytes that a program can have: the system keeps a quarter GiB."""
+    def usable_memory(self) -> int:
+        """The bytes that a program can have: the runtime reserves a quarter of a GiB."""
         return self.memory - 2**28
 
 
+# From the system architecture pages of Cloud TPU (cloud.google.com/tpu/docs), one page a chip.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
     *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
@@ -51,14 +53,14 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of a pod: ``v5e:4x4`` is sixteen v5e chips in a square."""
+    """A slice of a pod: ``v5e:4x4`` is a square of sixteen v5e chips, which JAX sees as sixteen devices."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @property
-    def chips(self) -> int:
-        """The number of chips."""
+    def devices(self) -> int:
+        """The number of devices."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -66,50 +68,52 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology of a name such as ``v5e:16x16``.
+    """The topology with a name such as ``v5e:16x16``.
 
     Raises:
         ValueError: The name has another form, or there is no such chip or slice.
 
-    >>> parse_topology("v5e:4x4").chips
+    >>> parse_topology("v5e:4x4").devices
     16
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
-    if not found:
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    if not match:
         raise ValueError(f"topology={text!r}; expected CHIP:SHAPE, such as v5e:4x4 or v5p:4x4x4.")
-    chip, shape = found.groups()
-    if chip not in CHIPS:
-        raise ValueError(f"topology={text!r}: there is no chip {chip!r} here; expected one of {', '.join(CHIPS)}.")
-    if shape not in CHIPS[chip].slices:
-        near = difflib.get_close_matches(shape, CHIPS[chip].slices, n=1)
-        hint = f" Did you mean {chip}:{near[0]}?" if near else ""
-        raise ValueError(f"topology={text!r}: {chip} comes in {', '.join(CHIPS[chip].slices)}.{hint}")
-    return Topology(CHIPS[chip], tuple(map(int, shape.split("x"))))
+    name, shape = match.groups()
+    if name not in CHIPS:
+        raise ValueError(f"topology={text!r}: unknown chip {name!r}; expected one of {', '.join(CHIPS)}.")
+    slices = [f"{name}:{slice_shape}" for slice_shape in CHIPS[name].slices]
+    if text not in slices:
+        raise ValueError(f"topology={text!r}; expected one of {', '.join(slices)}.{suggest(text, slices)}")
+    return Topology(CHIPS[name], tuple(map(int, shape.split("x"))))
 
 
 AXES = ("data", "fsdp", "tensor")
-"""The mesh axes that the decoder lies over: copies of the weights, slices of them, and slices of each product."""
+"""The mesh axes that the decoder is sharded over: the batch alone, batch and weights, and single products."""
 
 
-def parse_mesh(text: str | Mapping[str, int], chips: int) -> dict[str, int]:
-    """The mesh that ``data=..,fsdp=..,tensor=..`` spells; axes left out have size one.
+def parse_mesh(text: str | Mapping[str, int], devices: int) -> dict[str, int]:
+    """The mesh that ``data=..,fsdp=..,tensor=..`` spells; axes that it leaves out have size one.
 
     Raises:
-        ValueError: The text has another form, or the sizes do not multiply to ``chips``.
+        ValueError: The text has another form, or the product of the sizes is not ``devices``.
 
     >>> parse_mesh("fsdp=4,tensor=2", 8)
     {'data': 1, 'fsdp': 4, 'tensor': 2}
     """
     if isinstance(text, str):
-        parts = [part.partition("=") for part in text.split(",") if part]
-        if not parts or not all(size.isdigit() and int(size) for _, _, size in parts):
+        entries = [entry.partition("=") for entry in text.split(",") if entry]
+        if not entries or not all(size.isdigit() and int(size) for _, _, size in entries):
             raise ValueError(f"mesh={text!r}; expected AXIS=SIZE,..., such as fsdp=4,tensor=2.")
-        sizes = {name.strip(): int(size) for name, _, size in parts}
+        sizes = {name.strip(): int(size) for name, _, size in entries}
     else:
         sizes = dict(text)
-    unknown = [name for name in sizes if name not in AXES]
-    if unknown:
-        raise ValueError(f"mesh={text!r} has an axis {unknown[0]!r}; expected {', '.join(AXES)}.")
-    if math.prod(sizes.values()) != chips:
-        raise ValueError(f"mesh={text!r} has {math.prod(sizes.values())} places, but there are {chips} chips.")
+    for name in sizes:
+        if name not in AXES:
+            raise ValueError(f"mesh={text!r} has an axis {name!r}; expected {', '.join(AXES)}.{suggest(name, AXES)}")
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(
+            f"mesh={text!r} needs {math.prod(sizes.values())} devices, but there are {devices}. "
+            f"Choose sizes whose product is {devices}."
+        )
     return {name: sizes.get(name, 1) for name in AXES}

@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips: every collective, how often it runs, and how many bytes it moves."""
+"""What a compiled program sends between devices: every collective, how often it runs, and how many bytes it moves."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 
-from lojax.planner.hlo import Instruction, Program, parse
+from lojax.planner.hlo import Instruction, Program, Shaped, parse
 from lojax.report.table import table
+from lojax.types import Shape
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-SIZES = {"pred": 1, "token": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
-"""Bytes a number, where the digits of its name do not say it."""
+ITEM_SIZES = {"pred": 1, "token": 0, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16}
+"""Bytes an element, for the dtypes whose name does not end with their number of bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,30 +23,29 @@ class Collective:
 
     Attributes:
         kind: One of `KINDS`.
-        arrays: The arrays that it carries, whole: what an all-gather makes, what a reduction takes.
-        group: How many chips take part with each other.
-        count: How often a step runs it.
-        source: The operation of the traced program that it came from.
+        arrays: The unsharded arrays, as ``(dtype, shape)``: the results of an all-gather, the operands of a reduction.
+        group: How many devices take part together.
+        count: How often one step runs it.
     """
 
     kind: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: tuple[Shaped, ...]
     group: int
     count: int
-    source: str = ""
 
     @property
     def payload(self) -> int:
-        """The bytes of the arrays it carries."""
-        return sum(nbytes(kind, shape) for kind, shape in self.arrays)
+        """The bytes of its arrays."""
+        return sum(nbytes(dtype, shape) for dtype, shape in self.arrays)
 
     @property
-    def moved(self) -> int:
-        """The bytes that each chip receives in one run, by the ring algorithm."""
+    def bytes_received(self) -> int:
+        """The bytes that each device receives in one run, by the ring algorithm."""
         if self.kind == "collective-permute":
             return self.payload
-        share = self.payload * (self.group - 1) // max(self.group, 1)
-        return 2 * share if self.kind == "all-reduce" else share
+        # A ring passes on every shard but one's own. An all-reduce is a reduce-scatter and then an all-gather.
+        once = self.payload * (self.group - 1) // max(self.group, 1)
+        return 2 * once if self.kind == "all-reduce" else once
 
     @property
     def reduces(self) -> bool:
@@ -60,130 +60,121 @@ class Traffic:
     collectives: tuple[Collective, ...]
 
     @property
-    def moved(self) -> int:
-        """The bytes that each chip receives in a step."""
-        return sum(c.moved * c.count for c in self.collectives)
+    def bytes_received(self) -> int:
+        """The bytes that each device receives in a step."""
+        return sum(c.bytes_received * c.count for c in self.collectives)
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """For each kind that occurs, how many run in a step and how many bytes each chip receives."""
-        found: dict[str, tuple[int, int]] = {}
-        for kind in KINDS:
-            these = [c for c in self.collectives if c.kind == kind]
-            if these:
-                found[kind] = (sum(c.count for c in these), sum(c.count * c.moved for c in these))
-        return found
+        """For each kind that occurs, how many run in a step and how many bytes each device receives."""
+        groups = {kind: [c for c in self.collectives if c.kind == kind] for kind in KINDS}
+        return {
+            kind: (sum(c.count for c in group), sum(c.count * c.bytes_received for c in group))
+            for kind, group in groups.items()
+            if group
+        }
 
-    def beyond(self, other: Traffic) -> Traffic:
-        """The collectives that ``other`` has not, or has fewer of. Arrays are compared by dtype and size."""
-        have = Counter[object]()
+    def minus(self, other: Traffic) -> Traffic:
+        """The collectives that ``other`` lacks, or runs less often. Arrays are compared by dtype and size."""
+        # The combiner passes of XLA merge collectives of several arrays, differently in each program; and the same
+        # sum is an all-reduce here and a reduce-scatter there. So single arrays are matched, not instructions.
+        available = Counter[Hashable]()
         for c in other.collectives:
-            have.update(dict.fromkeys(_pieces(c), c.count) if len(c.arrays) == 1 else {})
-            if len(c.arrays) != 1:
-                for piece in _pieces(c):
-                    have[piece] += c.count
+            for key in _array_keys(c):
+                available[key] += c.count
         added = []
         for c in self.collectives:
-            for array, piece in zip(c.arrays, _pieces(c), strict=True):
-                known = min(have[piece], c.count)
-                have[piece] -= known
-                if c.count > known:
-                    added.append(dataclasses.replace(c, arrays=(array,), count=c.count - known))
+            for array, key in zip(c.arrays, _array_keys(c), strict=True):
+                matched = min(available[key], c.count)
+                available[key] -= matched
+                if c.count > matched:
+                    added.append(dataclasses.replace(c, arrays=(array,), count=c.count - matched))
         return Traffic(tuple(added))
 
     def __str__(self) -> str:
-        rows = [(kind, f"{count:,}", f"{moved:,}") for kind, (count, moved) in self.by_kind().items()]
-        return table(("collective", "runs a step", "bytes a chip"), rows)
+        rows = [(kind, f"{count:,}", f"{received:,}") for kind, (count, received) in self.by_kind().items()]
+        return table(("collective", "runs a step", "bytes a device"), rows)
 
 
-def _pieces(c: Collective) -> list[object]:
-    return [(c.reduces, c.kind if not c.reduces else "", kind, math.prod(shape)) for kind, shape in c.arrays]
+def _array_keys(c: Collective) -> list[Hashable]:
+    return [(c.reduces, "" if c.reduces else c.kind, dtype, math.prod(shape)) for dtype, shape in c.arrays]
 
 
-def nbytes(kind: str, shape: Sequence[int]) -> int:
+def nbytes(dtype: str, shape: Shape) -> int:
     """The bytes of an array of an HLO dtype.
 
     >>> nbytes("bf16", (2, 3))
     12
     """
-    digits = re.search(r"\d+", kind)
-    size = SIZES.get(kind, int(digits.group()) / 8 if digits else 4)
+    bits = re.search(r"\d+", dtype)
+    size = ITEM_SIZES.get(dtype, int(bits.group()) / 8 if bits else 4)
     return int(math.prod(shape) * size)
 
 
 def traffic(hlo: str) -> Traffic:
-    """Reads the collectives off a compiled program.
+    """Reads the collectives of a compiled program.
 
-    Loops count as often as they turn. An asynchronous collective that the compiler cut into several
-    instructions of one channel counts once, and an all-reduce of which only a shard is kept counts as the
-    reduce-scatter that it is.
+    A collective in a loop counts once for each iteration. An asynchronous collective that the compiler split into
+    several instructions with one channel counts once. An all-reduce of which only a shard is used counts as
+    reduce-scatter.
 
     Args:
-        hlo: What ``jax.jit(f).lower(...).compile().as_text()`` gives.
+        hlo: What ``jax.jit(f).lower(...).compile().as_text()`` returns.
 
     >>> import jax, jax.numpy as jnp
-    >>> traffic(jax.jit(lambda x: x + 1).lower(jnp.ones(2)).compile().as_text()).moved
+    >>> traffic(jax.jit(lambda x: x + 1).lower(jnp.ones(2)).compile().as_text()).bytes_received
     0
     """
     program = parse(hlo)
-    chips = _chips(hlo)
-    found: dict[object, Collective] = {}
-    for n, (where, instruction, times) in enumerate(program.runs()):
+    devices = _device_count(hlo)
+    collectives: dict[Hashable, Collective] = {}
+    for position, (computation, instruction, count) in enumerate(program.runs()):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
         channel = instruction.attribute("channel_id")
-        one = _collective(program, where, instruction, times, chips)
-        chained = "chain_id" in instruction.text  # cut into a start, steps inside of other loops, and an end
-        key = (kind, channel) if channel else n
-        if key not in found or (found[key].count > one.count) == chained:
-            found[key] = one
-    return Traffic(tuple(c for c in found.values() if c.group > 1 or c.kind == "collective-permute"))
+        collective = _read_collective(program, computation, instruction, count, devices)
+        # The TPU compiler splits a collective into a start, steps inside of other loops, and an end, all of one
+        # channel and marked with a chain_id. The steps run once for each part, so the smallest count is the right one;
+        # without a chain, instructions of one channel are copies in several branches, and the largest is.
+        is_step = "chain_id" in instruction.text
+        key = (kind, channel) if channel else position
+        if key not in collectives or (collectives[key].count > collective.count) == is_step:
+            collectives[key] = collective
+    return Traffic(tuple(c for c in collectives.values() if c.group > 1 or c.kind == "collective-permute"))
 
 
-def _chips(hlo: str) -> int:
-    head = hlo.partition("\n")[0]
-    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)]
-    return max([1, *counts])
+def _device_count(hlo: str) -> int:
+    counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0])
+    return max([1, *map(int, counts)])
 
 
-def _collective(program: Program, where: str, instruction: Instruction, times: int, chips: int) -> Collective:
+def _read_collective(
+    program: Program, computation: str, instruction: Instruction, count: int, devices: int
+) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
-    group = _group(instruction, chips)
-    arrays = [(k, s) for k, s in instruction.shapes if k != "token"]
-    here = program.computations[where]
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, ...)
+    group = _group_size(instruction, devices)
+    arrays = [array for array in instruction.shapes if array[0] != "token"]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # its result is (operands, results, ...)
         arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[:1]
-    if kind == "reduce-scatter":
-        given = [here[name].shapes for name in instruction.operands if name in here]
-        arrays = [shape for shapes in given for shape in shapes] or [(k, (group, *s)) for k, s in arrays]
-    if kind == "all-reduce" and _keeps_a_shard(program, where, instruction, group):
+    if kind == "reduce-scatter":  # its operands are unsharded, its results are shards
+        siblings = program.computations[computation]
+        operands = [array for name in instruction.operands if name in siblings for array in siblings[name].shapes]
+        arrays = operands or [(dtype, (group, *shape)) for dtype, shape in arrays]
+    # The TPU compiler fuses an all-reduce with the slice of one shard; only the names still say so.
+    if kind == "all-reduce" and "reduce-scatter" in computation.replace("_", "-") + instruction.name:
         kind = "reduce-scatter"
-    name = re.search(r'op_name="([^"]*)"', instruction.text)
-    return Collective(kind, tuple(arrays), group, times, name.group(1) if name else "")
+    return Collective(kind, tuple(arrays), group, count)
 
 
-def _keeps_a_shard(program: Program, where: str, instruction: Instruction, group: int) -> bool:
-    """Whether an all-reduce is followed by nothing but a slice of one shard (a fused reduce-scatter)."""
-    if group > 1 and "reduce-scatter" in where.replace("_", "-") + instruction.name:
-        return True
-    return "all-reduce-scatter" in where
-
-
-def _group(instruction: Instruction, chips: int) -> int:
-    """How many chips take part with each other."""
+def _group_size(instruction: Instruction, devices: int) -> int:
+    """How many devices take part together, from any of the three ways to write replica groups."""
     text = instruction.text
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-        return math.prod(
-            int(_axis_size(axis, sizes)) for axis in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
-        )
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(found.group(1).split(","))
-    return chips
-
-
-def _axis_size(axis: Iterable[str], sizes: dict[str, str]) -> str:
-    name, _, part = axis
-    return part or sizes[name]
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+        return int(iota.group(2))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
+        axes: Sequence[tuple[str, str, str]] = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh.group(2))
+        return math.prod(int(sub_axis or sizes[name]) for name, _, sub_axis in axes)
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(listed.group(1).split(","))
+    return devices

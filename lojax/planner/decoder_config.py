@@ -1,4 +1,4 @@
-"""The shape of a decoder of the Llama family, from a Hugging Face ``config.json`` or by name."""
+"""The dimensions of a decoder of the Llama family, from a Hugging Face ``config.json`` or by name."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from lojax.text import suggest
+
+Fields: TypeAlias = Mapping[str, Any]
+"""A parsed ``config.json``, or an object in it."""
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The numbers that fix a decoder.
+    """The numbers that define a decoder.
 
     Attributes:
         vocab: The number of tokens, ``V``.
@@ -32,14 +31,14 @@ class DecoderConfig:
         kv_heads: The number of key and value heads, ``G``; it divides ``H``.
         head_dim: The width of a head, ``K``.
         rope_theta: The base of the rotary frequencies.
-        rope_scaling: The fields of Llama 3.1's scaling of them, as ``(name, value)`` pairs, or ``()``.
+        rope_scaling: The fields of Llama 3.1's ``rope_scaling``, as ``(name, value)`` pairs, or ``()``.
         norm_eps: The epsilon of the norms.
         tied: Whether the output head is the embedding.
         qkv_bias: Whether q, k and v have biases (Qwen 2).
-        qk_norm: Whether q and k are normed head by head (Qwen 3).
+        qk_norm: Whether q and k are normalized head by head (Qwen 3).
         activation: ``"silu"``, or ``"gelu"`` (tanh form, Gemma).
         offset_norm: Whether norms scale by ``1 + weight`` and embeddings by ``sqrt(D)`` (Gemma).
-        window: How many positions back a token sees, or None for all.
+        window: How many positions a token attends to, itself included, or None for all before it.
     """
 
     vocab: int
@@ -61,7 +60,7 @@ class DecoderConfig:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of the weight matrices (norms and biases, a ten-thousandth, left out)."""
+        """The number of parameters of the weight matrices, without norms and biases (a ten-thousandth)."""
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         layer = attention + 3 * self.width * self.mlp
         return self.layers * layer + self.vocab * self.width * (1 if self.tied else 2)
@@ -76,18 +75,23 @@ PRESETS = {
 """Llama 3 in its three sizes (Grattafiori et al. 2024, arXiv:2407.21783, table 3), and one for a laptop."""
 
 
-def preset(name: str) -> DecoderConfig:
-    """The configuration called ``name``.
+def open_config(config: DecoderConfig | str | os.PathLike[str]) -> DecoderConfig:
+    """A configuration from itself, from the name of a preset, or from the path of a ``config.json``.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is neither a preset nor a file of that name.
 
-    >>> preset("8B").layers
+    >>> open_config("8B").layers
     32
     """
-    if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; expected one of {', '.join(PRESETS)}, or a config.json.")
-    return PRESETS[name]
+    if isinstance(config, DecoderConfig):
+        return config
+    if config in PRESETS:
+        return PRESETS[str(config)]
+    if not Path(config).exists():
+        options = f"expected one of {', '.join(PRESETS)}, or the path of a config.json."
+        raise ValueError(f"There is no preset and no file {str(config)!r}; {options}{suggest(config, PRESETS)}")
+    return read_config(config)
 
 
 def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
@@ -95,7 +99,7 @@ def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not JSON, lacks a field, or describes another kind of model.
+        ValueError: The file is not JSON, lacks a field, or describes another kind of model.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -105,29 +109,29 @@ def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
         raise ValueError(f"{path} is not JSON ({error}). Expected a Hugging Face config.json.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, not an object. Expected a Hugging Face config.json.")
-    return from_fields(fields, where=str(path))
+    return from_fields(fields, source=str(path))
 
 
-def from_fields(fields: Mapping[str, Any], *, where: str = "config") -> DecoderConfig:
+def from_fields(fields: Fields, *, source: str = "config") -> DecoderConfig:
     """The configuration that the fields of a Hugging Face ``config.json`` describe.
 
     Args:
         fields: The parsed file.
-        where: What to call it in errors.
+        source: What errors call it.
     """
     kind = fields.get("model_type", "llama")
     if kind not in KINDS:
-        raise ValueError(f"{where}: model_type={kind!r}; the decoder here is one of {', '.join(KINDS)}.")
+        raise ValueError(f"{source}: model_type={kind!r}; expected one of {', '.join(KINDS)}.{suggest(kind, KINDS)}")
     missing = [name for name in REQUIRED if name not in fields]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}. Expected the config.json of a {kind} model.")
+        raise ValueError(f"{source} lacks {', '.join(missing)}. Expected the config.json of a {kind} model.")
     for name in REQUIRED:
         if type(fields[name]) is not int or fields[name] < 1:
-            raise ValueError(f"{where}: {name}={fields[name]!r}; expected a whole number of at least 1.")
+            raise ValueError(f"{source}: {name}={fields[name]!r}; expected a whole number of at least 1.")
     heads = fields["num_attention_heads"]
     kv_heads = fields.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise ValueError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}.")
+        raise ValueError(f"{source}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}.")
     gemma = kind == "gemma"
     window = fields.get("sliding_window") if kind == "mistral" or fields.get("use_sliding_window") else None
     return DecoderConfig(
@@ -139,7 +143,7 @@ def from_fields(fields: Mapping[str, Any], *, where: str = "config") -> DecoderC
         kv_heads=kv_heads,
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
         rope_theta=float(fields.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(fields.get("rope_scaling") or {}, where),
+        rope_scaling=_rope_scaling(fields.get("rope_scaling") or {}, source),
         norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
         tied=bool(fields.get("tie_word_embeddings", gemma)),
         qkv_bias=bool(fields.get("attention_bias", kind == "qwen2")),
@@ -150,14 +154,14 @@ def from_fields(fields: Mapping[str, Any], *, where: str = "config") -> DecoderC
     )
 
 
-def _rope_scaling(fields: Mapping[str, Any], where: str) -> tuple[tuple[str, float], ...]:
+def _rope_scaling(fields: Fields, source: str) -> tuple[tuple[str, float], ...]:
     kind = fields.get("rope_type", fields.get("type", "default"))
     if kind == "default":
         return ()
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind != "llama3":
-        raise ValueError(f"{where}: rope_scaling of type {kind!r}; the decoder here knows 'default' and 'llama3'.")
+        raise ValueError(f"{source}: rope_scaling of type {kind!r}; expected 'default' or 'llama3'.")
     missing = [name for name in names if name not in fields]
     if missing:
-        raise ValueError(f"{where}: rope_scaling lacks {', '.join(missing)}.")
+        raise ValueError(f"{source}: rope_scaling lacks {', '.join(missing)}.")
     return tuple((name, float(fields[name])) for name in names)

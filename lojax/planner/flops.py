@@ -1,20 +1,20 @@
-"""The floating-point operations of a traced program, loops counted as often as they turn."""
+"""The floating-point operations of a traced program, with the iterations of its loops."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from lojax.compat import opened
+from lojax.types import Eqn, Jaxpr, PyTree, Shape, Var
 
 
-def count_flops(f: Callable[..., Any], *args: Any) -> int:
-    """The operations of all products in ``f(*args)``, over all chips together. Shapes are enough.
+def count_flops(f: Callable[..., PyTree], *args: PyTree) -> int:
+    """The operations of all products in ``f(*args)``, over all devices together. Shapes are enough.
 
-    A ``while`` whose trips are not known counts once; of a ``cond`` the dearest branch counts.
+    The body of a ``while`` counts once, since its iterations are unknown; a ``cond`` counts its most expensive branch.
 
     >>> x = jax.ShapeDtypeStruct((3, 3), "float32")
     >>> count_flops(lambda x, y: x @ y, x, x)
@@ -23,24 +23,28 @@ def count_flops(f: Callable[..., Any], *args: Any) -> int:
     return _count(jax.make_jaxpr(f)(*args))
 
 
-def _count(jaxpr: Any) -> int:
+def _count(jaxpr: Jaxpr) -> int:
     body, _ = opened(jaxpr)
-    return sum(_equation(eqn) for eqn in body.eqns)
+    return sum(_count_equation(eqn) for eqn in body.eqns)
 
 
-def _equation(eqn: Any) -> int:
+def _shape(var: Var) -> Shape:
+    return var.aval.shape  # type: ignore[attr-defined]  # AbstractValue does not declare it
+
+
+def _count_equation(eqn: Eqn) -> int:
     p, name = eqn.params, eqn.primitive.name
     if name == "dot_general":
-        (summed, _), _ = p["dimension_numbers"]
-        return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in summed)
-    if name == "moving_product":  # by name of axis, see `lojax.lowrank.factor_product`
-        named = [
-            zip(p[dims], v.aval.shape, strict=True) for dims, v in zip(("x_dims", "y_dims"), eqn.invars, strict=True)
-        ]
-        return 2 * math.prod(dict(pair for axes in named for pair in axes).values())
+        (contracted, _), _ = p["dimension_numbers"]
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(_shape(eqn.invars[0])[d] for d in contracted)
+    if {"x_dims", "y_dims"} <= p.keys():  # a product over named axes, see `lojax.lowrank.factor_product`
+        length_by_name = {}
+        for dims, var in zip((p["x_dims"], p["y_dims"]), eqn.invars, strict=True):
+            length_by_name |= dict(zip(dims, _shape(var), strict=True))
+        return 2 * math.prod(length_by_name.values())
     if name == "conv_general_dilated":
-        kernel, spec = eqn.invars[1].aval.shape, p["dimension_numbers"].rhs_spec
-        return 2 * eqn.outvars[0].aval.size * math.prod(kernel[d] for d in spec[1:])
+        kernel, spec = _shape(eqn.invars[1]), p["dimension_numbers"].rhs_spec
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel[d] for d in spec[1:])
     if name == "cond":
         return max(_count(branch) for branch in p["branches"])
     inner = sum(_count(value) for value in p.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr"))

@@ -1,7 +1,6 @@
-"""The text of a compiled XLA program, read just far enough to know how often each instruction runs.
+"""A reader for the text of a compiled XLA program that knows how often each instruction runs.
 
-`cost_analysis` counts the body of a loop once; here every instruction carries the number of trips of the
-loops around it.
+`cost_analysis` counts the body of a loop once. Here every instruction comes with the iterations of the loops around it.
 """
 
 from __future__ import annotations
@@ -9,6 +8,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import TypeAlias
+
+from lojax.types import Shape
+
+Shaped: TypeAlias = tuple[str, Shape]
+"""The dtype and the shape of an array, as HLO writes them."""
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -25,24 +30,24 @@ class Instruction:
 
     Attributes:
         name: Its name.
-        opcode: What it does.
-        shapes: The arrays that it makes, as ``(dtype, dimensions)``.
+        opcode: Its operation.
+        shapes: The arrays that it returns.
         operands: The names of its operands.
-        text: The line.
+        text: The line after ``name =``.
         root: Whether it is the result of its computation.
     """
 
     name: str
     opcode: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: tuple[Shaped, ...]
     operands: tuple[str, ...]
     text: str
     root: bool
 
     def attribute(self, name: str) -> str | None:
         """The value of ``name=`` up to the next comma outside of braces, or None."""
-        found = re.search(rf"[,\s]{name}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,]*)", self.text)
-        return found.group(1).strip().lstrip("%") if found else None
+        match = re.search(rf"[,\s]{name}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,]*)", self.text)
+        return match.group(1).strip().lstrip("%") if match else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,79 +58,78 @@ class Program:
     entry: str
 
     def runs(self) -> Iterator[tuple[str, Instruction, int]]:
-        """Every instruction with its computation and how often one step runs it."""
+        """Every instruction with the name of its computation and how often one step runs it."""
         yield from self._runs(self.entry, 1)
 
-    def _runs(self, name: str, times: int) -> Iterator[tuple[str, Instruction, int]]:
+    def _runs(self, name: str, count: int) -> Iterator[tuple[str, Instruction, int]]:
         for instruction in self.computations.get(name, {}).values():
-            yield name, instruction, times
-            inner = times * self.trips(name, instruction) if instruction.opcode == "while" else times
+            yield name, instruction, count
             if instruction.opcode in _NO_CALLS:
                 continue
+            inner = count * self.iterations(name, instruction) if instruction.opcode == "while" else count
             for called in _called(instruction.text):
                 yield from self._runs(called, inner)
 
-    def trips(self, computation: str, loop: Instruction) -> int:
-        """How often the body of a loop runs: what the compiler noted, or read off its counter."""
-        if noted := _TRIPS.search(loop.text):
-            return int(noted.group(1))
+    def iterations(self, computation: str, loop: Instruction) -> int:
+        """How often the body of a loop runs; 1 where it cannot be read."""
+        if known := _TRIPS.search(loop.text):
+            return int(known.group(1))
+        # CPU and GPU note the count. The TPU compiler does not, but its counted loops compare an integer of the
+        # loop's state with a constant, and the body adds constants to it.
         condition = self.computations.get(loop.attribute("condition") or "", {})
         body = self.computations.get(loop.attribute("body") or "", {})
         test = next((i for i in condition.values() if i.root), None)
         if test is None or test.opcode != "compare" or len(test.operands) != 2:
             return 1
         counter, limit = (condition.get(name) for name in test.operands)
-        if counter is None or limit is None:
-            return 1
-        stop, index = _constant(limit), counter.attribute("index")
+        stop, index = _constant(limit), counter.attribute("index") if counter else None
         if stop is None or index is None:
             return 1
-        start = self._start(computation, loop, int(index))
-        step = _step(body, int(index))
+        start = self._counter_start(computation, loop, int(index))
+        step = _counter_step(body, int(index))
         return max(1, -(-(stop - start + ("direction=LE" in test.text)) // step))
 
-    def _start(self, computation: str, loop: Instruction, index: int) -> int:
-        here = self.computations[computation]
-        state = here.get(loop.operands[0])
-        first = here.get(state.operands[index]) if state and state.opcode == "tuple" else None
-        value = _constant(first) if first else None
-        return value or 0
+    def _counter_start(self, computation: str, loop: Instruction, index: int) -> int:
+        instructions = self.computations[computation]
+        state = instructions.get(loop.operands[0])
+        return (_constant(instructions.get(state.operands[index])) or 0) if state and state.opcode == "tuple" else 0
 
 
+# What these call is a scalar function such as a sum, without collectives, run once for each element.
 _NO_CALLS = frozenset(
     {"all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter", "select-and-scatter"}
     | {"sort", "map", "custom-call"}
 )
 
 
-def _step(body: dict[str, Instruction], index: int) -> int:
-    """By how much a loop's body raises its counter; 1 where that cannot be seen."""
+def _counter_step(body: dict[str, Instruction], index: int) -> int:
+    """How much the body of a loop adds to its counter; 1 where it cannot be read."""
     root = next((i for i in body.values() if i.root and i.opcode == "tuple"), None)
-    total, at = 0, body.get(root.operands[index]) if root and index < len(root.operands) else None
-    while at is not None and at.opcode in ("add", "copy", "bitcast"):
-        parts = [body.get(name) for name in at.operands]
-        total += sum(_constant(p) or 0 for p in parts if p is not None)
-        at = next((p for p in parts if p is not None and p.opcode != "constant"), None)
+    total, value = 0, body.get(root.operands[index]) if root and index < len(root.operands) else None
+    while value is not None and value.opcode in ("add", "copy", "bitcast"):  # an unrolled body adds several times
+        operands = [body.get(name) for name in value.operands]
+        total += sum(_constant(operand) or 0 for operand in operands)
+        value = next((operand for operand in operands if operand and operand.opcode != "constant"), None)
     return max(1, total)
 
 
-def _constant(instruction: Instruction) -> int | None:
-    found = re.search(r"constant\((-?\d+)\)", instruction.text)
-    return int(found.group(1)) if found and instruction.opcode == "constant" else None
+def _constant(instruction: Instruction | None) -> int | None:
+    match = re.search(r"constant\((-?\d+)\)", instruction.text) if instruction else None
+    return int(match.group(1)) if instruction and match and instruction.opcode == "constant" else None
 
 
 def _called(text: str) -> list[str]:
     names = list(_CALLED.findall(text))
-    for group in _BRANCHES.findall(text):
-        names += [name.strip().lstrip("%") for name in group.split(",")]
+    for branches in _BRANCHES.findall(text):
+        names += [name.strip().lstrip("%") for name in branches.split(",")]
     return list(dict.fromkeys(names))
 
 
 def parse(text: str) -> Program:
-    """Reads what ``compiled.as_text()`` gives.
+    """Reads the text that ``compiled.as_text()`` returns.
 
     Raises:
-        ValueError: ``text`` is no HLO program.
+        ValueError: ``text`` is not an HLO program.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
@@ -133,29 +137,29 @@ def parse(text: str) -> Program:
         if head := _HEAD.match(line):
             current = computations.setdefault(head.group(2), {})
             entry = head.group(2) if head.group(1) else entry
-        elif current is not None and (found := _LINE.match(line)):
-            instruction = _instruction(found.group(2), found.group(3), found.group(1) is not None)
+        elif current is not None and (match := _LINE.match(line)):
+            instruction = _parse_instruction(match.group(2), match.group(3), match.group(1) is not None)
             if instruction:
                 current[instruction.name] = instruction
     if not entry:
-        raise ValueError("This is no compiled HLO program: it has no ENTRY computation. Pass compiled.as_text().")
+        raise ValueError("This is not a compiled HLO program: it has no ENTRY computation. Pass compiled.as_text().")
     return Program(computations, entry)
 
 
-def _instruction(name: str, rest: str, root: bool) -> Instruction | None:
-    found = _OPCODE.search(rest)
-    if not found:
+def _parse_instruction(name: str, text: str, root: bool) -> Instruction | None:
+    opcode = _OPCODE.search(text)
+    if not opcode:
         return None
-    shapes = tuple((kind, _dimensions(dims)) for kind, dims in _SHAPE.findall(rest[: found.start(1)]))
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[found.end() : _closing(rest, found.end())]))
-    return Instruction(name, found.group(1), shapes, operands, rest, root)
+    shapes = tuple((dtype, _dimensions(dims)) for dtype, dims in _SHAPE.findall(text[: opcode.start(1)]))
+    operands = tuple(re.findall(r"%([\w.\-]+)", text[opcode.end() : _closing_parenthesis(text, opcode.end())]))
+    return Instruction(name, opcode.group(1), shapes, operands, text, root)
 
 
-def _dimensions(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.replace("<=", "").split(",") if n)
+def _dimensions(text: str) -> Shape:
+    return tuple(int(n) for n in text.replace("<=", "").split(",") if n)  # "<=8" is a dynamic dimension's bound
 
 
-def _closing(text: str, start: int) -> int:
+def _closing_parenthesis(text: str, start: int) -> int:
     """The position of the parenthesis that closes the one before ``start``."""
     depth = 1
     for i in range(start, len(text)):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.axes import Axes
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
-from lojax.report.table import table
+from lojax.report.table import html_table, table
 from lojax.rewrite.recorder import Use
+from lojax.types import Params, Path, Shape
+
+_COUNTS = ("extra FLOPs", "of frozen", "extra bytes")
+_HEADER = ("weight", "shape", "axes", "rank", "parameters", "uses", "execution", *_COUNTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """One adapted weight and everything the program does with it."""
 
-    path: str
-    shape: tuple[int, ...]
+    path: Path
+    shape: Shape
     axes: Axes
     rank: int
     parameters: int
@@ -31,15 +34,30 @@ class Weight:
 
         ``"both"``: some uses are materialized and others are not.
         """
-        kinds = sorted({use.how for use in self.uses})
-        if len(kinds) > 1 and "materialized" in kinds:
+        strategies = sorted({use.how for use in self.uses})
+        if len(strategies) > 1 and "materialized" in strategies:
             return "both"
-        return ", ".join(kinds) or "unused"
+        return ", ".join(strategies) or "unused"
+
+    @property
+    def flops(self) -> int:
+        """The floating-point operations of the frozen weight in one forward pass."""
+        return sum(use.flops for use in self.uses)
+
+    @property
+    def extra_flops(self) -> int:
+        """The floating-point operations that the update adds to one forward pass."""
+        return sum(use.extra_flops for use in self.uses)
+
+    @property
+    def extra_bytes(self) -> int:
+        """The bytes of the intermediate arrays that the update adds to one forward pass."""
+        return sum(use.extra_bytes for use in self.uses)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How every adapted weight is executed. Printing it gives a table; the data are in ``weights``."""
+    """How every adapted weight is executed: the data in ``weights``. It shows as a table, as `Summary` does."""
 
     weights: tuple[Weight, ...]
 
@@ -51,64 +69,65 @@ class Report:
     @property
     def extra_flops(self) -> int:
         """The floating-point operations that the updates add to one forward pass."""
-        return sum(use.extra_flops for weight in self.weights for use in weight.uses)
+        return sum(weight.extra_flops for weight in self.weights)
 
     @property
     def extra_bytes(self) -> int:
-        """The bytes of the arrays that the updates make on the way in one forward pass."""
-        return sum(use.extra_bytes for weight in self.weights for use in weight.uses)
+        """The bytes of the intermediate arrays that the updates add to one forward pass."""
+        return sum(weight.extra_bytes for weight in self.weights)
 
     def __str__(self) -> str:
-        counts = ("extra FLOPs", "of frozen", "extra bytes")
-        header = ("weight", "shape", "axes", "rank", "parameters", "uses", "executed", *counts)
-        lines = [table(header, [_row(weight) for weight in self.weights])]
+        return "\n".join([table(_HEADER, list(map(_row, self.weights))), *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, list(map(_row, self.weights)), self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = []
         for weight in self.weights:
-            lines += [_note(weight, use) for use in weight.uses if use.how == "materialized"]
+            notes += [_materialized(weight, use) for use in weight.uses if use.how == "materialized"]
             if not weight.uses:
-                lines.append(
+                notes.append(
                     f"{weight.path} is never used by this program: its adapter gets no gradient. "
                     "Take it out of targets, or report on the inputs that use it."
                 )
-        fused = any("fused" in weight.how for weight in self.weights)
-        lines.append(
-            f"{self.factored} of {len(self.weights)} adapted weights fully factored{' or fused' if fused else ''}"
-        )
-        return "\n".join(lines)
+        fused = " or fused" if any("fused" in weight.how for weight in self.weights) else ""
+        return [*notes, f"{self.factored} of {len(self.weights)} adapted weights fully factored{fused}"]
 
 
 def _row(weight: Weight) -> tuple[str, ...]:
-    extra, base = sum(u.extra_flops for u in weight.uses), sum(u.flops for u in weight.uses)
-    uses = ", ".join(dict.fromkeys(u.primitive for u in weight.uses))
+    primitives = ", ".join(dict.fromkeys(use.primitive for use in weight.uses))
     return (
         weight.path,
         str(weight.shape),
         " ".join(weight.axes),
         str(weight.rank),
         f"{weight.parameters:,}",
-        f"{len(weight.uses)} {uses}",
+        f"{len(weight.uses)} {primitives}",
         weight.how,
-        f"{extra:,}",
-        f"{100 * extra / base:.1f}%" if base else "",
-        f"{sum(u.extra_bytes for u in weight.uses):,}",
+        f"{weight.extra_flops:,}",
+        f"{100 * weight.extra_flops / weight.flops:.1f}%" if weight.flops else "",
+        f"{weight.extra_bytes:,}",
     )
 
 
-def _note(weight: Weight, use: Use) -> str:
+def _materialized(weight: Weight, use: Use) -> str:
     at = f" at {use.where}" if use.where else ""
     return (
-        f"{weight.path} is formed for {use.primitive!r}{at}: {use.reason}. "
-        "This costs a weight-sized temporary and gradient; leave it out of targets if that matters."
+        f"{weight.path} is materialized for {use.primitive!r}{at}: {use.reason}. "
+        "This costs a temporary and a gradient of the weight's size; take it out of targets if that matters."
     )
 
 
-def report(frozen: Any, lora: Any, uses: Sequence[Use]) -> Report:
+def report(frozen: Params, lora: Params, uses: Sequence[Use]) -> Report:
     """Joins what was adapted with what the engine did."""
-    left, right = check_pair(frozen, lora)
+    frozen_leaves, lora_leaves = check_pair(frozen, lora)
     weights = []
-    for path, adapter in right.items():
-        if not is_adapter(adapter):
-            continue
-        size = adapter.parameters
-        mine = tuple(use for use in uses if use.path == path)
-        weights.append(Weight(path, tuple(unbox(left[path]).shape), adapter.axes, adapter.rank, size, mine))
+    for path, adapter in lora_leaves.items():
+        if is_adapter(adapter):
+            shape = tuple(unbox(frozen_leaves[path]).shape)
+            own_uses = tuple(use for use in uses if use.path == path)
+            weights.append(Weight(path, shape, adapter.axes, adapter.rank, adapter.parameters, own_uses))
     return Report(tuple(weights))

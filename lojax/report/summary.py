@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+
+import numpy as np
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
+from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
-from lojax.report.table import table
+from lojax.report.table import html_table, table
+from lojax.types import Params, Path, Shape
+
+_HEADER = ("parameter", "shape", "rank", "trainable", "all")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter: its path, shape, rank (None without an adapter), and numbers of parameters."""
+    """One parameter: its path, shape, rank (None if it has no adapter), and how many numbers train and are there.
 
-    path: str
-    shape: tuple[int, ...]
+    ``requested_rank`` is the rank that was asked for, where it was above min(m, n): the table says ``8 → 3``.
+    """
+
+    path: Path
+    shape: Shape
     rank: int | None
     trainable: int
     total: int
+    requested_rank: int | None = None
+
+    @property
+    def rank_text(self) -> str:
+        """The rank as the table shows it."""
+        rank = "" if self.rank is None else str(self.rank)
+        return f"{self.requested_rank} → {rank}" if self.requested_rank else rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What trains, row by row. Printing it gives the table."""
+    """What trains, row by row. It shows as a table, printed, in a REPL and in a notebook."""
 
     rows: tuple[Row, ...]
 
@@ -47,6 +62,11 @@ class Summary:
     def __str__(self) -> str:
         return self.text()
 
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._cells(), [self.line])
+
     @property
     def line(self) -> str:
         """The closing line, as Hugging Face PEFT prints it."""
@@ -54,22 +74,24 @@ class Summary:
 
     def text(self, *, frozen: bool = True) -> str:
         """The table and the closing line; with ``frozen=False`` only the rows of what trains."""
-        rows = [
+        return table(_HEADER, self._cells(frozen=frozen)) + "\n" + self.line
+
+    def _cells(self, *, frozen: bool = True) -> list[tuple[str, ...]]:
+        return [
             (
                 row.path,
                 str(row.shape),
-                "" if row.rank is None else str(row.rank),
+                row.rank_text,
                 f"{row.trainable:,}",
                 f"{row.total:,}",
             )
             for row in self.rows
             if frozen or row.trainable
         ]
-        return table(("parameter", "shape", "rank", "trainable", "all"), rows) + "\n" + self.line
 
 
-def summary(frozen: Any, lora: Any) -> Summary:
-    """The trainable and total numbers of parameters, one row a parameter.
+def summary(frozen: Params, lora: Params) -> Summary:
+    """How many parameters train and how many there are, one row a parameter.
 
     Args:
         frozen: The frozen tree: arrays, or shapes (`jax.eval_shape`).
@@ -79,6 +101,7 @@ def summary(frozen: Any, lora: Any) -> Summary:
         A `Summary`: its ``rows`` are data, and printing it gives the table.
 
     Raises:
+        TypeError: A leaf is neither an array nor a number, or ``frozen`` holds an adapter.
         ValueError: The trees do not fit together.
 
     >>> import numpy as np
@@ -91,17 +114,20 @@ def summary(frozen: Any, lora: Any) -> Summary:
     kernel     (30, 50)     2        160  1,660
     trainable params: 160 || all params: 1,710 || trainable%: 9.3567
     """
-    left, right = check_pair(frozen, lora)
+    for path, leaf in flatten(frozen).items():
+        check_leaf(path, leaf, "frozen")
+    frozen_leaves, lora_leaves = check_pair(frozen, lora)
     rows = []
-    for path in left:
-        weight, trained = unbox(left[path]), unbox(right[path])
+    for path in frozen_leaves:
+        weight, trained = unbox(frozen_leaves[path]), unbox(lora_leaves[path])
         if is_adapter(trained):
             size = trained.parameters
-            shape = tuple(weight.shape)
-            rows.append(Row(path, shape, trained.rank, size, size + math.prod(shape)))
-        elif trained is not None:
-            size = math.prod(trained.shape)
-            rows.append(Row(path, tuple(trained.shape), None, size, size))
+            shape = np.shape(weight)
+            rows.append(Row(path, shape, trained.rank, size, size + np.size(weight), trained.requested_rank))
+            continue
+        check_leaf(path, trained, "lora")
+        if trained is not None:
+            rows.append(Row(path, np.shape(trained), None, np.size(trained), np.size(trained)))
         elif weight is not None:
-            rows.append(Row(path, tuple(weight.shape), None, 0, math.prod(weight.shape)))
+            rows.append(Row(path, np.shape(weight), None, 0, np.size(weight)))
     return Summary(tuple(rows))

@@ -10,150 +10,85 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
-from lojax.adapters.axes import Axes
+from lojax.adapters.axes import Axes, Role
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
-from lojax.lowrank import products
-from lojax.lowrank.named_array import RANK, Named
-from lojax.lowrank.products import Product
-from lojax.lowrank.value import SIDE_BY_SIDE, LowRank
+from lojax.lowrank.frozen import DenseWeight
+from lojax.lowrank.named_array import RANK, NamedArray
+from lojax.lowrank.value import PATH_SEPARATOR, LowRank
 from lojax.rewrite.interpreter import Interpreter
-from lojax.rewrite.transform import abstractly, evaluate
+from lojax.rewrite.rules import RULES
+from lojax.rewrite.transform import evaluate, trace_abstractly
+from lojax.types import Array, Params, Path, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Sight:
-    """One use of a weight, as roles of its axes, and how many operations it takes."""
+class Observation:
+    """One product with a weight, as roles of its axes, and how much work it is."""
 
     axes: Axes
-    flops: int
-
-
-class Watch:
-    """Stands in for `lojax.lowrank.products`: computes nothing low-rank, notes how weights are used."""
-
-    def __init__(self) -> None:
-        self.sights: dict[str, list[Sight]] = {}
-
-    def see(self, probe: LowRank, summed: Sequence[int], batch: Sequence[int], flops: int) -> None:
-        """Notes a product that sums the value axes ``summed`` and shares ``batch`` with the activation."""
-        roles = []
-        for factor in probe.factors:
-            here = [d for d in factor.dims if d != RANK]
-            if any(d in summed for d in here):
-                roles.append("in")
-            elif all(factor.size(d) == 1 or d in batch for d in here):
-                roles.append("stack")
-            else:
-                roles.append("out")
-        if "in" in roles and "out" in roles:
-            for path in probe.path.split(SIDE_BY_SIDE):
-                self.sights.setdefault(path, []).append(Sight(tuple(roles), flops))  # type: ignore[arg-type]
-
-    def dot(
-        self,
-        x: Any,
-        value: LowRank,
-        *,
-        dimension_numbers: Any,
-        weight_on_left: bool,
-        base: Callable[[Any, Any], Any],
-        **options: Any,
-    ) -> Product:
-        """Notes a `dot_general`."""
-        (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
-        summed, batch = (lhs_sum, lhs_batch) if weight_on_left else (rhs_sum, rhs_batch)
-        y = base(value.w, x)
-        self.see(value, summed, batch, y.size)
-        return Product(y, 0, 0, 0)
-
-    def gather(
-        self,
-        value: LowRank,
-        indices: Any,
-        *,
-        dimension_numbers: lax.GatherDimensionNumbers,
-        slice_sizes: Sequence[int],
-        base: Any,
-        options: dict[str, Any],
-    ) -> Product | LowRank:
-        """Notes a look-up: the last axis addressed is in, others addressed and those batched are a stack."""
-        touched = sorted(products.addressed(value, dimension_numbers, slice_sizes, options["mode"]))
-        batched = sorted(dimension_numbers.operand_batching_dims)
-        left = [f for f in value.factors if any(d != RANK and f.size(d) > 1 for d in f.dims)]
-        free = [f for f in left if not any(d in (*touched, *batched) for d in f.dims)]
-        if len(free) > 1:  # entries of a stack
-            return products.look_up(
-                value,
-                indices,
-                dimension_numbers=dimension_numbers,
-                slice_sizes=slice_sizes,
-                base=base,
-                options=options,
-            )
-        self.see(value, touched[-1:], (*touched[:-1], *batched), base.size)
-        return Product(base, 0, 0, 0)
-
-    def conv(
-        self, x: Any, value: LowRank, *, base: Any, dimension_numbers: lax.ConvDimensionNumbers, **options: Any
-    ) -> Product:
-        """Notes a convolution: input features and window are in, output features are out."""
-        summed = dimension_numbers.rhs_spec[1:]
-        self.see(value, summed, (), base.size)
-        return Product(base, 0, 0, 0)
-
-    def ragged_dot(
-        self, x: Any, value: LowRank, group_sizes: Any, *, dimension_numbers: Any, base: Any, **options: Any
-    ) -> Product:
-        """Notes a product with experts: the group axis is a stack."""
-        (_, summed), (_, batch) = dimension_numbers.dot_dimension_numbers
-        self.see(value, summed, (*batch, *dimension_numbers.rhs_group_dimensions), base.size)
-        return Product(base, 0, 0, 0)
+    work: int
 
 
 def infer_axes(
-    f: Callable[..., Any], params: Any, paths: Sequence[str], args: Any, kwargs: Mapping[str, Any]
-) -> dict[str, Axes]:
+    f: Callable[..., PyTree], params: Params, paths: Sequence[Path], args: PyTree, kwargs: Mapping[str, Any]
+) -> dict[Path, Axes]:
     """The axes of the weights at ``paths`` as ``f(params, *args, **kwargs)`` uses them.
 
     Arrays may be `jax.ShapeDtypeStruct`. A weight that takes part in no product is left out.
     """
-    watch = Watch()
-    interp = Interpreter(products=watch)  # type: ignore[arg-type]
-    wanted = set(paths)
+    observations: dict[Path, list[Observation]] = {}
 
-    def run(params: Any, args: Any, kwargs: Any) -> Any:
-        probes = map_paths(lambda path, x: rebox(x, _probe(path, unbox(x))) if path in wanted else x, params)
-        return evaluate(f, interp, probes, args, kwargs)
+    def observe(probe: LowRank, summed: Sequence[int], batch: Sequence[int], work: int) -> None:
+        axes = _roles(probe, summed, batch)
+        if "in" in axes and "out" in axes:
+            for path in probe.path.split(PATH_SEPARATOR):
+                observations.setdefault(path, []).append(Observation(axes, work))
 
-    abstractly(run, params, args, dict(kwargs))
-    return {path: _agreed(sights) for path, sights in watch.sights.items()}
+    interpreter = Interpreter(RULES, observer=observe)
+    targeted = set(paths)
+
+    def run(params: Params, args: PyTree, kwargs: PyTree) -> PyTree:
+        probes = map_paths(lambda path, x: rebox(x, _probe(path, unbox(x))) if path in targeted else x, params)
+        return evaluate(f, interpreter, probes, args, kwargs)
+
+    trace_abstractly(run, params, args, dict(kwargs))
+    return {path: _most_work(seen) for path, seen in observations.items()}
 
 
-def _probe(path: str, w: Any) -> LowRank:
-    factors = tuple(Named(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
-    return LowRank(w, factors, None, 0.0, path, probe=True)
+def _probe(path: Path, w: Array) -> LowRank:
+    factors = tuple(NamedArray(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
+    return LowRank(DenseWeight(w), (factors,), path, probe=True)
 
 
-def _agreed(sights: Sequence[Sight]) -> Axes:
+def _roles(probe: LowRank, summed: Sequence[int], batch: Sequence[int]) -> Axes:
+    """The role of each axis of the weight in a product that sums some axes of the value and shares others."""
+
+    def role(factor: NamedArray) -> Role:
+        axes = [d for d in factor.dims if d != RANK]
+        if any(d in summed for d in axes):
+            return "in"
+        return "stack" if all(factor.size(d) == 1 or d in batch for d in axes) else "out"
+
+    return tuple(role(factor) for factor in probe.terms[0])
+
+
+def _most_work(observations: Sequence[Observation]) -> Axes:
     """The roles that keep the most work factored; of two orientations, the one seen first.
 
     ``x @ w`` and ``x @ w.T`` agree: either end of a factored weight can be summed first.
     """
-    work: Counter[Any] = Counter()
-    for sight in sights:
-        work[_partition(sight.axes)] += sight.flops
+    work: Counter[Hashable] = Counter()
+    for observation in observations:
+        work[_partition(observation.axes)] += observation.work
     best, _ = work.most_common(1)[0]
-    return next(sight.axes for sight in sights if _partition(sight.axes) == best)
+    return next(o.axes for o in observations if _partition(o.axes) == best)
 
 
-def _partition(axes: Axes) -> Any:
-    ins = frozenset(i for i, role in enumerate(axes) if role == "in")
-    outs = frozenset(i for i, role in enumerate(axes) if role == "out")
-    return frozenset((ins, outs))
+def _partition(axes: Axes) -> Hashable:
+    return frozenset(frozenset(i for i, role in enumerate(axes) if role == end) for end in ("in", "out"))

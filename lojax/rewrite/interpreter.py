@@ -1,89 +1,82 @@
 """The evaluator: runs a jaxpr with low-rank values where its adapted weights were.
 
-An equation none of whose operands is low-rank is bound as it stands. For the others one table maps the
-primitive to a rule (`rules` for products and carriers, `structure` for control flow and calls); where
-there is no rule, or the rule finds no factored form, that one use is materialized and recorded.
+An equation none of whose operands is low-rank is bound as it stands. For the others one table maps the primitive to a
+rule (see `rules`); where there is no rule, or the rule finds no factored form, that one use is materialized.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from lojax.compat import opened
-from lojax.lowrank import products
-from lojax.lowrank.named_array import RANK
-from lojax.lowrank.opaque import named
-from lojax.lowrank.products import Product
-from lojax.lowrank.value import SIDE_BY_SIDE, LowRank, NotFactored
-from lojax.rewrite.activations import Apart
-from lojax.rewrite.recorder import MaterializedError, Use
+from lojax.lowrank.factored import name_product
+from lojax.lowrank.strategy import Product
+from lojax.lowrank.value import LowRank, NotFactored
+from lojax.rewrite.activations import Activations
+from lojax.rewrite.recorder import Recorder, Use
+from lojax.types import Array, Eqn, Jaxpr, PyTree, Var
 
+Value: TypeAlias = Any
+"""What a variable holds: an array or a `LowRank`."""
+EquationRule = Callable[["Interpreter", Eqn, list[Value]], Any]
+"""``rule(interpreter, equation, operands)``: the result, or a list of them. May raise `NotFactored`."""
 
-class Products(Protocol):
-    """Who computes a product with an adapted weight (`products`), or watches it (`infer.Watch`)."""
-
-    dot: Callable[..., Product]
-    gather: Callable[..., Product | LowRank]
-    conv: Callable[..., Product]
-    ragged_dot: Callable[..., Product]
-
-
-COUNTED = ("flops", "extra_flops", "extra_bytes")
-"""What of a `Use` adds up over trips, and is shared by weights side by side."""
-EquationRule = Callable[["Interpreter", Any, list[Any]], Any]
-RULES: dict[str, EquationRule] = {}
-"""The rule of each primitive, by its name. Filled by `rules` and `structure`."""
-PRODUCTS = ("dot_general", "gather", "conv_general_dilated", "ragged_dot_general")
-"""The primitives that compute a product with the weight."""
-CARRIERS = ("convert_element_type", "reshape", "transpose", "squeeze", "copy", "name", "sharding_constraint")
+MULTIPLICATIONS = ("dot_general", "gather", "conv_general_dilated", "ragged_dot_general")
+"""The primitives that multiply with the weight."""
+MOVERS = ("convert_element_type", "reshape", "transpose", "squeeze", "copy", "name", "sharding_constraint")
 """Primitives of one operand that move, cast or place a weight: they may run ahead of their turn."""
 
 
-def rule(*names: str) -> Callable[[EquationRule], EquationRule]:
-    """Registers a function as the rule of the primitives called ``names``."""
+class AdaptedProduct(Protocol):
+    """A product with an adapted weight (`lowrank.dot`, `lookup`, `convolution`, `experts`)."""
 
-    def register(f: EquationRule) -> EquationRule:
-        RULES.update(dict.fromkeys(names, f))
-        return f
+    def contracted_axes(self, value: LowRank) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the weight that are summed, and those that are shared with a batch."""
+        ...
 
-    return register
+    def frozen(self, value: LowRank) -> Array:
+        """The product with the frozen part alone."""
+        ...
+
+    def compute(self, value: LowRank, execution: str) -> Product:
+        """The product with the value, and the cost of its update."""
+        ...
+
+
+Observer = Callable[[LowRank, Sequence[int], Sequence[int], int], None]
+"""``observer(probe, summed, batch, flops)``: told of each product of a probe, see `axis_inference`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One run of one jaxpr.
+    """One run of one jaxpr. Only the interpreter looks inside.
 
     Attributes:
-        jaxpr: What runs.
-        env: The values there are.
-        readers: The equations that read each variable, and the end of the program.
-        apart: The activations as the factors meet them.
+        env: The value of each variable so far.
+        producers: The equation that makes each variable.
+        readers: The equations that read each variable; the end of the program is a reader, None.
+        activations: The activations as the factors meet them.
         done: The equations that ran, by id.
-        given: Updates computed ahead of their product, by the id of its equation (see `siblings`).
+        precomputed: What an earlier equation computed for a later one, by the id of the later (see `shared_pass`).
     """
 
-    jaxpr: Any
-    env: dict[Any, Any]
-    readers: dict[Any, list[Any]]
-    apart: Apart
+    env: dict[Any, Value]
+    producers: Mapping[Any, Eqn]
+    readers: Mapping[Any, Sequence[Eqn | None]]
+    activations: Activations
     done: set[int] = dataclasses.field(default_factory=set)
-    given: dict[int, Any] = dataclasses.field(default_factory=dict)
+    precomputed: dict[int, Any] = dataclasses.field(default_factory=dict)
 
-    def read(self, var: Any) -> Any:
+    def read(self, var: Var) -> Value:
         """The value of a variable or literal."""
         return var.val if isinstance(var, Literal) else self.env[var]
-
-    def maker(self, var: Any) -> Any:
-        """The equation that makes ``var``; None for an input or a literal."""
-        return next((eqn for eqn in self.jaxpr.eqns if any(v is var for v in eqn.outvars)), None)
 
 
 @dataclasses.dataclass
@@ -91,211 +84,203 @@ class Interpreter:
     """One evaluation of one program.
 
     Attributes:
-        products: Who computes the products.
-        strict: Whether a materialized use is an error.
-        execution: How products are to be computed, see `cost`.
-        uses: What was done with each use, in program order; None to keep no record.
+        rules: The rule of each primitive, by its name.
+        execution: How products are to be computed, see `lowrank.strategy`.
+        recorder: What keeps account of uses.
+        observer: What is told of the products of probes.
         naming: Whether products get their name for remat policies; values that are tangents cannot have one.
     """
 
-    products: Products = products  # type: ignore[assignment]
-    strict: bool = False
+    rules: Mapping[str, EquationRule]
     execution: str = "auto"
-    uses: list[Use] | None = None
+    recorder: Recorder = dataclasses.field(default_factory=Recorder)
+    observer: Observer | None = None
     naming: bool = True
-    frame: Frame = dataclasses.field(init=False)
-    _draws: int = 0
-    _rewritten: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    _frame: Frame | None = None
+    _dropout_draws: int = 0
+    _rewritten: dict[Any, tuple[Any, Any, Any, list[Use]]] = dataclasses.field(default_factory=dict)
 
-    def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+    def run(self, jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
         """The outputs of ``jaxpr`` on ``values``; inputs and outputs may be `LowRank`."""
         jaxpr, consts = opened(jaxpr)
-        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
-        dying, readers = _last_uses(jaxpr), _readers(jaxpr)
-        outer, frame = getattr(self, "frame", None), Frame(jaxpr, env, readers, Apart(readers))
-        self.frame = frame
+        env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+        readers = _readers(jaxpr)
+        producers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        outer, frame = self._frame, Frame(env, producers, readers, Activations(readers))
+        self._frame = frame
         try:
-            for eqn, dead in zip(jaxpr.eqns, dying, strict=True):
-                self._advance(eqn)
-                for var in dead:
+            for eqn, dead_vars in zip(jaxpr.eqns, _last_uses(jaxpr), strict=True):
+                self._evaluate_once(eqn)
+                for var in dead_vars:
                     env.pop(var, None)
-                    frame.apart.drop(var)
+                    frame.activations.drop(var)
+            return [frame.read(v) for v in jaxpr.outvars]
         finally:
-            if outer is not None:
-                self.frame = outer
-        return [frame.read(v) for v in jaxpr.outvars]
+            self._frame = outer
 
-    def _advance(self, eqn: Any) -> None:
-        """Runs an equation of the current jaxpr, unless it ran already."""
-        if id(eqn) in self.frame.done:
+    @property
+    def frame(self) -> Frame:
+        """The innermost run."""
+        assert self._frame is not None
+        return self._frame
+
+    def _evaluate_once(self, eqn: Eqn) -> None:
+        """Evaluates an equation of the current jaxpr, unless it ran ahead of its turn."""
+        frame = self.frame
+        if id(eqn) in frame.done:
             return
-        self.frame.done.add(id(eqn))
-        operands = [self.frame.read(v) for v in eqn.invars]
+        frame.done.add(id(eqn))
+        operands = [frame.read(v) for v in eqn.invars]
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
             results = self.evaluate(eqn, operands)
-        self.frame.env.update(zip(eqn.outvars, results, strict=True))
+        frame.env.update(zip(eqn.outvars, results, strict=True))
 
-    def ahead(self, var: Any) -> Any:
-        """The value of ``var`` if it is low-rank, there or to be had by operations of one operand; else None."""
-        chain, root = [], var
-        while not isinstance(root, Literal) and root not in self.frame.env:
-            eqn = self.frame.maker(root)
-            if eqn is None or id(eqn) in self.frame.done or len(eqn.invars) != 1 or eqn.primitive.name not in CARRIERS:
-                return None
-            chain.append(eqn)
-            root = eqn.invars[0]
-        if not isinstance(self.frame.read(root), LowRank):
-            return None
-        for eqn in reversed(chain):
-            self._advance(eqn)
-        return self.frame.read(var)
-
-    def evaluate(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    def evaluate(self, eqn: Eqn, operands: list[Value]) -> list[Value]:
         """The results of one equation."""
         if not any(isinstance(v, LowRank) for v in operands):
             if eqn.primitive.name == "sharding_constraint":
-                self.frame.apart.placed(eqn, operands[0])
+                self.frame.activations.record_constraint(eqn, operands[0])
             return bind(eqn, operands)
-        operands = [self._redrawn(v) for v in operands]
+        operands = [self._with_own_dropout(v) for v in operands]
+        name = eqn.primitive.name
         try:
-            if eqn.primitive.name not in RULES:
-                raise NotFactored(f"{eqn.primitive.name} is not linear in the weight")
-            if self.execution == "materialize" and eqn.primitive.name in PRODUCTS:
+            if name not in self.rules:
+                raise NotFactored(f"{name} is not linear in the weight")
+            if self.execution == "materialize" and name in MULTIPLICATIONS:
                 raise NotFactored("execution='materialize' asks for it")
-            return _as_list(RULES[eqn.primitive.name](self, eqn, operands))
+            results = self.rules[name](self, eqn, operands)
         except NotFactored as reason:
             return bind(eqn, [self.dense(v, eqn, str(reason)) for v in operands])
+        return results if isinstance(results, list) else [results]
 
-    def apart(self, var: Any, x: Any) -> Any:
-        """``x``, the value of ``var``, as the factors of all weights that meet it have it (see `apart`)."""
-        return self.frame.apart.of(var, x)
+    def multiply(self, eqn: Eqn, value: LowRank, product: AdaptedProduct) -> Array:
+        """The value of a product with an adapted weight, noted as a use of it; for a probe, that of the frozen net."""
+        if value.probe:
+            y = product.frozen(value)
+            if self.observer is not None:
+                self.observer(value, *product.contracted_axes(value), y.size)
+            return y
+        result = product.compute(value, self.execution)
+        self.recorder.product(value, eqn, result)
+        return name_product(result.value) if self.naming else result.value
 
-    def _redrawn(self, value: Any) -> Any:
-        """``value`` with a dropout key of its own, so that no two uses of a weight drop the same."""
-        if not isinstance(value, LowRank) or value.key is None:
+    def dense(self, value: Value, eqn: Eqn | str, reason: str) -> Array:
+        """``value`` as an array; a low-rank one is materialized, which the recorder notes or refuses."""
+        return self.recorder.materialize(value, eqn, reason) if isinstance(value, LowRank) else value
+
+    def dense_outputs(self, outputs: list[Value], may_stay: Sequence[bool] | None = None) -> list[Value]:
+        """``outputs`` of a body, the low-rank ones materialized but for those that may stay (None: none may)."""
+        reason = "it leaves a control-flow body where a dense value is carried"
+        stays = [False] * len(outputs) if may_stay is None else may_stay
+        return [v if stay else self.dense(v, "output", reason) for v, stay in zip(outputs, stays, strict=True)]
+
+    def _with_own_dropout(self, value: Value) -> Value:
+        """``value`` with a dropout key of its own, so that no two uses of a weight drop the same entries."""
+        if not isinstance(value, LowRank) or value.dropout is None:
             return value
-        self._draws += 1
-        return dataclasses.replace(value, key=jax.random.fold_in(value.key, self._draws))
+        self._dropout_draws += 1
+        return dataclasses.replace(value, dropout=value.dropout.fold_in(self._dropout_draws))
 
-    def dense(self, value: Any, eqn: Any, reason: str) -> Any:
-        """``value`` as an array; a low-rank one is materialized, recorded, and refused if strict."""
-        if not isinstance(value, LowRank):
-            return value
-        if not value.probe:
-            name = eqn if isinstance(eqn, str) else eqn.primitive.name
-            use = Use(value.path, name, "materialized", reason=reason)
-            if self.strict:
-                raise MaterializedError(dataclasses.replace(use, where=_where(eqn)), value.shape)
-            self._note(use, eqn, value)
-        return value.dense()
+    # --- what a rule may ask of the program around its equation ---
 
-    def record(self, value: LowRank, eqn: Any, product: Product) -> Any:
-        """The value of a ``product`` that was not materialized, noted as a use of ``value``."""
-        if not value.probe:
-            use = Use(
-                value.path, eqn.primitive.name, product.how, product.flops, product.extra_flops, product.extra_bytes
-            )
-            self._note(use, eqn, value)
-            return named(product.value) if self.naming else product.value
-        return product.value
+    def producer(self, var: Var) -> Eqn | None:
+        """The equation that makes ``var``; None for an input or a literal."""
+        return None if isinstance(var, Literal) else self.frame.producers.get(var)
 
-    def _note(self, use: Use, eqn: Any, value: LowRank) -> None:
-        """Adds ``use`` to the record, shared out among the weights that make up ``value``."""
-        if self.uses is None:
-            return
-        if use.how == "materialized":
-            rank = sum(x.size(RANK) for x in value.factors[::2])
-            size = value.w.size
-            use = dataclasses.replace(use, extra_flops=2 * size * rank, extra_bytes=size * value.w.dtype.itemsize)
-        paths, where = value.path.split(SIDE_BY_SIDE), _where(eqn)
-        share = {name: getattr(use, name) // len(paths) for name in COUNTED}
-        self.uses += [dataclasses.replace(use, path=path, where=where, **share) for path in paths]
+    def pending_readers(self, var: Var) -> list[Eqn]:
+        """The equations that read ``var`` and did not run yet."""
+        if isinstance(var, Literal):
+            return []
+        return [e for e in self.frame.readers[var] if e is not None and id(e) not in self.frame.done]
 
-    @contextmanager
-    def repeated(self, trips: int) -> Iterator[None]:
-        """Uses recorded inside happen ``trips`` times; zero for a trial that counts for nothing."""
-        outer, self.uses = self.uses, None if self.uses is None else []
-        try:
-            yield
-        finally:
-            inner, self.uses = self.uses, outer
-            if trips and outer is not None and inner is not None:
-                outer += [dataclasses.replace(u, **{name: getattr(u, name) * trips for name in COUNTED}) for u in inner]
+    def value_ahead(self, var: Var) -> Value | None:
+        """The value of ``var`` if it is low-rank, now or after operations of one operand, which then run; else None."""
+        frame, chain, root = self.frame, [], var
+        while not isinstance(root, Literal) and root not in frame.env:
+            eqn = frame.producers.get(root)
+            if eqn is None or id(eqn) in frame.done or len(eqn.invars) != 1 or eqn.primitive.name not in MOVERS:
+                return None
+            chain.append(eqn)
+            root = eqn.invars[0]
+        if not isinstance(frame.read(root), LowRank):
+            return None
+        for eqn in reversed(chain):
+            self._evaluate_once(eqn)
+        return frame.read(var)
 
-    def fresh(self) -> None:
-        """Forgets the uses of an earlier tracing of the same body (see `repeated`)."""
-        if self.uses is not None:
-            self.uses.clear()
+    def factor_input(self, var: Var, x: Array) -> Array:
+        """``x``, the value of ``var``, as the factors of all weights that meet it have it (see `activations`)."""
+        return self.frame.activations.get(var, x)
 
-    def rewrite(self, jaxpr: Any, values: Sequence[Any], keep: Sequence[bool] | None = None) -> tuple[Any, Any]:
+    def precompute(self, eqn: Eqn, result: Any) -> None:
+        """Keeps ``result`` for a later equation."""
+        self.frame.precomputed[id(eqn)] = result
+
+    def take_precomputed(self, eqn: Eqn) -> Any:
+        """What an earlier equation computed for this one, or None."""
+        return self.frame.precomputed.pop(id(eqn), None)
+
+    # --- bodies ---
+
+    def rewrite(
+        self, jaxpr: Jaxpr, values: Sequence[Value], may_stay: Sequence[bool] | None = None
+    ) -> tuple[Jaxpr, PyTree]:
         """``jaxpr`` over the leaves of ``values``, and the tree of its outputs. Traced once for each form.
 
         Args:
             jaxpr: A closed jaxpr over dense values.
             values: Its operands, some low-rank.
-            keep: Which outputs may stay low-rank; None for all.
+            may_stay: Which outputs may stay low-rank; None for all.
         """
         leaves, tree = jax.tree.flatten(list(values))
         avals = tuple(jax.typeof(x) for x in leaves)
-        key = (id(jaxpr), tree, avals, None if keep is None else tuple(keep))
+        # An id is safe as a key: the entry holds the jaxpr, so that no other object can get its id.
+        key = (id(jaxpr), tree, avals, None if may_stay is None else tuple(may_stay))
         if key not in self._rewritten:
+            uses: list[Use] = []
             out_tree: Any = None
 
-            def body(*leaves: Any) -> list[Any]:
+            def body(*leaves: Array) -> list[Array]:
                 nonlocal out_tree
-                self.fresh()
-                outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
-                outputs = self.densed(outputs, keep)
+                with self.recorder.collect(uses):
+                    outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
+                    outputs = outputs if may_stay is None else self.dense_outputs(outputs, may_stay)
                 flat, out_tree = jax.tree.flatten(outputs)
                 return flat
 
-            with self.repeated(1):
-                closed = jax.make_jaxpr(body)(*avals)
-                uses = list(self.uses or ())
-            self._rewritten[key] = (jaxpr, closed, out_tree, uses)
-        else:
-            if self.uses is not None:
-                self.uses += self._rewritten[key][3]
-        return self._rewritten[key][1:3]
-
-    def densed(self, outputs: list[Any], keep: Sequence[bool] | None) -> list[Any]:
-        """``outputs`` with those that may not stay low-rank materialized."""
-        if keep is None:
-            return outputs
-        reason = "it leaves a control-flow body where a dense value is carried"
-        return [v if k else self.dense(v, "output", reason) for v, k in zip(outputs, keep, strict=True)]
+            self._rewritten[key] = (jaxpr, jax.make_jaxpr(body)(*avals), out_tree, uses)
+        _, closed, out_tree, uses = self._rewritten[key]
+        self.recorder.replay(uses)
+        return closed, out_tree
 
 
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """The equation as it stands, on dense operands."""
+def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
+    """The results of the equation as it stands, on dense operands."""
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
 
 
-def _as_list(results: Any) -> list[Any]:
-    return results if isinstance(results, list) else [results]
+def bind_one(eqn: Eqn, *operands: Array) -> Array:
+    """The only result of the equation as it stands, on dense operands."""
+    return bind(eqn, operands)[0]
 
 
-def _where(eqn: Any) -> str:
-    return "" if isinstance(eqn, str) else source_info_util.summarize(eqn.source_info)
-
-
-def _readers(jaxpr: Any) -> dict[Any, list[Any]]:
+def _readers(jaxpr: Any) -> dict[Any, list[Eqn | None]]:
     """The equations that read each variable; the end of the program is one reader, None."""
-    found: dict[Any, list[Any]] = defaultdict(list)
+    readers: dict[Any, list[Eqn | None]] = defaultdict(list)
     for reader, variables in (*((eqn, eqn.invars) for eqn in jaxpr.eqns), (None, jaxpr.outvars)):
         for v in {v for v in variables if not isinstance(v, Literal)}:
-            found[v].append(reader)
-    return found
+            readers[v].append(reader)
+    return readers
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:
     """For each equation, the variables that nothing after it reads."""
-    seen = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    read_later = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     dying: list[list[Any]] = []
     for eqn in reversed(jaxpr.eqns):
-        last = [v for v in eqn.invars if not isinstance(v, Literal) and v not in seen]
-        seen.update(last)
-        dying.append([*dict.fromkeys(last), *(v for v in eqn.outvars if v not in seen)])
+        last = [v for v in eqn.invars if not isinstance(v, Literal) and v not in read_later]
+        read_later.update(last)
+        dying.append([*dict.fromkeys(last), *(v for v in eqn.outvars if v not in read_later)])
     return dying[::-1]

@@ -1,9 +1,16 @@
-"""What the engine did with each use of an adapted weight."""
+"""What the engine did with each use of an adapted weight: uses, the record of them, and strict mode."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from jax.extend import source_info_util
+
+from lojax.lowrank.strategy import Product
+from lojax.lowrank.value import PATH_SEPARATOR, LowRank
+from lojax.types import Array, Eqn, Path, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +29,9 @@ class Use:
         where: The user's source line, as ``file:line (function)``, or "".
     """
 
-    path: str
+    path: Path
     primitive: str
-    how: Literal["factored", "fused", "materialized"]
+    how: str
     flops: int = 0
     extra_flops: int = 0
     extra_bytes: int = 0
@@ -32,13 +39,93 @@ class Use:
     where: str = ""
 
 
+COUNTS = ("flops", "extra_flops", "extra_bytes")
+"""What of a `Use` adds up over trips, and is shared by weights that were combined into one."""
+
+
 class MaterializedError(ValueError):
     """Strict mode met a use that has no factored form."""
 
-    def __init__(self, use: Use, shape: tuple[int, ...]):
+    def __init__(self, use: Use, shape: Shape):
         at = f" at {use.where}" if use.where else ""
         super().__init__(
             f"{use.path} (shape {shape}) is used by {use.primitive!r}{at}, which has no factored form: "
-            f"{use.reason}. Take the weight out of targets, train it in full, or allow this use to form "
+            f"{use.reason}. Take the weight out of targets, train it in full, or allow this use to materialize "
             "W0 + scale*A*B with strict=False."
         )
+
+
+@dataclasses.dataclass
+class Recorder:
+    """The uses of one evaluation, in program order.
+
+    Attributes:
+        strict: Whether a materialized use is an error.
+        uses: The uses so far; None to keep no record.
+    """
+
+    strict: bool = False
+    uses: list[Use] | None = None
+
+    def product(self, value: LowRank, eqn: Eqn, product: Product) -> None:
+        """Notes a product that was not materialized."""
+        use = Use(
+            value.path,
+            eqn.primitive.name,
+            product.strategy,
+            product.flops,
+            product.extra_flops,
+            product.extra_bytes,
+            where=_source_line(eqn),
+        )
+        self._add(use)
+
+    def materialize(self, value: LowRank, eqn: Eqn | str, reason: str) -> Array:
+        """The dense array of ``value``, noted as a materialized use, or refused if strict.
+
+        Args:
+            value: The value; a probe is not noted.
+            eqn: The equation that consumes it, or what it is called where there is none.
+            reason: Why it has no factored form.
+
+        Raises:
+            MaterializedError: Strict mode forbids it.
+        """
+        if not value.probe:
+            name = eqn if isinstance(eqn, str) else eqn.primitive.name
+            flops, size = 2 * value.size * value.rank, value.size * value.frozen.dtype.itemsize
+            use = Use(value.path, name, "materialized", 0, flops, size, reason, _source_line(eqn))
+            if self.strict:
+                raise MaterializedError(use, value.shape)
+            self._add(use)
+        return value.dense()
+
+    def _add(self, use: Use) -> None:
+        """Adds ``use``, shared among the weights that were combined into one."""
+        if self.uses is None:
+            return
+        paths = use.path.split(PATH_SEPARATOR)
+        shares = {name: getattr(use, name) // len(paths) for name in COUNTS}
+        self.uses += [dataclasses.replace(use, path=path, **shares) for path in paths]
+
+    @contextmanager
+    def collect(self, into: list[Use]) -> Iterator[None]:
+        """Uses noted inside go to ``into`` and nowhere else, in place of what an earlier tracing left there.
+
+        JAX may trace the body of a loop or of a branch more than once; `replay` then counts the last tracing.
+        """
+        outer, self.uses = self.uses, None if self.uses is None else []
+        try:
+            yield
+        finally:
+            into[:] = self.uses or []
+            self.uses = outer
+
+    def replay(self, uses: Sequence[Use], trips: int = 1) -> None:
+        """Notes the collected uses of a body that runs ``trips`` times."""
+        if self.uses is not None:
+            self.uses += [dataclasses.replace(u, **{name: getattr(u, name) * trips for name in COUNTS}) for u in uses]
+
+
+def _source_line(eqn: Eqn | str) -> str:
+    return "" if isinstance(eqn, str) else source_info_util.summarize(eqn.source_info)

@@ -1,127 +1,159 @@
 """Weights that meet one activation (q, k and v; gate and up) share the pass over it.
 
 ``x A_q``, ``x A_k`` and ``x A_v`` are one product with the A's side by side, ``x [A_q | A_k | A_v]``, whose result is
-cut. The activation is then read once for all of them, in the backward pass too, where the cotangent that the updates
+split. The activation is then read once for all of them, in the backward pass too, where the cotangent that the updates
 send to it is one product as well. Measured by `benchmarks/shared_pass.py`.
 
-At the first of such products the program is searched for the others. Their weights must be there, or need only
+At the first of such products the program is searched for the others. Their weights must be available, or need only
 operations of one operand (a cast, a reshape), which are then evaluated ahead of their turn.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
 
-from lojax.lowrank.factored import compute_dtype, ends, product_of
-from lojax.lowrank.named_array import RANK, Name, Named, cast, on_explicit_axes
-from lojax.lowrank.opaque import one_step
-from lojax.lowrank.products import Meeting, chosen, meeting
-from lojax.lowrank.value import LowRank, NotFactored
-
-if TYPE_CHECKING:
-    from lojax.rewrite.interpreter import Interpreter
+from lojax.lowrank.dot import Dot, dot
+from lojax.lowrank.factored import contraction_order, multiply_factor, opaque_product
+from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, has_explicit_sharding
+from lojax.lowrank.value import LowRank, NotFactored, compute_dtype
+from lojax.rewrite.interpreter import Interpreter, bind_one
+from lojax.types import Array, Eqn, Var
 
 
 @dataclasses.dataclass(frozen=True)
-class Sibling:
-    """One of the products.
+class Member:
+    """One product of a group that shares a pass.
 
     Attributes:
         eqn: Its equation.
-        met: How the activation meets the weight.
-        first: The factor that meets the activation, its axes called as those of the activation ``("x", i)``, `RANK`
+        product: The product.
+        first: The factor that meets the activation, its axes called like those of the activation ``("x", i)``, `RANK`
             last.
         second: The other factor.
         key: What must be equal for two products to share a pass.
     """
 
-    eqn: Any
-    met: Meeting
-    first: Named
-    second: Named
+    eqn: Eqn
+    product: Dot
+    first: NamedArray
+    second: NamedArray
     key: Hashable
 
 
-def update_of(interp: Interpreter, eqn: Any, on_left: bool, x: Any) -> Any:
-    """The update of a product with an adapted weight, computed with those of its siblings; None if it has none."""
-    var = eqn.invars[on_left]
-    if id(eqn) in interp.frame.given:
-        return interp.frame.given.pop(id(eqn))
-    readers = () if isinstance(var, Literal) else interp.frame.readers[var]
-    if len(readers) < 2 or (mine := _sibling(interp, eqn, var, x)) is None:
+def read_dot_general(eqn: Eqn, x: Array, value: LowRank, *, weight_on_left: bool) -> Dot:
+    """The product that a `dot_general` equation computes of ``x`` and ``value``."""
+    p = eqn.params
+    return dot(
+        x,
+        value.ndim,
+        p["dimension_numbers"],
+        weight_on_left=weight_on_left,
+        bind=(lambda w, x: bind_one(eqn, w, x)) if weight_on_left else (lambda w, x: bind_one(eqn, x, w)),
+        precision=p["precision"],
+        dtype=p["preferred_element_type"],
+    )
+
+
+def shared_update(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot, *, weight_on_left: bool) -> Array | None:
+    """The update of a product with an adapted weight, computed with those of its group; None if it has none.
+
+    Args:
+        interp: The interpreter, at ``eqn``.
+        eqn: The product's equation.
+        value: The adapted weight.
+        product: The product.
+        weight_on_left: Whether the weight is the left operand.
+    """
+    precomputed = interp.take_precomputed(eqn)
+    if precomputed is not None:
+        return precomputed
+    var = eqn.invars[weight_on_left]
+    later = interp.pending_readers(var)
+    mine = _member(interp, eqn, value, product) if later else None
+    if mine is None:
         return None
-    later = (_sibling(interp, e, var, x) for e in readers if e is not None and id(e) not in interp.frame.done)
-    group = [mine, *(s for s in later if s is not None and s.key == mine.key)]
+    others = (_later_member(interp, e, var, product.x) for e in later)
+    group = [mine, *(m for m in others if m is not None and m.key == mine.key)]
     if len(group) < 2:
         return None
-    updates = together(interp.apart(var, x), group)
-    interp.frame.given.update({id(s.eqn): u for s, u in zip(group[1:], updates[1:], strict=True)})
+    updates = multiply_group(interp.factor_input(var, product.x), group)
+    for member, update in zip(group[1:], updates[1:], strict=True):
+        interp.precompute(member.eqn, update)
     return updates[0]
 
 
-def _sibling(interp: Interpreter, eqn: Any, var: Any, x: Any) -> Sibling | None:
-    """The product of ``eqn``, if it is one that can share a pass over ``x``."""
-    if eqn.primitive.name != "dot_general" or eqn.invars[0] is eqn.invars[1] or on_explicit_axes(x):
+def _later_member(interp: Interpreter, eqn: Eqn, var: Var, x: Array) -> Member | None:
+    """The product of a later equation, if it is one that can share a pass over ``x``, the value of ``var``."""
+    if eqn.primitive.name != "dot_general":
         return None
-    on_left = eqn.invars[1] is var
-    value = interp.ahead(eqn.invars[not on_left])
-    if not isinstance(value, LowRank) or value.probe or value.watching or value.key is not None:
+    weight_on_left = eqn.invars[1] is var
+    value = interp.value_ahead(eqn.invars[not weight_on_left])
+    if not isinstance(value, LowRank):
         return None
-    p = eqn.params
-    dtype = p["preferred_element_type"]
     try:
-        met = meeting(x.ndim, value.w.ndim, p["dimension_numbers"], on_left, p["precision"])
-        named = Named(x, met.dims)
-        first, second, gone = ends(named, value.factors, met.out)
+        product = read_dot_general(eqn, x, value, weight_on_left=weight_on_left)
     except NotFactored:
         return None
-    names = [d for d in met.dims if not isinstance(d, tuple)]
-    plain = len(value.factors) == 2 and {*first.dims} == {*gone, RANK} and {*names} == {*gone}
-    known = {*first.dims, *second.dims} >= {*range(value.w.ndim)}
-    if not (plain and known) or (value.gain is not None and not {*value.gain.dims} <= {*met.out}):
-        return None
-    if chosen(named, value, met.out, interp.execution, precision=met.precision, dtype=dtype)[1] == "fused":
-        return None
-    places: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(met.dims) if d in names}
-    first = first.ordered([*names, RANK]).renamed(places)
-    return Sibling(eqn, met, first, second, (tuple(places.values()), met.precision, dtype))
+    return _member(interp, eqn, value, product)
 
 
-def together(x: Any, siblings: Sequence[Sibling]) -> list[Any]:
+def _member(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot) -> Member | None:
+    """``product`` as a member of a group, if it can share a pass over its activation."""
+    if eqn.invars[0] is eqn.invars[1] or has_explicit_sharding(product.x):
+        return None
+    if value.probe or value.tap or value.dropout is not None or len(value.terms) != 1:
+        return None
+    try:
+        first, second, summed = contraction_order(product.named_x, value.terms[0], product.out)
+    except NotFactored:
+        return None
+    contracted = [d for d in product.x_dims if not isinstance(d, tuple)]
+    plain = {*first.dims} == {*summed, RANK} and {*contracted} == {*summed}
+    complete = {*first.dims, *second.dims} >= {*range(value.ndim)}
+    if not (plain and complete) or (value.gain is not None and not {*value.gain.dims} <= {*product.out}):
+        return None
+    if product.choose(value, interp.execution)[1] == "fused":
+        return None
+    names: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(product.x_dims) if d in contracted}
+    first = first.transpose_to([*contracted, RANK]).rename(names)
+    return Member(eqn, product, first, second, (tuple(names.values()), product.precision, product.dtype))
+
+
+def multiply_group(x: Array, group: Sequence[Member]) -> list[Array]:
     """The update of each product, in the dtype of its result.
 
     Args:
         x: The activation.
-        siblings: Products of equal key.
+        group: Products of equal key.
     """
-    summed, precision, dtype = siblings[0].key  # type: ignore[misc]
+    summed, precision, dtype = group[0].key  # type: ignore[misc]
     kind = compute_dtype(x, dtype)
     dims: tuple[Name, ...] = tuple(("x", i) for i in range(x.ndim))
     middle = [*(d for d in dims if d not in summed), RANK]
-    settings = {"precision": precision, "dtype": dtype}
+    settings: dict[str, Any] = {"precision": precision, "dtype": dtype}
 
-    def meet(x: Any, factors: Sequence[Named]) -> list[Any]:
+    def project_down(x: Array, factors: Sequence[NamedArray]) -> list[Array]:
         axis = factors[0].axis(RANK)
-        side_by_side = jnp.concatenate([cast(factor, kind).array for factor in factors], axis)
-        inner = product_of(
-            Named(x, dims), dataclasses.replace(factors[0], array=side_by_side), middle, kind, **settings
-        )
+        joined = jnp.concatenate([cast(factor, kind).array for factor in factors], axis)
+        # `replace` keeps the class, which says whether the factors are tangents.
+        factor = dataclasses.replace(factors[0], array=joined)
+        inner = multiply_factor(NamedArray(x, dims), factor, middle, kind, **settings)
         return list(lax.split(inner, [factor.size(RANK) for factor in factors], axis=inner.ndim - 1))
 
-    def spread(sibling: Sibling) -> Any:
-        like = sibling.eqn.outvars[0].aval
+    def project_up(member: Member) -> Callable[[Array, NamedArray], Array]:
+        result: Any = member.eqn.outvars[0].aval
+        out = member.product.out
 
-        def f(inner: Any, factor: Named) -> Any:
-            y = product_of(Named(inner, tuple(middle)), factor, sibling.met.out, kind, **settings)
-            return y.astype(like.dtype)
+        def up(inner: Array, factor: NamedArray) -> Array:
+            y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings)
+            return y.astype(result.dtype)
 
-        return f
+        return up
 
-    step = one_step(meet, [spread(s) for s in siblings])
-    return step(x, [s.first for s in siblings], [s.second for s in siblings])
+    product = opaque_product(project_down, [project_up(m) for m in group])
+    return product(x, [m.first for m in group], [m.second for m in group])

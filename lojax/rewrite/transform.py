@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-import lojax.rewrite.rules  # noqa: F401  (which fills the table)
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths, path_of
 from lojax.adapters.trees import check_pair
-from lojax.compat import without_dead
-from lojax.lowrank.strategy import checked_execution
+from lojax.compat import remove_dead_equations
+from lojax.lowrank.strategy import check_execution
 from lojax.lowrank.value import LowRank, from_adapter
 from lojax.rewrite.interpreter import Interpreter
-from lojax.rewrite.recorder import Use
+from lojax.rewrite.recorder import Recorder, Use
+from lojax.rewrite.rules import RULES
+from lojax.types import Key, Leaf, Params, Path, PyTree
 
 
-def transform(f: Callable[..., Any], *, strict: bool = False, execution: str = "auto") -> Callable[..., Any]:
+def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str = "auto") -> Callable[..., PyTree]:
     """LoRA as a function transform: ``f(params, ...)`` becomes ``g(frozen, lora, ...)``.
 
     ``g`` computes ``f`` with every adapted weight ``W0`` replaced by ``W0 + scale * a @ b``, factored
@@ -53,83 +54,94 @@ def transform(f: Callable[..., Any], *, strict: bool = False, execution: str = "
     [[4.0, 4.0, 4.0]]
     """
 
-    execution = checked_execution(execution, strict)
+    execution = check_execution(execution, strict)
 
     @functools.wraps(f, updated=())
-    def adapted(frozen: Any, lora: Any, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
-        interp = Interpreter(strict=strict, execution=execution)
-        return evaluate(f, interp, lowrank_params(frozen, lora, dropout_key), args, kwargs)
+    def adapted(
+        frozen: Params, lora: Params, *args: PyTree, dropout_key: Key | None = None, **kwargs: PyTree
+    ) -> PyTree:
+        interpreter = Interpreter(RULES, execution, Recorder(strict))
+        return evaluate(f, interpreter, lowrank_params(frozen, lora, dropout_key), args, kwargs)
 
     return adapted
 
 
 def trace_uses(
-    f: Callable[..., Any], frozen: Any, lora: Any, args: Any, kwargs: Any, *, execution: str = "auto"
+    f: Callable[..., PyTree],
+    frozen: Params,
+    lora: Params,
+    args: PyTree,
+    kwargs: Mapping[str, Any],
+    *,
+    execution: str = "auto",
 ) -> list[Use]:
     """What the engine does with each use of each adapted weight in ``f``, without computing anything."""
-    interp = Interpreter(uses=[], execution=execution)
+    uses: list[Use] = []
+    interpreter = Interpreter(RULES, execution, Recorder(uses=uses))
 
-    def run(frozen: Any, lora: Any, args: Any, kwargs: Any) -> Any:
-        return evaluate(f, interp, lowrank_params(frozen, lora, None), args, kwargs)
+    def run(frozen: Params, lora: Params, args: PyTree, kwargs: Mapping[str, Any]) -> PyTree:
+        return evaluate(f, interpreter, lowrank_params(frozen, lora, None), args, kwargs)
 
-    abstractly(run, frozen, lora, args, kwargs)
-    assert interp.uses is not None
-    return interp.uses
+    trace_abstractly(run, frozen, lora, args, kwargs)
+    return uses
 
 
-def abstractly(f: Callable[..., Any], *trees: Any) -> Any:
-    """Runs ``f(*trees)`` on shapes only. What is no array (flags, strings, None) is passed as it is."""
+def trace_abstractly(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:
+    """Runs ``f(*trees)`` on shapes only. What is not an array (flags, strings, None) is passed as it is."""
     leaves, tree = jax.tree.flatten(trees)
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
 
-    def run(arrays: dict[int, Any]) -> Any:
+    def run(arrays: dict[int, Any]) -> PyTree:
         return f(*jax.tree.unflatten(tree, [arrays.get(i, x) for i, x in enumerate(leaves)]))
 
     return jax.eval_shape(run, arrays)
 
 
-def lowrank_params(frozen: Any, lora: Any, dropout_key: Any) -> Any:
+def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Params:
     """The parameter tree with a `LowRank` value at every adapted weight. No gradient reaches ``frozen``."""
     check_pair(frozen, lora)
 
-    def join(path: str, weight: Any, trained: Any) -> Any:
+    def join(path: Path, weight: Leaf, trained: Leaf) -> Leaf:
         if is_adapter(trained):
-            rate = trained.dropout
-            key = key_for(dropout_key, path) if rate and dropout_key is not None else None
+            key = key_for(dropout_key, path) if trained.dropout and dropout_key is not None else None
             w = jax.lax.stop_gradient(unbox(weight))
-            return rebox(weight, from_adapter(path, w, trained, rate=rate, key=key))
+            return rebox(weight, from_adapter(path, w, trained, key=key))
         if trained is not None:
             return trained
-        return None if weight is None else rebox(weight, _stopped(unbox(weight)))
+        return None if weight is None else rebox(weight, _stop_gradient(unbox(weight)))
 
     return map_paths(join, frozen, lora)
 
 
-def _stopped(x: Any) -> Any:
+def _stop_gradient(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
 
 
-def evaluate(f: Callable[..., Any], interp: Interpreter, params: Any, args: Any, kwargs: Any) -> Any:
-    """``f(params, *args, **kwargs)`` with the low-rank values in ``params`` handled by ``interp``.
+def evaluate(
+    f: Callable[..., PyTree], interpreter: Interpreter, params: Params, args: PyTree, kwargs: Mapping[str, Any]
+) -> PyTree:
+    """``f(params, *args, **kwargs)`` with the low-rank values in ``params`` handled by ``interpreter``.
 
     ``args`` and ``kwargs`` are closed over: only the parameters are traced.
     """
     values, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, LowRank))
-    avals = [jax.typeof(v.w if isinstance(v, LowRank) else v) for v in values]
+    avals = [jax.typeof(v.frozen.dense() if isinstance(v, LowRank) else v) for v in values]
     out_tree: Any = None
 
     def flat(*leaves: Any) -> list[Any]:
         nonlocal out_tree
         outputs = f(jax.tree.unflatten(tree, leaves), *args, **kwargs)
-        found, out_tree = jax.tree_util.tree_flatten_with_path(outputs)
-        return [_checked_output(keys, leaf) for keys, leaf in found]
+        paths_and_leaves, out_tree = jax.tree_util.tree_flatten_with_path(outputs)
+        return [_check_output(keys, leaf) for keys, leaf in paths_and_leaves]
 
-    outputs = interp.run(without_dead(jax.make_jaxpr(flat)(*avals)), values)
-    outputs = [interp.dense(v, "output", "the net returns the weight itself") for v in outputs]
+    flat.__name__ = flat.__qualname__ = getattr(f, "__name__", type(f).__name__)  # for JAX's errors and profiles
+    outputs = interpreter.run(remove_dead_equations(jax.make_jaxpr(flat)(*avals)), values)
+    outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)
 
 
-def _checked_output(keys: Any, leaf: Any) -> Any:
+def _check_output(keys: tuple[Any, ...], leaf: Any) -> Any:
+    """``leaf``, an output of the net, or an error that says where it is unless it is an array."""
     try:
         jax.typeof(leaf)
     except TypeError:

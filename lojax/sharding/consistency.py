@@ -1,11 +1,10 @@
-"""Do all processes hold the same adapters? One that was started with another seed or file is found and named."""
+"""Checks that every process holds the same adapters. A process with another seed or file is named."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,15 +12,17 @@ import numpy as np
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
+from lojax.text import spec
+from lojax.types import Array, Params, Path
 
 Gather = Callable[[bytes], Sequence[bytes]]
-"""Sends one process's bytes to all: what every process sent, in their order."""
+"""Sends the bytes of this process to all, and returns what every process sent, in process order."""
 
 
-def check_agreement(lora: Any, *, gather: Gather | None = None) -> None:
+def check_agreement(lora: Params, *, gather: Gather | None = None) -> None:
     """Raises unless every process holds the same adapters. Every process must call it.
 
-    Compared are paths, shapes, dtypes, scales and axes; and the values of every array that a process holds whole.
+    It compares paths, shapes, dtypes, scales and axes, and the values of every array of which a process holds all.
 
     Args:
         lora: The trained tree of this process.
@@ -32,47 +33,50 @@ def check_agreement(lora: Any, *, gather: Gather | None = None) -> None:
 
     >>> check_agreement({"w": np.ones(3)})
     """
-    mine = json.dumps(_described(lora)).encode()
-    everyone = [json.loads(text) for text in (gather or _all_processes)(mine)]
-    paths = dict.fromkeys(path for one in everyone for path in one)
-    for path in paths:
-        held = [one.get(path, "nothing") for one in everyone]
-        if len(set(held)) == 1:
-            continue
-        kinds = {kind: [i for i, h in enumerate(held) if h == kind] for kind in dict.fromkeys(held)}
-        shown = "; ".join(f"process {', '.join(map(str, who))}: {kind}" for kind, who in kinds.items())
-        raise ValueError(
-            f"{path} differs between processes: {shown}. Start every process with the same key, settings and "
-            "adapter files, or make the adapters under one jit (lojax.sharding.init_sharded)."
-        )
+    description = json.dumps(_describe(lora)).encode()
+    processes = [json.loads(text) for text in (gather or _gather)(description)]
+    for path in dict.fromkeys(path for leaves in processes for path in leaves):
+        holders: dict[str, list[str]] = {}
+        for i, leaves in enumerate(processes):
+            holders.setdefault(leaves.get(path, "nothing"), []).append(str(i))
+        if len(holders) > 1:
+            contents = "; ".join(f"process {', '.join(ids)}: {leaf}" for leaf, ids in holders.items())
+            raise ValueError(
+                f"{path} differs between processes: {contents}. Start every process with the same key, settings and "
+                "adapter files, or make the adapters under one jit (lojax.sharding.init_sharded)."
+            )
 
 
-def _described(lora: Any) -> dict[str, str]:
-    found = {}
-    for path, leaf in flatten(lora).items():
-        leaf = unbox(leaf)
-        if leaf is None:
-            continue
-        head = f"scale {leaf.scale}, axes {' '.join(leaf.axes)}, " if is_adapter(leaf) else ""
-        found[path] = head + ", ".join(_array(unbox(x)) for x in jax.tree.leaves(leaf))
-    return found
+def _describe(lora: Params) -> dict[Path, str]:
+    leaves = {path: unbox(leaf) for path, leaf in flatten(lora).items()}
+    return {
+        path: (f"scale {leaf.scale}, axes {' '.join(leaf.axes)}, " if is_adapter(leaf) else "")
+        + ", ".join(_describe_array(unbox(x)) for x in jax.tree.leaves(leaf))
+        for path, leaf in leaves.items()
+        if leaf is not None
+    }
 
 
-def _array(x: Any) -> str:
-    text = f"{x.dtype}{list(x.shape)}"
-    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-        return text
-    data = x.addressable_shards[0].data if isinstance(x, jax.Array) and x.is_fully_replicated else x
-    return f"{text} crc {zlib.crc32(np.ascontiguousarray(data).tobytes()):08x}"
+def _describe_array(x: Array | np.ndarray) -> str:
+    if isinstance(x, jax.Array):
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            return spec(x)
+        # np.asarray refuses a replicated array whose other copies are on devices of other processes.
+        x = x.addressable_shards[0].data if x.is_fully_replicated else x
+    # The standard library's hash: the digest of `lojax.checkpoint` is made for gigabytes of base weights on a device,
+    # and here some megabytes of adapters are hashed once. Eight bytes keep the message short.
+    digest = hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=8).hexdigest()
+    return f"{spec(x)} hash {digest}"
 
 
-def _all_processes(text: bytes) -> list[bytes]:
+def _gather(text: bytes) -> list[bytes]:
     if jax.process_count() == 1:
         return [text]
     from jax.experimental import multihost_utils
 
     sizes = multihost_utils.process_allgather(np.asarray(len(text)))
+    # process_allgather needs the same shape in every process, so shorter texts are padded and cut again.
     padded = np.zeros(int(np.max(sizes)), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
-    everyone = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes() for row, size in zip(np.asarray(everyone), sizes, strict=True)]
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(np.asarray(rows), sizes, strict=True)]

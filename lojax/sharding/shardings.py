@@ -1,8 +1,8 @@
-"""How adapters and the optimizer's state lie on a mesh: derived from how the weights lie.
+"""Shardings of adapters and optimizer state on a mesh, derived from those of the weights.
 
-An axis of a factor lies where the axis of the weight lies that it stands for: in axes and stack axes for ``a``, out
-axes and stack axes for ``b``. The rank is whole everywhere. So a product with a factor needs no more traffic than
-the product with the weight, but for values of the size of the rank.
+Each axis of a factor is sharded like the axis of the weight that it stands for: the stack and in axes for ``a``, the
+stack and out axes for ``b``. The rank axis is replicated. So a product with a factor communicates no more than the
+product with the weight, apart from rank-sized values.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 
-from lojax.adapters.adapter import Adapter, is_adapter
-from lojax.adapters.axes import array_axes
+from lojax.adapters.adapter import Adapter, array_axes, is_adapter
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import is_leaf, map_paths, path_of
+from lojax.adapters.paths import flatten, map_paths, path_of
 from lojax.adapters.trees import check_pair
 from lojax.compat import opened
-from lojax.sharding.weight_specs import check_divides, find_mesh, weight_specs
+from lojax.sharding.weight_specs import AnyMesh, Rules, check_divides, find_mesh, mesh_axes, weight_specs
+from lojax.types import Array, Jaxpr, Key, Leaf, Params, Path, PyTree, Shape
 
 
 class Shardings(NamedTuple):
-    """Trees of `NamedSharding`, one for every array of the tree of the same name; for ``in_shardings=`` and the like.
+    """Trees with one `NamedSharding` for every array, for ``in_shardings=``, `jax.device_put` and the like.
 
     Attributes:
         frozen: For ``frozen``.
@@ -36,19 +37,19 @@ class Shardings(NamedTuple):
         opt_state: For the optimizer's state; None where none was given.
     """
 
-    frozen: Any
-    lora: Any
-    opt_state: Any = None
+    frozen: PyTree
+    lora: PyTree
+    opt_state: PyTree = None
 
 
 def shardings(
-    frozen: Any,
-    lora: Any,
-    opt_state: Any = None,
+    frozen: Params,
+    lora: Params,
+    opt_state: PyTree = None,
     *,
-    mesh: Any = None,
-    specs: Any = None,
-    rules: Sequence[tuple[str, Any]] | None = None,
+    mesh: AnyMesh | None = None,
+    specs: PyTree = None,
+    rules: Rules | None = None,
     spread: bool = False,
     memory_kind: str | None = None,
 ) -> Shardings:
@@ -57,17 +58,17 @@ def shardings(
     Works on arrays and on shapes (`jax.eval_shape`); nothing is moved.
 
     Args:
-        frozen: The frozen tree. How a weight lies is read off ``specs``, else its box (`nn.Partitioned`, logical
-            axes), else its own sharding; a weight of which nothing is known is whole on every chip.
+        frozen: The frozen tree. The sharding of a weight comes from ``specs``, else from its box (`nn.Partitioned`,
+            logical axes), else from the array itself. A weight without any of these is replicated.
         lora: The trained tree.
-        opt_state: The state of any optax optimizer over ``lora``, or over a tree that holds it. Moments lie like
-            what they are moments of, factored ones likewise; counters are whole.
-        mesh: The mesh; found on the arrays where it is not given.
-        specs: A tree of `PartitionSpec` or `NamedSharding` of the structure of the parameters, or of its upper
+        opt_state: The state of any optax optimizer over ``lora``, or over a tree that holds it. Moments are sharded
+            like their parameters, factored moments along the axes that they keep; counters are replicated.
+        mesh: The mesh; by default that of the arrays.
+        specs: A tree of `PartitionSpec` or `NamedSharding` with the structure of the parameters, or of its upper
             levels; or an NNX module or state whose variables carry their sharding.
         rules: What Flax's logical axis names mean on this mesh.
-        spread: Lay each factor over the mesh axes that its weight's axes leave unused as well, where they divide
-            it. Memory for adapters and moments falls by their size; a step gathers the factors, which are small.
+        spread: Shard each factor over the mesh axes that its weight does not use as well, where they divide it.
+            Each device then holds a smaller part of adapters and moments; a step gathers the factors, which are small.
         memory_kind: Where the frozen weights live, such as ``"pinned_host"``; None for the device.
 
     Returns:
@@ -79,139 +80,135 @@ def shardings(
     >>> from lojax import init
     >>> mesh = jax.make_mesh((1,), ("tensor",))
     >>> frozen, lora = init(jax.random.key(0), {"w": jax.numpy.ones((4, 6))}, "w", rank=2)
-    >>> found = shardings(frozen, lora, mesh=mesh, specs={"w": PartitionSpec(None, "tensor")})
-    >>> found.lora["w"].a.spec, found.lora["w"].b.spec
+    >>> adapter = shardings(frozen, lora, mesh=mesh, specs={"w": PartitionSpec(None, "tensor")}).lora["w"]
+    >>> adapter.a.spec, adapter.b.spec
     (P(None, None), P(None, 'tensor'))
     """
     check_pair(frozen, lora)
     mesh = find_mesh(frozen, lora, specs) if mesh is None else mesh
     if mesh is None:
-        raise ValueError("No mesh: no weight lies on one. Give mesh=, or put the weights on a mesh first.")
-    whole = map_paths(lambda _, f, t: t if f is None and not is_adapter(t) else f, frozen, lora)
-    by_path = weight_specs(whole, specs, rules)
-    for path, leaf in _flat(whole).items():
+        raise ValueError("No mesh: no weight is sharded over one. Pass mesh=, or put the weights on a mesh first.")
+    weights = map_paths(lambda _, f, t: t if f is None and not is_adapter(t) else f, frozen, lora)
+    spec_by_path = weight_specs(weights, specs, rules)
+    for path, leaf in flatten(weights).items():
         if leaf is not None:
-            check_divides(mesh, by_path[path], unbox(leaf).shape, path)
-    place = Placement(mesh, by_path, spread)
-    frozen_tree = map_paths(
-        lambda path, f: _boxed(f, NamedSharding(mesh, by_path[path], memory_kind=memory_kind)), frozen
-    )
-    lora_tree = map_paths(place.trained, lora)
-    state = None if opt_state is None else state_shardings(opt_state, lora, lora_tree, mesh)
-    return Shardings(frozen_tree, lora_tree, state)
+            check_divides(mesh, spec_by_path[path], unbox(leaf).shape, path)
 
+    def shard_frozen(path: Path, leaf: Leaf) -> Leaf:
+        sharding = None if leaf is None else NamedSharding(mesh, spec_by_path[path], memory_kind=memory_kind)
+        return rebox(leaf, sharding)
 
-def _flat(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {path_of(keys): leaf for keys, leaf in leaves}
-
-
-def _boxed(leaf: Any, sharding: NamedSharding) -> Any:
-    return None if leaf is None else rebox(leaf, sharding)
+    lora_shardings = map_paths(Placement(mesh, spec_by_path, spread).shard_leaf, lora)
+    state = None if opt_state is None else state_shardings(opt_state, lora, lora_shardings, mesh)
+    return Shardings(map_paths(shard_frozen, frozen), lora_shardings, state)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where what trains lies.
+    """How trained leaves are sharded.
 
     Attributes:
         mesh: The mesh.
         specs: The spec of every weight by path.
-        spread: Whether factors lie over unused mesh axes as well.
+        spread: Whether factors are sharded over unused mesh axes as well.
     """
 
-    mesh: Any
-    specs: Mapping[str, PartitionSpec]
+    mesh: AnyMesh
+    specs: Mapping[Path, PartitionSpec]
     spread: bool
 
-    def trained(self, path: str, leaf: Any) -> Any:
+    def shard_leaf(self, path: Path, leaf: Leaf) -> Leaf:
         """The shardings of an adapter, or of a parameter trained in full."""
-        if leaf is None:
-            return None
         if not is_adapter(leaf):
-            return rebox(leaf, NamedSharding(self.mesh, self.specs[path]))
-        arrays = {
-            f.name: getattr(leaf, f.name) for f in dataclasses.fields(Adapter) if not f.metadata.get("static", False)
-        }
-        placed = {
-            name: rebox(array, self.factor(unbox(array).shape, self.factor_entries(leaf, name, path)))
-            for name, array in arrays.items()
-            if array is not None
-        }
-        return dataclasses.replace(leaf, **placed)
+            return None if leaf is None else rebox(leaf, NamedSharding(self.mesh, self.specs[path]))
+        return dataclasses.replace(leaf, **{
+            name: rebox(getattr(leaf, name), self.shard_array(x.shape, self.array_entries(leaf, name, path)))
+            for name, x in leaf.arrays.items()
+        })  # fmt: skip
 
-    def factor_entries(self, adapter: Adapter, name: str, path: str) -> list[Any]:
-        """The spec of one array of an adapter: stack axes, then the factor's own, the rank between or behind."""
-        spec = self.specs[path]
-        entries = [None if d is None else spec[d] for d in array_axes(adapter.axes)[name]]
-        extra = len(unbox(getattr(adapter, name)).shape) - len(entries)  # several adapters are a leading axis
-        return [None] * extra + entries
+    def array_entries(self, adapter: Adapter, name: str, path: Path) -> list[Any]:
+        """The entries of the spec of one array of an adapter: those of the weight axes that it stands for."""
+        weight_spec = self.specs[path]
+        entries = [None if d is None else weight_spec[d] for d in array_axes(adapter.axes)[name]]
+        leading = len(unbox(getattr(adapter, name)).shape) - len(entries)  # several adapters are a leading axis
+        return [None] * leading + entries
 
-    def factor(self, shape: Sequence[int], entries: Sequence[Any]) -> NamedSharding:
+    def shard_array(self, shape: Shape, entries: Sequence[Any]) -> NamedSharding:
         """The sharding of one array of an adapter."""
         return NamedSharding(self.mesh, PartitionSpec(*(self._spread(shape, entries) if self.spread else entries)))
 
-    def _spread(self, shape: Sequence[int], entries: Sequence[Any]) -> list[Any]:
+    def _spread(self, shape: Shape, entries: Sequence[Any]) -> list[Any]:
         """``entries`` with each unused mesh axis, the largest first, on the longest axis that it divides."""
-        found = [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
-        used = {name for names in found for name in names}
-        for name in sorted(self.mesh.shape, key=lambda n: -self.mesh.shape[n]):
-            left = [n // math.prod(self.mesh.shape[m] for m in names) for n, names in zip(shape, found, strict=True)]
-            fits = [i for i, n in enumerate(left) if n % self.mesh.shape[name] == 0]
-            if name in used or self.mesh.shape[name] == 1 or not fits:
+        sizes = self.mesh.shape
+        names_by_axis = [mesh_axes(entry) for entry in entries]
+        used = {name for names in names_by_axis for name in names}
+        for name in sorted(sizes, key=lambda n: -sizes[n]):
+            lengths = [n // math.prod(sizes[m] for m in names) for n, names in zip(shape, names_by_axis, strict=True)]
+            divisible = [axis for axis, length in enumerate(lengths) if length % sizes[name] == 0]
+            if name in used or sizes[name] == 1 or not divisible:
                 continue
-            best = max(fits, key=lambda i: left[i])
-            found[best] = (*found[best], name)
-        return [None if not names else names[0] if len(names) == 1 else names for names in found]
+            longest = max(divisible, key=lambda axis: lengths[axis])
+            names_by_axis[longest] = (*names_by_axis[longest], name)
+        # P('x') and P(('x',)) shard alike but do not compare equal, so single names stay bare.
+        return [None if not names else names[0] if len(names) == 1 else names for names in names_by_axis]
 
 
-def state_shardings(opt_state: Any, lora: Any, lora_shardings: Any, mesh: Any) -> Any:
+def state_shardings(opt_state: PyTree, lora: Params, lora_shardings: PyTree, mesh: AnyMesh) -> PyTree:
     """The sharding of every leaf of an optimizer's state.
 
-    A leaf whose path ends like that of a trained array is a moment of it, and lies like it. One of fewer axes
-    (a factored moment) lies like the axes that it kept.
+    A leaf whose path ends with that of a trained array is a moment of it, and is sharded like it. One with fewer axes
+    (a factored moment) is sharded like the axes that it keeps.
     """
     arrays, _ = jax.tree_util.tree_flatten_with_path(lora)
-    placed = jax.tree.leaves(lora_shardings)
-    trained = {_keys(keys): (tuple(x.shape), s) for (keys, x), s in zip(arrays, placed, strict=True)}
-    whole = NamedSharding(mesh, PartitionSpec())
+    trained = {_names(keys): (x.shape, s) for (keys, x), s in zip(arrays, jax.tree.leaves(lora_shardings), strict=True)}
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(keys: Any, leaf: Any) -> NamedSharding:
-        names = _keys(keys)
-        owner = next((trained[names[i:]] for i in range(len(names) + 1) if names[i:] in trained), None)
-        if owner is None:
-            return whole
-        shape, sharding = owner
-        kept = _kept(shape, tuple(leaf.shape), sharding.spec)
-        return whole if kept is None else NamedSharding(mesh, kept)
+    def shard_leaf(keys: KeyPath, leaf: Array) -> NamedSharding:
+        # No optax state says which parameter a leaf belongs to, but all of them hold trees like the parameters', so
+        # the longest suffix of the path that is a parameter's path names it, whatever wraps the tree.
+        names = _names(keys)
+        parameter = next((trained[names[i:]] for i in range(len(names) + 1) if names[i:] in trained), None)
+        if parameter is None:
+            return replicated
+        shape, sharding = parameter
+        spec = _reduced_spec(shape, leaf.shape, sharding.spec)
+        return replicated if spec is None else NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, opt_state)
+    return jax.tree_util.tree_map_with_path(shard_leaf, opt_state)
 
 
-def _keys(keys: Any) -> tuple[str, ...]:
+def _names(keys: KeyPath) -> tuple[str, ...]:
     return tuple(path_of((key,)) for key in keys)
 
 
-def _kept(shape: tuple[int, ...], part: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec | None:
-    """The spec of an array whose axes are some of those of ``shape``, in order; None where that is ambiguous."""
+def _reduced_spec(shape: Shape, reduced: Shape, spec: PartitionSpec) -> PartitionSpec | None:
+    """The spec of an array that has some of the axes of ``shape``, in order; None where it is ambiguous."""
     entries = (*spec, *[None] * (len(shape) - len(spec)))
-    axes = itertools.combinations(range(len(shape)), len(part))
-    options = {tuple(entries[i] for i in kept) for kept in axes if tuple(shape[i] for i in kept) == part}
-    return PartitionSpec(*options.pop()) if len(options) == 1 else None
+    subsets = itertools.combinations(range(len(shape)), len(reduced))
+    candidates = {tuple(entries[i] for i in axes) for axes in subsets if tuple(shape[i] for i in axes) == reduced}
+    return PartitionSpec(*candidates.pop()) if len(candidates) == 1 else None
+
+
+class Initializable(Protocol):
+    """The part of `lojax.Model` that `init_sharded` uses."""
+
+    def init(self, key: Key, params: Params, *args: Any, **kwargs: Any) -> tuple[Params, Params]:
+        """As `lojax.Model.init`."""
+        ...
 
 
 def init_sharded(
-    model: Any,
-    key: jax.Array,
-    params: Any,
+    model: Initializable,
+    key: Key,
+    params: Params,
     *args: Any,
-    mesh: Any = None,
-    specs: Any = None,
-    rules: Sequence[tuple[str, Any]] | None = None,
+    mesh: AnyMesh | None = None,
+    specs: PyTree = None,
+    rules: Rules | None = None,
     spread: bool = False,
     **kwargs: Any,
-) -> tuple[Any, Any]:
-    """``model.init`` with every adapter made where it belongs: no chip ever holds a whole one, and no weight moves.
+) -> tuple[Params, Params]:
+    """``model.init`` that creates every adapter in its shards: no device ever holds a whole one, and no weight moves.
 
     Args:
         model: What `lojax.wrap` returned.
@@ -227,33 +224,30 @@ def init_sharded(
     Returns:
         ``(frozen, lora)``. The frozen weights are the arrays of ``params``, not copies.
     """
-    start = lambda key, params: model.init(key, params, *args, **kwargs)
+    init = lambda key, params: model.init(key, params, *args, **kwargs)
     mesh = find_mesh(params, specs) if mesh is None else mesh
-    specs = specs if specs is not None else _specs_of(params, rules)
-    traced, shapes = jax.make_jaxpr(start, return_shape=True)(key, params)
-    found = shardings(*shapes, mesh=mesh, specs=specs, rules=rules, spread=spread)
-    wanted, tree = jax.tree.flatten((found.frozen, found.lora))
+    if specs is None:  # the shapes that tracing returns no longer know the shardings of the arrays
+        spec_by_path = weight_specs(params, None, rules)
+        specs = map_paths(lambda path, leaf: None if leaf is None else spec_by_path[path], params)
+    jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(key, params)
+    placed = shardings(*shapes, mesh=mesh, specs=specs, rules=rules, spread=spread)
+    out_shardings, treedef = jax.tree.flatten((placed.frozen, placed.lora))
     inputs = jax.tree.leaves((key, params))
-    given = _passed_on(traced, inputs)
-    made = [i for i in range(len(wanted)) if i not in given]
+    # A jit copies an input that it returns. So outputs that are inputs are taken from the jaxpr, outside of the jit.
+    unchanged = _unchanged_inputs(jaxpr, inputs)
+    computed = [i for i in range(len(out_shardings)) if i not in unchanged]
 
-    @functools.partial(jax.jit, out_shardings=[wanted[i] for i in made])
-    def make(*inputs: Any) -> list[Any]:
-        outputs = jaxpr_as_fun(traced)(*inputs)
-        return [outputs[i] for i in made]
+    @functools.partial(jax.jit, out_shardings=[out_shardings[i] for i in computed])
+    def compute(*inputs: Array) -> list[Array]:
+        outputs = jaxpr_as_fun(jaxpr)(*inputs)
+        return [outputs[i] for i in computed]
 
-    results = given | dict(zip(made, make(*inputs), strict=True))
-    return jax.tree.unflatten(tree, [results[i] for i in range(len(wanted))])
-
-
-def _passed_on(traced: Any, inputs: Sequence[Any]) -> dict[int, Any]:
-    """The outputs of a traced function that are inputs as they came, by position."""
-    body, _ = opened(traced)
-    places = {id(var): x for var, x in zip(body.invars, inputs, strict=True)}
-    return {i: places[id(var)] for i, var in enumerate(body.outvars) if id(var) in places}
+    outputs = unchanged | dict(zip(computed, compute(*inputs), strict=True))
+    return jax.tree.unflatten(treedef, [outputs[i] for i in range(len(out_shardings))])
 
 
-def _specs_of(params: Any, rules: Any) -> Any:
-    """The specs of arrays as a tree, since `jax.eval_shape` forgets how arrays lie."""
-    found = weight_specs(params, None, rules)
-    return map_paths(lambda path, leaf: None if leaf is None else found[path], params)
+def _unchanged_inputs(jaxpr: Jaxpr, inputs: Sequence[Array]) -> dict[int, Array]:
+    """The inputs that are outputs of a traced function, by position among the outputs."""
+    body, _ = opened(jaxpr)
+    by_variable = {id(var): x for var, x in zip(body.invars, inputs, strict=True)}
+    return {i: by_variable[id(var)] for i, var in enumerate(body.outvars) if id(var) in by_variable}

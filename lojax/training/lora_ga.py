@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from lojax.adapters.adapter import Adapter
-from lojax.adapters.axes import array_shapes, size
-from lojax.adapters.decompositions import without_update
-from lojax.adapters.initializers import zeros
+from lojax.adapters.adapter import Adapter, array_shapes
+from lojax.adapters.axes import size
+from lojax.adapters.matrices import subtract_update
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
-from lojax.training.subspace_iteration import Columns, checked_batches, plain, random_columns, replaced, total
+from lojax.training.subspace_iteration import (
+    Columns,
+    check_batches,
+    draw_columns,
+    map_adapters,
+    sum_over_batches,
+    unit_scale_adapter,
+)
+from lojax.types import Array, Key, Params, Path, PyTree
+
+LossFn = Callable[[Params, Params, PyTree], Array]
+"""``(frozen, lora, batch) -> loss``, a scalar."""
 
 
 def lora_ga(
-    loss: Callable[[Any, Any, Any], Any],
-    frozen: Any,
-    lora: Any,
-    batches: Iterable[Any],
+    loss: LossFn,
+    frozen: Params,
+    lora: Params,
+    batches: Iterable[PyTree],
     *,
     gamma: float = 16.0,
     steps: int = 3,
-    key: jax.Array | None = None,
-) -> tuple[Any, Any]:
+    key: Key | None = None,
+) -> tuple[Params, Params]:
     """Starts the factors at the singular vectors of the gradient (LoRA-GA, Wang et al. 2024, arXiv:2407.05000).
 
     With ``G = U S V^T`` the gradient of the loss with respect to a weight ``[m, n]`` over ``batches``, ``a`` is
@@ -64,19 +75,17 @@ def lora_ga(
     """
     if not (math.isfinite(gamma) and gamma > 0):
         raise ValueError(f"lora_ga: gamma={gamma}; expected a finite number above 0.")
-    batches, adapters = checked_batches("lora_ga", frozen, lora, batches, steps)
+    batches, adapters = check_batches("lora_ga", frozen, lora, batches, steps)
     weights = {path: unbox(leaf) for path, leaf in flatten(frozen).items() if path in adapters}
     _check_ranks(adapters, weights)
-    on = _sketches(loss, frozen, lora, batches, adapters, weights)
-    image = random_columns(
-        key, adapters, weights, "out", {path: 2 * adapter.rank for path, adapter in adapters.items()}
-    )
+    multiply_gradient = _gradient_product(loss, frozen, lora, batches, adapters, weights)
+    image = draw_columns(key, adapters, weights, "out", {path: 2 * adapter.rank for path, adapter in adapters.items()})
     left: Columns = {}
     for _ in range(steps):
         right = {path: jnp.linalg.qr(c)[0] for path, c in image.items()}
-        left = {path: jnp.linalg.qr(c)[0] for path, c in on(right=right).items()}
-        image = on(left=left)
-    starts, kept = {}, {}
+        left = {path: jnp.linalg.qr(c)[0] for path, c in multiply_gradient(right, "right").items()}
+        image = multiply_gradient(left, "left")
+    starts, new_weights = {}, {}
     for path, adapter in adapters.items():
         u, s, vt = jnp.linalg.svd(image[path].mT, full_matrices=False)
         if not bool(jnp.all(jnp.isfinite(s)) & jnp.all(s[:, 0] > 0)):
@@ -89,52 +98,54 @@ def lora_ga(
         shapes = array_shapes(adapter.axes, shape, r)
         a = (c * (left[path] @ u[:, :, :r])).reshape(shapes["a"]).astype(unbox(adapter.a).dtype)
         b = (c * vt[:, r : 2 * r]).reshape(shapes["b"]).astype(unbox(adapter.b).dtype)
-        starts[path] = dataclasses.replace(adapter, a=rebox(adapter.a, a), b=rebox(adapter.b, b))
-        kept[path] = without_update(weights[path], a, b, adapter.one_scale, adapter.axes)
-    changed = map_paths(lambda path, leaf: rebox(leaf, kept[path]) if path in kept else leaf, frozen)
-    return changed, replaced(lora, lambda path, adapter: starts[path])
+        a_box, b_box = rebox(adapter.a, a), rebox(adapter.b, b)
+        starts[path] = dataclasses.replace(adapter, a=a_box, b=b_box, moved_base="lora_ga")
+        new_weights[path] = subtract_update(weights[path], a, b, adapter.one_scale, adapter.axes)
+    new_frozen = map_paths(lambda path, leaf: rebox(leaf, new_weights[path]) if path in starts else leaf, frozen)
+    return new_frozen, map_adapters(lora, lambda path, _: starts[path])
 
 
-def _check_ranks(adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> None:
-    """Raises unless the gradient has vectors enough for every adapter."""
+def _check_ranks(adapters: Mapping[Path, Adapter], weights: Mapping[Path, Array]) -> None:
+    """Raises unless the gradient has enough singular vectors for every adapter."""
     for path, adapter in adapters.items():
-        least = min(size(adapter.axes, weights[path].shape, role) for role in ("in", "out"))
-        if "ranks" in adapter.extras or "scale" in adapter.extras or 2 * adapter.rank > least:
+        limit = min(size(adapter.axes, weights[path].shape, role) for role in ("in", "out")) // 2
+        if adapter.ranks or isinstance(adapter.scale, tuple) or adapter.rank > limit:
             raise ValueError(
-                f"{path}: lora_ga gives an adapter of one rank up to min(m, n) / 2 = {least // 2}; this one has "
+                f"{path}: lora_ga gives an adapter of one rank up to min(m, n) / 2 = {limit}; this one has "
                 f"{f'ranks {adapter.ranks}' if adapter.ranks else f'rank {adapter.rank}'}. "
                 "Choose such a rank, or another start for this weight."
             )
 
 
-def _sketches(
-    loss: Callable[[Any, Any, Any], Any],
-    frozen: Any,
-    lora: Any,
-    batches: Sequence[Any],
-    adapters: Mapping[str, Adapter],
-    weights: Mapping[str, Any],
-) -> Callable[..., Columns]:
-    """``G^T left`` ``[S, n, k]``, or ``G right`` ``[S, m, k]``: the gradient of an adapter that adds nothing."""
+def _gradient_product(
+    loss: LossFn,
+    frozen: Params,
+    lora: Params,
+    batches: Sequence[PyTree],
+    adapters: Mapping[Path, Adapter],
+    weights: Mapping[Path, Array],
+) -> Callable[[Columns, Literal["left", "right"]], Columns]:
+    """Products with ``G``, the gradient over all batches: ``G^T left`` ``[S, n, k]``, or ``G right`` ``[S, m, k]``.
 
-    @jax.jit
-    def sketch(frozen: Any, lora: Any, left: Columns | None, right: Columns | None, batch: Any) -> Columns:
-        def of(moving: Columns) -> Any:
-            def sketching(path: str, adapter: Adapter) -> Adapter:
-                a, b = (left[path], moving[path]) if left else (moving[path], right[path])  # type: ignore[index]
-                return plain(Adapter, adapter, weights[path].shape, a, b.mT)
+    Each is the gradient with respect to the zero factor of an adapter: ``dloss/db = a^T G`` and ``dloss/da = G b^T``.
+    """
 
-            return loss(frozen, replaced(lora, sketching), batch)
+    @functools.partial(jax.jit, static_argnames="side")
+    def batch_product(frozen: Params, lora: Params, columns: Columns, batch: PyTree, side: str) -> Columns:
+        def loss_at(zeros: Columns) -> Array:
+            def probe(path: Path, adapter: Adapter) -> Adapter:
+                a, b = (columns[path], zeros[path]) if side == "left" else (zeros[path], columns[path])
+                return unit_scale_adapter(Adapter, adapter, weights[path].shape, a, b.mT)
 
-        role, given = ("out", left) if left else ("in", right)
-        assert given is not None
-        still = {
-            path: zeros((c.shape[0], size(adapters[path].axes, weights[path].shape, role), c.shape[2]), c.dtype)
-            for path, c in given.items()
-        }
-        return jax.grad(of)(still)
+            return loss(frozen, map_adapters(lora, probe), batch)
 
-    def on(left: Columns | None = None, right: Columns | None = None) -> Columns:
-        return total(sketch(frozen, lora, left, right, batch) for batch in batches)
+        zeros = {}
+        for path, c in columns.items():
+            rows = size(adapters[path].axes, weights[path].shape, "out" if side == "left" else "in")
+            zeros[path] = jnp.zeros((c.shape[0], rows, c.shape[2]), c.dtype)
+        return jax.grad(loss_at)(zeros)
 
-    return on
+    def product(columns: Columns, side: Literal["left", "right"]) -> Columns:
+        return sum_over_batches(batch_product(frozen, lora, columns, batch, side) for batch in batches)
+
+    return product

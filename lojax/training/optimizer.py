@@ -11,7 +11,6 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Hashable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import optax
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten
+from lojax.types import Leaf, Params, PyTree
 
 
 def optimizer(
@@ -43,6 +43,7 @@ def optimizer(
         no state.
 
     Raises:
+        TypeError: A transformation is something else.
         ValueError: ``b_ratio`` is not a finite number above 0.
 
     >>> import jax.numpy as jnp
@@ -52,94 +53,82 @@ def optimizer(
     >>> {name: half["w"].tolist() for name, half in updates.items()}
     {'frozen': [-0.0, -0.0], 'lora': [-0.5, -0.5, -0.5]}
     """
+    for name, transform in (("tx", tx), ("magnitude", magnitude), ("full", full)):
+        _check_transformation(name, transform)
     if not (isinstance(b_ratio, numbers.Real) and math.isfinite(b_ratio) and b_ratio > 0):
         raise ValueError(f"b_ratio={b_ratio!r}; expected a finite number above 0: the rate of b over that of a.")
-    own = {
+    by_group = {
         "train": tx,
         "b": tx if b_ratio == 1 else optax.chain(tx, optax.scale(b_ratio)),
         "magnitude": tx if magnitude is None else magnitude,
         "full": tx if full is None else full,
     }
-    apart = {name for name, other in own.items() if other is not tx}
+    # Groups that share tx stay one group, "train": a transformation that sees all leaves at once, such as clipping by
+    # the global norm, must see them together.
+    separate = {group for group, other in by_group.items() if other is not tx}
 
-    def grouped(tree: Any) -> Any:
-        return jax.tree.map(lambda group: group if group in apart | {"frozen"} else "train", groups(tree))
+    def label(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda group: group if group in separate | {"frozen"} else "train", groups(tree))
 
-    used: dict[Hashable, optax.GradientTransformation] = {
-        name: other for name, other in own.items() if name in apart | {"train"}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        group: by_group[group] for group in separate | {"train"}
     }
-    return optax.multi_transform(used | {"frozen": _keep()}, grouped)
+    return optax.multi_transform(transforms | {"frozen": _zero_updates()}, label)
 
 
-def decays(tree: Any) -> Any:
-    """Where weight decay belongs, for the ``mask=`` of `optax.adamw`: matrices, not magnitudes, biases or norms.
-
-    Args:
-        tree: A ``lora`` tree, or one that `optimizer` takes.
-
-    Returns:
-        The same tree with True or False for every leaf.
-
-    >>> import jax.numpy as jnp
-    >>> decays({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
-    {'bias': False, 'kernel': True}
-    """
-    marks = jax.tree.map(lambda _: True, tree)
-    matrix = jax.tree.map(lambda x: jnp.ndim(x) > 1, tree)
-    named = jax.tree.map(lambda group: group not in ("magnitude", "frozen"), groups(tree))
-    return jax.tree.map(lambda *flags: all(flags), marks, matrix, named)
+def _check_transformation(name: str, value: object) -> None:
+    if (value is None and name != "tx") or (hasattr(value, "init") and hasattr(value, "update")):
+        return
+    hint = ""
+    if isinstance(value, numbers.Real):
+        hint = f" Did you mean optax.adamw({value})?"
+    elif callable(value):
+        hint = " Did you forget to call it?"
+    raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.40}), not an optax transformation.{hint}")
 
 
-def _keep() -> optax.GradientTransformation:
+def _zero_updates() -> optax.GradientTransformation:
     """Updates of -0.0: ``w + -0.0`` is ``w`` bit for bit, where ``w + 0.0`` turns -0.0 into 0.0."""
 
-    def keep(updates: Any, params: Any) -> Any:
-        like = updates if params is None else params  # the gradient of an integer is like nothing
-        return jax.tree.map(lambda x: -jnp.zeros_like(x), like)
+    def negative_zeros(updates: PyTree, params: PyTree) -> PyTree:
+        template = updates if params is None else params  # the gradient of an integer is float0, which has no zeros
+        return jax.tree.map(lambda x: -jnp.zeros_like(x), template)
 
-    return optax.stateless(keep)
-
-
-def labels(tree: Any) -> Any:
-    """``"train"`` or ``"frozen"`` for every leaf of a ``lora`` tree or of a combined tree."""
-    return jax.tree.map(lambda group: group if group == "frozen" else "train", groups(tree))
+    return optax.stateless(negative_zeros)
 
 
-def groups(tree: Any) -> Any:
+def groups(tree: PyTree) -> PyTree:
     """``"frozen"``, ``"full"``, or the field of its adapter, for every leaf of a ``lora`` or of a combined tree."""
     if isinstance(tree, Mapping) and set(tree) == {"frozen", "lora"}:
-        return {"frozen": _all(tree["frozen"], "frozen"), "lora": _trained(tree["lora"])}
+        return {"frozen": _label_all(tree["frozen"], "frozen"), "lora": _label_trained(tree["lora"])}
     if isinstance(tree, tuple) and len(tree) == 2 and _is_pair(*tree):
-        return (_all(tree[0], "frozen"), _trained(tree[1]))
-    return _trained(tree)
+        return (_label_all(tree[0], "frozen"), _label_trained(tree[1]))
+    return _label_trained(tree)
 
 
-def _trained(tree: Any) -> Any:
-    def label(leaf: Any) -> Any:
+def _label_trained(lora: Params) -> PyTree:
+    def label(leaf: Leaf) -> PyTree:
         if not is_adapter(leaf):
             return "full"
-        names = {"a": "frozen" if leaf.frozen_a else "a", "b": "b", "magnitude": "magnitude", "rows": "rows"}
-        held = {name: group for name, group in names.items() if getattr(leaf, name) is not None}
-        return dataclasses.replace(
-            leaf, **{n: jax.tree.map(lambda _, g=g: g, getattr(leaf, n)) for n, g in held.items()}
-        )
+        fields = {name: name if name in leaf.trained_arrays else "frozen" for name in leaf.arrays}
+        return dataclasses.replace(leaf, **{name: _label_all(getattr(leaf, name), g) for name, g in fields.items()})
 
-    return jax.tree.map(label, tree, is_leaf=is_adapter)
+    return jax.tree.map(label, lora, is_leaf=is_adapter)
 
 
-def _all(tree: Any, label: str) -> Any:
-    return jax.tree.map(lambda _: label, tree)
+def _label_all(tree: PyTree, group: str) -> PyTree:
+    return jax.tree.map(lambda _: group, tree)
 
 
-def _is_pair(left: Any, right: Any) -> bool:
+def _is_pair(left: PyTree, right: PyTree) -> bool:
     """Whether these are ``frozen`` and ``lora``, and not two layers of a ``lora`` tree that is a tuple."""
     weights, trained = flatten(left), flatten(right)
-    if weights.keys() != trained.keys() or all(t is None for t in trained.values()):
+    if weights.keys() != trained.keys() or all(leaf is None for leaf in trained.values()):
         return False
-    return all(_fit(weights[path], trained[path]) for path in weights)
+    return all(_are_complementary(weights[path], trained[path]) for path in weights)
 
 
-def _fit(weight: Any, trained: Any) -> bool:
+def _are_complementary(weight: Leaf, trained: Leaf) -> bool:
     if is_adapter(weight):
         return False
     return weight is not None if is_adapter(trained) else weight is None or trained is None

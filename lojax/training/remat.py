@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from lojax.lowrank.opaque import PRODUCT
+from lojax.lowrank.factored import PRODUCT
 
 Policy = Callable[..., Any]
 

@@ -13,9 +13,8 @@ from flax import linen as nn
 from helpers import message
 
 import lojax
-from lojax.adapters import task_vectors as prune
+from lojax.adapters import task_vectors
 from lojax.adapters.algebra import METHODS, combine, rescale, resize, subtract
-from lojax.adapters.task_vectors import drop_and_rescale, keep_largest, sum_where_signs_agree
 
 SHAPES = {
     "dense": ((6, 5), ("in", "out")),
@@ -113,6 +112,15 @@ def test_one_adapter_is_scaled_whatever_the_method():
         np.testing.assert_allclose(update("dense", out), -0.3 * update("dense", one["w"]), atol=1e-5, err_msg=method)
 
 
+@pytest.mark.parametrize("method", ["svd", "ties_svd", "dare_linear_svd"])
+def test_one_adapter_takes_the_rank_that_is_asked_for(method):
+    one = {"w": adapter("dense", 0)}
+    out = combine([one], [-0.3], method=method, rank=2, density=0.5, key=jax.random.key(0))["w"]
+    assert (out.rank, out.scale) == (2, 1.0)
+    expected = update("dense", resize(rescale(one, -0.3), 2)["w"])
+    np.testing.assert_allclose(update("dense", out), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["magnitude_prune"])
 def test_each_weight_of_a_stack_is_combined_on_its_own(method):
     """Pruning and elections of one layer do not depend on the others."""
@@ -126,26 +134,7 @@ def test_each_weight_of_a_stack_is_combined_on_its_own(method):
         np.testing.assert_allclose(np.tensordot(whole.a[layer], whole.b[layer], 1), expected, atol=1e-4)
 
 
-# --- pruning ---
-
-
-def test_pruning_keeps_the_largest_of_each_weight():
-    x = jnp.asarray([[[1.0, -5.0, 2.0, 0.5], [9.0, 8.0, 7.0, -10.0]]])
-    np.testing.assert_array_equal(keep_largest(x, 0.5), [[[0, -5, 2, 0], [9, 0, 0, -10]]])
-
-
-def test_dropping_keeps_the_mean():
-    x = jnp.ones((1, 1, 200_000))
-    dropped = np.asarray(drop_and_rescale(x, 0.25, jax.random.key(0)))
-    assert set(np.unique(dropped)) == {0.0, 4.0}
-    assert abs(dropped.mean() - 1) < 0.02
-
-
-def test_signs_are_elected():
-    x = jnp.asarray([[3.0, 1.0], [-1.0, -1.0], [-1.0, 4.0]])
-    ones = jnp.ones(3)
-    np.testing.assert_allclose(sum_where_signs_agree(x, ones, "total"), [3.0, 2.5])
-    np.testing.assert_allclose(sum_where_signs_agree(x, ones, "frequency"), [-1.0, 2.5])
+# --- ranks and scales of a stack ---
 
 
 def uneven(seed: int) -> lojax.Adapter:
@@ -297,7 +286,7 @@ def test_the_numbers_are_those_of_peft(layer, method, majority, peers, monkeypat
         turn = lambda k: k.T if k.ndim == 2 else k.transpose(2, 3, 1, 0).reshape(-1, k.shape[0])
         turned = iter([np.stack([turn(k) for k in kept[i : i + 3]])[:, None] for i in range(0, len(kept), 3)])
         dropped = lambda x, density, key: jnp.where(jnp.asarray(next(turned)), x / jnp.asarray(density, x.dtype), 0.0)
-        monkeypatch.setattr(prune, "drop_and_rescale", dropped)
+        monkeypatch.setattr(task_vectors, "drop_and_rescale", dropped)
     out = combine(trees, weights, method=method, density=density, majority=majority, key=jax.random.key(0))["w"]
     update = np.tensordot(out.a, out.b, 1)
     update = update.T if layer == "linear" else update.transpose(3, 2, 0, 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lojax.adapters.axes import check, convention, factor_shapes, positions, size
+from lojax.adapters.adapter import array_shapes
+from lojax.adapters.axes import check, convention, positions, size
 from tests.helpers import message
 
 
@@ -27,7 +28,8 @@ def test_the_convention_is_that_only_the_last_axis_is_out():
 )
 def test_sizes_and_factor_shapes(axes, shape, m, n, a, b):
     assert (size(axes, shape, "in"), size(axes, shape, "out")) == (m, n)
-    assert factor_shapes(axes, shape, 4) == (a, b)
+    shapes = array_shapes(axes, shape, 4)
+    assert (shapes["a"], shapes["b"]) == (a, b)
 
 
 def test_positions_are_in_order():

@@ -7,11 +7,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from flax.core import freeze
 
 from lojax import Adapter
-from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.paths import flatten, map_paths, unflatten
+from tests.helpers import message
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
 
@@ -55,3 +57,15 @@ def test_map_paths_keeps_the_structure_and_passes_leaves_of_every_tree():
 
 def test_a_bare_array_has_the_empty_path():
     assert flatten(3) == {"": 3}
+
+
+def test_unflatten_is_the_reverse_of_flatten_for_dicts():
+    tree = {"a": {"b": 1, "c": {"d": None}}, "e": 2}
+    assert unflatten(flatten(tree)) == tree
+    assert unflatten({("a", 0): 1, ("a", "b/c"): 2}) == {"a": {0: 1, "b/c": 2}}
+    assert unflatten({}) == {}
+
+
+@pytest.mark.parametrize("paths", [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b")])
+def test_a_path_is_a_leaf_or_a_dict_of_leaves(paths):
+    assert "leaf" in message(ValueError, unflatten, dict.fromkeys(paths, 1))

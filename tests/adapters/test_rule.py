@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import pickle
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lojax
 from lojax import Rule
+from lojax.adapters.rule import DEFAULTS as rule_defaults
 from lojax.adapters.rule import as_rules
 from tests.helpers import message
 
@@ -116,6 +122,77 @@ def test_an_unknown_init_suggests_the_nearest():
     assert message(ValueError, as_rules, Rule("w", init="kaimin"), DEFAULTS) == (
         f"init='kaimin' is unknown; expected one of {KNOWN}. Did you mean 'kaiming'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("bf16", " Did you mean 'bfloat16'?"),
+        ("fp32", " Did you mean 'float32'?"),
+        ("f16", " Did you mean 'float16'?"),
+        ("F32", " Did you mean 'float32'?"),
+        ("blfoat16", " Did you mean 'bfloat16'?"),
+        ("zzz", ""),
+    ],
+)
+def test_a_dtype_that_jax_does_not_have_suggests_the_one_that_was_meant(dtype, hint):
+    assert message(ValueError, as_rules, Rule("w", dtype=dtype), DEFAULTS).endswith(
+        f"dtype={dtype!r}; expected a real floating-point dtype, or None for float32.{hint}"
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float16", np.float32, jnp.bfloat16, jnp.dtype("float16"), "float8_e4m3fn"]
+)
+def test_every_spelling_of_a_dtype_is_one(dtype):
+    (rule,) = as_rules(Rule("w", dtype=dtype), DEFAULTS)
+    assert rule.dtype == dtype
+
+
+# --- settings by another name ---
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("r", " Did you mean 'rank='?"),
+        ("ranks", " Did you mean 'rank='?"),
+        ("lora_alpha", " Did you mean 'alpha='?"),
+        ("lora_dropout", " Did you mean 'dropout='?"),
+        ("target_modules", " Did you mean 'targets='?"),
+        ("modules_to_save", " Did you mean 'train='?"),
+        ("use_rslora", " Did you mean 'scaling=\"rslora\"'?"),
+        ("use_dora", " Did you mean 'variant=\"dora\"'?"),
+        ("init_lora_weights", " Did you mean 'init='?"),
+        ("dropuot", " Did you mean 'dropout='?"),
+        ("zzz", ""),
+    ],
+)
+def test_a_setting_by_another_name_suggests_ours(name, hint):
+    setting = {name: 4}
+    assert message(TypeError, Rule, "w", **setting) == f"Rule has no argument {name!r}.{hint}"
+    assert message(TypeError, lojax.wrap, print, "w", **setting) == f"wrap has no argument {name!r}.{hint}"
+    text = message(TypeError, lojax.init, jax.random.key(0), {"w": jnp.ones((4, 4))}, "w", **setting)
+    assert text == f"init has no argument {name!r}.{hint}"
+
+
+def test_other_arguments_of_wrap_and_init_are_suggested_too():
+    assert message(TypeError, lojax.wrap, print, "w", exclud="b").endswith("Did you mean 'exclude='?")
+    assert message(TypeError, lojax.wrap, print, "w", modes="b") == "wrap has no argument 'modes'."
+    text = message(TypeError, lojax.init, jax.random.key(0), {}, "w", exclude_modules="b", apply_fun=print)
+    assert text == "init has no argument 'exclude_modules'. Did you mean 'exclude='?"
+
+
+def test_the_signatures_are_still_there():
+    assert list(inspect.signature(Rule).parameters)[:3] == ["targets", "rank", "alpha"]
+    assert list(inspect.signature(lojax.wrap).parameters)[:3] == ["net", "targets", "rank"]
+    assert copy.deepcopy(Rule("w", rank=2)) == pickle.loads(pickle.dumps(Rule("w", rank=2))) == Rule("w", rank=2)
+
+
+def test_the_defaults_of_wrap_are_those_of_a_rule():
+    parameters = inspect.signature(lojax.wrap).parameters
+    for name in ("rank", "alpha", "scaling", "init", "variant", "axes", "dtype", "dropout"):
+        assert parameters[name].default == getattr(rule_defaults, name), name
 
 
 @pytest.mark.parametrize("entry", [3, None, b"kernel"])

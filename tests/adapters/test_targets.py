@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from lojax import Rule
-from lojax.adapters.targets import compile_glob, matches, nearest, plan
+from lojax.adapters.targets import assign_rules, compile_glob, matches, nearest
 from tests.helpers import message
 
 
@@ -69,6 +69,18 @@ def full(targets):
         ("**/layer_[02]/*", "params/layer_1/kernel", False),
         ("**/layer_[!02]/*", "params/layer_1/kernel", True),
         ("**/layer_[!02]/*", "params/layer_0/kernel", False),
+        ("**/{query,value}/kernel", "params/value/kernel", True),
+        ("**/{query,value}/kernel", "params/key/kernel", False),
+        ("**/layer_{0,1[02]}/*", "params/layer_12/kernel", True),
+        ("**/layer_{0,1[02]}/*", "params/layer_11/kernel", False),
+        ("{encoder/**,head}/{kernel,bias}", "encoder/a/b/bias", True),
+        ("{encoder/**,head}/{kernel,bias}", "head/kernel", True),
+        ("{encoder/**,head}/{kernel,bias}", "head/a/kernel", False),
+        ("a{,_norm}/{x,{y,z}}", "a_norm/z", True),
+        ("a{,_norm}/{x,{y,z}}", "a/x", True),
+        ("a,b", "a,b", True),
+        ("a}", "a}", True),
+        ("odd{name/kernel", "odd{name/kernel", True),
         ("a.b/kernel", "axb/kernel", False),
         ("a.b/kernel", "a.b/kernel", True),
         ("", "kernel", False),
@@ -76,6 +88,12 @@ def full(targets):
 )
 def test_glob(glob, path, expected):
     assert matches(glob, path, None) is expected
+
+
+def test_a_brace_that_stays_open_is_an_error():
+    assert message(ValueError, compile_glob, "**/{query,value/kernel") == (
+        "Target '**/{query,value/kernel' opens a brace that it does not close. Write alternatives as {a,b}."
+    )
 
 
 def segments_match(glob: list[str], path: list[str]) -> bool:
@@ -112,7 +130,7 @@ def test_a_predicate_sees_path_and_leaf_without_its_box():
         return leaf.shape == (4, 9)
 
     params = {"a": nn.Partitioned(struct(4, 9), names=("x", "y")), "b": struct(4, 4)}
-    assert set(plan(params, [lora(wide)])) == {"a"}
+    assert set(assign_rules(params, [lora(wide)])) == {"a"}
     assert seen == {"a": struct(4, 9), "b": struct(4, 4)}
 
 
@@ -120,39 +138,39 @@ def test_a_predicate_sees_path_and_leaf_without_its_box():
 
 
 def test_each_kind_of_target_picks_its_paths():
-    assert set(plan(PARAMS, [lora("**/query/kernel")])) == QUERY
-    assert set(plan(PARAMS, [lora(re.compile(r".*/(query|value)/kernel"))])) == QUERY | VALUE
-    assert set(plan(PARAMS, [lora(lambda path, leaf: leaf.shape == (8, 2))])) == {"params/head/kernel"}
-    assert set(plan(PARAMS, [lora(["**/query/kernel", re.compile(".*/value/kernel")])])) == QUERY | VALUE
+    assert set(assign_rules(PARAMS, [lora("**/query/kernel")])) == QUERY
+    assert set(assign_rules(PARAMS, [lora(re.compile(r".*/(query|value)/kernel"))])) == QUERY | VALUE
+    assert set(assign_rules(PARAMS, [lora(lambda path, leaf: leaf.shape == (8, 2))])) == {"params/head/kernel"}
+    assert set(assign_rules(PARAMS, [lora(["**/query/kernel", re.compile(".*/value/kernel")])])) == QUERY | VALUE
 
 
 def test_the_first_match_wins():
     first, rest = lora("params/layer_0/**/kernel", rank=1), lora("**/kernel", rank=2)
-    chosen = plan(PARAMS, [first, rest])
+    chosen = assign_rules(PARAMS, [first, rest])
     assert chosen["params/layer_0/query/kernel"] is chosen["params/layer_0/value/kernel"] is first
     assert chosen["params/layer_1/query/kernel"] is chosen["params/head/kernel"] is rest
 
 
 def test_train_none_protects_from_later_rules():
-    assert set(plan(PARAMS, [Rule("params/layer_1/**", train="none"), lora(["**/query/kernel"])])) == {
+    assert set(assign_rules(PARAMS, [Rule("params/layer_1/**", train="none"), lora(["**/query/kernel"])])) == {
         "params/layer_0/query/kernel"
     }
 
 
 def test_excluded_paths_stay_frozen_whatever_matches_them():
     excluded = Rule(["params/layer_0/**", "**/head/bias"], train="none")
-    chosen = plan(PARAMS, [lora("**/query/kernel")], full=[full("**/bias")], exclude=[excluded])
+    chosen = assign_rules(PARAMS, [lora("**/query/kernel")], full=[full("**/bias")], exclude=[excluded])
     assert set(chosen) == {"params/layer_1/query/kernel", "params/layer_1/query/bias"}
 
 
 def test_parameters_trained_in_full_may_have_any_shape():
-    chosen = plan(PARAMS, [lora("**/query/kernel")], full=[full(["**/bias", "**/temperature"])])
+    chosen = assign_rules(PARAMS, [lora("**/query/kernel")], full=[full(["**/bias", "**/temperature"])])
     assert {path for path, rule in chosen.items() if rule.train == "full"} == BIASES | {"params/temperature"}
     assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY
 
 
 def test_rules_of_full_training_may_overlap_one_another():
-    assert set(plan(PARAMS, [], full=[full("**/bias"), full("params/head/bias")])) == BIASES
+    assert set(assign_rules(PARAMS, [], full=[full("**/bias"), full("params/head/bias")])) == BIASES
 
 
 # --- biases ---
@@ -167,31 +185,33 @@ def test_rules_of_full_training_may_overlap_one_another():
     ],
 )
 def test_biases_by_the_words_of_peft(bias, expected):
-    chosen = plan(PARAMS, [lora("**/query/kernel")], bias=bias)
+    chosen = assign_rules(PARAMS, [lora("**/query/kernel")], bias=bias)
     assert {path for path, rule in chosen.items() if rule.train == "full"} == expected
     assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY
 
 
 def test_an_excluded_bias_stays_frozen():
-    chosen = plan(PARAMS, [lora("**/query/kernel")], bias="all", exclude=[Rule("params/head/bias", train="none")])
+    chosen = assign_rules(
+        PARAMS, [lora("**/query/kernel")], bias="all", exclude=[Rule("params/head/bias", train="none")]
+    )
     assert set(chosen) == QUERY | BIASES - {"params/head/bias"}
 
 
 def test_haiku_calls_a_bias_b():
     params = {"linear/w": struct(3, 3), "linear/b": struct(3), "other/b": struct(3)}
-    assert set(plan(params, [lora("linear/w")], bias="lora_only")) == {"linear/w", "linear/b"}
+    assert set(assign_rules(params, [lora("linear/w")], bias="lora_only")) == {"linear/w", "linear/b"}
 
 
 def test_no_such_bias_is_an_error():
     with pytest.raises(ValueError, match="none of the 11 parameters beside a weight with an adapter is called 'bias'"):
-        plan(PARAMS, [lora("**/value/kernel")], bias="lora_only")
+        assign_rules(PARAMS, [lora("**/value/kernel")], bias="lora_only")
 
 
 # --- what is refused ---
 
 
 def test_a_target_that_matches_nothing_shows_the_nearest_paths():
-    assert message(ValueError, plan, PARAMS, [lora("**/qurey/kernel")]) == (
+    assert message(ValueError, assign_rules, PARAMS, [lora("**/qurey/kernel")]) == (
         "Target '**/qurey/kernel' matches none of the 11 parameters. The nearest paths:\n"
         "  params/layer_0/query/kernel\n"
         "  params/layer_1/query/kernel\n"
@@ -203,32 +223,72 @@ def test_a_target_that_matches_nothing_shows_the_nearest_paths():
 
 def test_each_target_of_a_rule_must_match():
     assert "'**/key/kernel' matches none" in message(
-        ValueError, plan, PARAMS, [lora(["**/query/kernel", "**/key/kernel"])]
+        ValueError, assign_rules, PARAMS, [lora(["**/query/kernel", "**/key/kernel"])]
     )
 
 
 @pytest.mark.parametrize("where", ["full", "exclude"])
 def test_train_and_exclude_must_match_too(where):
     rules = {where: [Rule("**/bais", train="none" if where == "exclude" else "full")]}
-    assert "Target '**/bais' matches none" in message(ValueError, plan, PARAMS, [lora("**/query/kernel")], **rules)
+    assert "Target '**/bais' matches none" in message(
+        ValueError, assign_rules, PARAMS, [lora("**/query/kernel")], **rules
+    )
 
 
 def test_a_regex_and_a_predicate_that_match_nothing():
     def tall(path, leaf):
         return False
 
-    assert message(ValueError, plan, PARAMS, [lora(re.compile("head/kernel"))]).startswith(
+    assert message(ValueError, assign_rules, PARAMS, [lora(re.compile("head/kernel"))]).startswith(
         "Target 'head/kernel' matches none of the 11 parameters. The nearest paths:\n  params/head/kernel\n"
     )
-    assert message(ValueError, plan, PARAMS, [lora(tall)]).startswith(
+    assert message(ValueError, assign_rules, PARAMS, [lora(tall)]).startswith(
         "Target predicate tall matches none of the 11 parameters. The nearest paths:\n  params/embed/embedding\n"
     )
 
 
 def test_an_empty_tree_says_so():
-    assert message(ValueError, plan, {}, [lora("**/kernel")]) == (
+    assert message(ValueError, assign_rules, {}, [lora("**/kernel")]) == (
         "Target '**/kernel' matches none of the 0 parameters. The nearest paths:\n  (the tree has no parameters)"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "globs"),
+    [
+        ("query", "'**/query/kernel'"),
+        ("query/kernel", "'**/query/kernel'"),
+        ("kernel", "'**/kernel'"),
+        ("layer_1", "'**/layer_1/query/kernel' or '**/layer_1/value/kernel'"),
+        ("params", "'**/params/**/embedding' or '**/params/**/kernel'"),
+    ],
+)
+def test_a_bare_name_suggests_the_globs_that_it_means(target, globs):
+    text = message(ValueError, assign_rules, PARAMS, [lora(target)])
+    assert text.startswith(f"Target {target!r} matches none of the 11 parameters. Did you mean {globs}? The nearest")
+
+
+def test_a_bare_name_in_train_means_vectors_too():
+    text = message(ValueError, assign_rules, PARAMS, [lora("**/query/kernel")], full=[full("head")])
+    assert "Did you mean '**/head/kernel' or '**/head/bias'?" in text
+
+
+def test_a_tree_that_is_one_array_says_so():
+    text = message(ValueError, assign_rules, {"": struct(3, 3)}, [lora("**/kernel")])
+    assert text.endswith("The nearest paths:\n  (the tree is a single array)")
+
+
+@pytest.mark.parametrize("leaf", ["bert", b"x", object(), len])
+def test_a_leaf_that_is_not_an_array_is_named(leaf):
+    text = message(TypeError, assign_rules, PARAMS | {"params/name": leaf}, [lora("**/query/kernel")])
+    assert text == (
+        f"params/name is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
+        "it to the net another way."
+    )
+
+
+def test_a_number_is_a_leaf():
+    assert set(assign_rules(PARAMS | {"params/factor": 0.5}, [], full=[full("**/factor")])) == {"params/factor"}
 
 
 def test_nearest_compares_words_and_not_lengths():
@@ -241,46 +301,126 @@ def test_nearest_compares_words_and_not_lengths():
     [("params/head/bias", "a vector", "(2,)"), ("params/temperature", "a scalar", "()")],
 )
 def test_a_vector_or_a_scalar_takes_no_adapter(target, kind, shape):
-    assert message(ValueError, plan, PARAMS, [lora(target)]) == (
+    assert message(ValueError, assign_rules, PARAMS, [lora(target)]) == (
         f"{target} is {kind} of shape {shape}: a low-rank update needs at least two axes. "
         f"Train it in full with lojax.Rule('{target}', train=\"full\"), or narrow '{target}'."
     )
 
 
 def test_an_integer_takes_no_adapter_and_no_gradient():
-    assert message(ValueError, plan, PARAMS, [lora("stats/count")]) == (
+    assert message(ValueError, assign_rules, PARAMS, [lora("stats/count")]) == (
         "stats/count has dtype int32: only real floating-point weights take an adapter."
     )
-    assert message(ValueError, plan, PARAMS, [], full=[full("stats/count")]) == (
+    assert message(ValueError, assign_rules, PARAMS, [], full=[full("stats/count")]) == (
         "stats/count has dtype int32: only floating-point parameters can be trained in full."
     )
 
 
 def test_a_wholly_hidden_rule_is_a_contradiction():
-    assert message(ValueError, plan, PARAMS, [lora("**/kernel", rank=1), full("**/query/kernel")]) == (
+    assert message(ValueError, assign_rules, PARAMS, [lora("**/kernel", rank=1), full("**/query/kernel")]) == (
         "params/layer_0/query/kernel is matched by contradictory rules: Rule('**/kernel', rank=1) comes first, so "
         "Rule('**/query/kernel', train='full') never applies to anything. Remove one, narrow its targets, or put the "
         "narrower rule first."
     )
 
 
-def test_targets_against_train_have_no_order_so_any_overlap_is_a_contradiction():
-    assert message(ValueError, plan, PARAMS, [lora("**/kernel")], full=[full("params/head/*")]) == (
-        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule('**/kernel', rank=2)), train= "
-        "trains it in full (Rule('params/head/*', train='full')). Narrow one of them, or say which wins: put "
-        "lojax.Rule('params/head/kernel', train=\"full\") first in targets=."
+@pytest.mark.parametrize("target", ["**/kernel", re.compile(".*/kernel"), lambda path, leaf: path.endswith("kernel")])
+def test_train_wins_over_a_pattern_in_targets(target):
+    """As PEFT's modules_to_save win over its target_modules."""
+    chosen = assign_rules(PARAMS, [lora(target)], full=[full("params/head/*")])
+    assert chosen["params/head/kernel"].train == chosen["params/head/bias"].train == "full"
+    assert {path for path, rule in chosen.items() if rule.train == "lora"} == QUERY | VALUE
+
+
+def test_train_against_the_very_path_in_targets_is_a_contradiction():
+    rules = [lora(["params/head/kernel", "**/query/kernel"])]
+    assert message(ValueError, assign_rules, PARAMS, rules, full=[full("params/head/*")]) == (
+        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule(['params/head/kernel', "
+        "'**/query/kernel'], rank=2)), train= trains it in full (Rule('params/head/*', train='full')). Take it out of "
+        "one of them."
     )
+
+
+def test_a_target_that_train_takes_wholly_is_a_contradiction():
+    rules = [lora("**/query/kernel"), lora("**/head/kernel")]
+    assert message(ValueError, assign_rules, PARAMS, rules, full=[full("params/head/*")]) == (
+        "params/head/kernel is matched by contradictory rules: targets= adapts it (Rule('**/head/kernel', rank=2)), "
+        "train= trains it in full (Rule('params/head/*', train='full')). Take it out of one of them."
+    )
+
+
+@pytest.mark.parametrize("where", ["full", "rules"])
+def test_a_rule_whose_every_match_is_excluded_is_an_error(where):
+    rules, trained = [lora("**/query/kernel")], []
+    (trained if where == "full" else rules).append((full if where == "full" else lora)("**/head/kernel"))
+    excluded = Rule(["**/layer_0/**", "**/head/*"], train="none")
+    assert message(ValueError, assign_rules, PARAMS, rules, full=trained, exclude=[excluded]) == (
+        f"{(trained or rules)[-1]} trains nothing: exclude= or an earlier rule freezes all that it matches, such as "
+        "params/head/kernel. Remove it, or narrow the other."
+    )
+
+
+def test_a_full_rule_that_an_earlier_rule_freezes_wholly_is_an_error():
+    rules = [Rule("**/head/*", train="none"), lora("**/query/kernel")]
+    text = message(ValueError, assign_rules, PARAMS, rules, full=[full("params/head/*")])
+    assert text.startswith("Rule('params/head/*', train='full') trains nothing: exclude= or an earlier rule freezes")
+
+
+# --- collections ---
+
+
+BATCH_NORM = {
+    "batch_stats/BatchNorm_0/mean": struct(4),
+    "batch_stats/BatchNorm_0/var": struct(4),
+    "params/BatchNorm_0/scale": struct(4),
+    "params/BatchNorm_0/bias": struct(4),
+    "params/Dense_0/kernel": struct(4, 4),
+}
+NORM = {"params/BatchNorm_0/scale", "params/BatchNorm_0/bias"}
+STATS = {"batch_stats/BatchNorm_0/mean", "batch_stats/BatchNorm_0/var"}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("**/BatchNorm_0/*", NORM),
+        ("*/BatchNorm_0/*", NORM),
+        (re.compile(r".*/BatchNorm_0/\w+"), NORM),
+        ("batch_stats/**", STATS),
+        ("**batch_stats/*/mean", {"batch_stats/BatchNorm_0/mean"}),
+        ("batch_stats/*/mean", {"batch_stats/BatchNorm_0/mean"}),
+        ("{params,batch_stats}/BatchNorm_0/*", NORM | STATS),
+        (re.compile("batch_stats/.*"), STATS),
+        (lambda path, leaf: "BatchNorm" in path, NORM | STATS),
+    ],
+)
+def test_patterns_stay_in_params_unless_they_name_another_collection(target, expected):
+    chosen = assign_rules(BATCH_NORM, [lora("**/kernel")], full=[full(target)])
+    assert {path for path, rule in chosen.items() if rule.train == "full"} == expected
+
+
+def test_a_pattern_that_matches_only_in_another_collection_says_how_to_name_it():
+    text = message(ValueError, assign_rules, BATCH_NORM, [lora("**/kernel")], full=[full("**/mean")])
+    assert text == (
+        "Target '**/mean' matches nothing in params, where patterns stay. It matches batch_stats/BatchNorm_0/mean: to "
+        "mean that collection, name it, as in 'batch_stats/**/mean'."
+    )
+
+
+def test_a_tree_without_collections_has_no_such_borders():
+    params = {"params": struct(3), "head/mean": struct(4), "other/mean": struct(3)}
+    assert set(assign_rules(params, [], full=[full("**/mean")])) == {"head/mean", "other/mean"}
 
 
 def test_an_explicit_rule_in_targets_settles_an_overlap_with_train():
     for train, trained in (("full", {"params/head/kernel", "params/head/bias"}), ("none", {"params/head/bias"})):
         rules = [Rule("params/head/kernel", train=train), lora("**/kernel")]
-        chosen = plan(PARAMS, rules, full=[full("params/head/*")])
+        chosen = assign_rules(PARAMS, rules, full=[full("params/head/*")])
         assert {path for path, rule in chosen.items() if rule.train == "full"} == trained
 
 
 def test_an_excluded_overlap_is_none():
-    chosen = plan(
+    chosen = assign_rules(
         PARAMS, [lora("**/kernel")], full=[full("params/head/*")], exclude=[Rule("params/head/kernel", train="none")]
     )
     assert "params/head/kernel" not in chosen
@@ -288,7 +428,7 @@ def test_an_excluded_overlap_is_none():
 
 
 def test_a_rule_without_targets_is_refused():
-    assert message(ValueError, plan, PARAMS, [lora(())]) == (
+    assert message(ValueError, assign_rules, PARAMS, [lora(())]) == (
         "Rule((), rank=2) has no targets. Give a glob, a regex or a predicate."
     )
 
@@ -296,4 +436,4 @@ def test_a_rule_without_targets_is_refused():
 @pytest.mark.parametrize("rules", [[], [lora("**/query/kernel")], [Rule("**/kernel", train="none")]])
 def test_nothing_left_to_train_is_refused(rules):
     text = "Nothing trains: no parameter is left by targets=, train= and exclude=."
-    assert message(ValueError, plan, PARAMS, rules, exclude=[Rule("**/kernel", train="none")]) == text
+    assert message(ValueError, assign_rules, PARAMS, rules, exclude=[Rule("**/kernel", train="none")]) == text

@@ -1,4 +1,4 @@
-"""The two trees: who holds which leaf, and which pairs do not fit together."""
+"""The two trees: which pairs do not fit together."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import pytest
 from flax.core import freeze
 
 import lojax
-from lojax import Rule
-from lojax.adapters.adapter import is_adapter
 from lojax.adapters.trees import check_pair
-from tests.helpers import assert_same_bits, message
+from tests.helpers import message
 
 PARAMS = {
     "layers": [{"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}, {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}],
@@ -23,66 +21,6 @@ PARAMS = {
 
 def make(**settings):
     return lojax.init(jax.random.key(0), PARAMS, "**/kernel", **({"rank": 2, "train": "layers/0/bias"} | settings))
-
-
-def test_every_leaf_has_one_holder():
-    frozen, lora = make()
-    assert jax.tree.structure(frozen, is_leaf=lambda x: x is None) == jax.tree.structure(PARAMS)
-    assert_same_bits(frozen["layers"][0]["kernel"], PARAMS["layers"][0]["kernel"])
-    assert is_adapter(lora["layers"][0]["kernel"])
-    assert is_adapter(lora["layers"][1]["kernel"])
-    assert frozen["layers"][0]["bias"] is None
-    assert_same_bits(lora["layers"][0]["bias"], PARAMS["layers"][0]["bias"])
-    assert_same_bits(frozen["layers"][1]["bias"], PARAMS["layers"][1]["bias"])
-    assert lora["layers"][1]["bias"] is None
-    assert lora["stats"]["count"] is None
-    assert_same_bits(frozen["stats"], PARAMS["stats"])
-
-
-def test_what_the_tree_does_not_hold_stays_so():
-    frozen, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((3, 3)), "gone": None}, "w", rank=1)
-    assert frozen["gone"] is None
-    assert lora["gone"] is None
-
-
-def test_the_container_types_of_params_are_kept():
-    frozen, lora = lojax.init(jax.random.key(0), freeze(PARAMS), "**/kernel", rank=2)
-    assert type(frozen) is type(lora) is type(freeze({}))
-
-
-def test_the_adapter_holds_what_its_rule_says():
-    _, lora = make(alpha=6, dropout=0.25, scaling="rslora", dtype=jnp.bfloat16, rank=4)
-    adapter = lora["layers"][0]["kernel"]
-    assert (adapter.scale, adapter.dropout, adapter.rank, adapter.axes) == (3.0, 0.25, 4, ("in", "out"))
-    assert adapter.a.dtype == adapter.b.dtype == jnp.bfloat16
-
-
-def test_axes_said_outright_win_over_the_convention():
-    _, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((6, 4))}, Rule("w", rank=2, axes=("out", "in")))
-    assert (lora["w"].axes, lora["w"].a.shape, lora["w"].b.shape) == (("out", "in"), (4, 2), (2, 6))
-
-
-def test_axes_of_the_wrong_length_name_the_path():
-    text = message(ValueError, make, axes=("in", "in", "out"))
-    assert text.startswith("layers/0/kernel: axes ('in', 'in', 'out') describe 3 axes")
-
-
-def test_a_rank_above_both_sides_names_them():
-    assert message(ValueError, make, rank=5) == (
-        "layers/0/kernel: rank=5 is above min(m, n) = 4 (shape (6, 4), axes ('in', 'out'): m=6 in, n=4 out). "
-        "Choose a rank of at most 4, or train the weight in full."
-    )
-    make(rank=4)
-
-
-def test_the_bound_on_the_rank_is_that_of_one_weight_of_a_stack():
-    params = {"w": jnp.ones((2, 6, 4))}
-    lojax.init(jax.random.key(0), params, "w", rank=4, axes=("stack", "in", "out"))
-    text = message(ValueError, lojax.init, jax.random.key(0), params, "w", rank=5, axes=("stack", "in", "out"))
-    assert "m=6 in, n=4 out" in text
-
-
-# --- pairs that do not fit ---
 
 
 def test_a_pair_of_one_init_fits():
@@ -156,3 +94,67 @@ def test_factors_of_two_ranks_are_refused():
     assert "needs an adapter of shapes (4, 2) and (2, 5), got (4, 2) and (3, 5)" in message(
         ValueError, check_pair, frozen, lora
     )
+
+
+# --- arguments in the wrong place ---
+
+
+def net(params, x):
+    return x @ params["layers"][0]["kernel"]
+
+
+def calls():
+    """Every function that takes the pair, called with two arguments and an input."""
+    model = lojax.wrap(net, "**/kernel", rank=2)
+    x = jnp.ones((2, 6))
+    return {
+        "apply": lambda frozen, lora: model.apply(frozen, lora, x),
+        "merge": lojax.merge,
+        "summary": lojax.summary,
+        "report": lambda frozen, lora: model.report(frozen, lora, x),
+        "transform": lambda frozen, lora: lojax.transform(net)(frozen, lora, x),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_arguments_in_the_wrong_place_are_told_apart(name):
+    (frozen, lora), call = make(), calls()[name]
+    assert message(ValueError, call, lora, frozen) == (
+        "frozen holds an adapter at layers/0/kernel, and lora holds none: they are swapped. The order is frozen, lora."
+    )
+    assert message(ValueError, call, (frozen, lora), jnp.ones((2, 6))) == (
+        "frozen is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...)."
+    )
+    assert message(ValueError, call, frozen, (frozen, lora)) == (
+        "lora is the pair (frozen, lora) as one argument. Unpack it: f(*pair, ...)."
+    )
+    assert message(ValueError, call, frozen, jnp.ones((2, 6))) == (
+        "lora is an array float32[2,6], not a tree like frozen. The order is frozen, lora, inputs: is an argument "
+        "missing?"
+    )
+    assert message(ValueError, call, lora, lora).startswith(
+        "frozen holds an adapter at layers/0/kernel, and only lora may hold adapters."
+    )
+
+
+@pytest.mark.parametrize("name", calls())
+def test_a_leaf_that_is_not_an_array_is_named(name):
+    frozen, lora = make()
+    frozen["stats"]["count"] = "three"
+    text = message(TypeError, calls()[name], frozen, lora)
+    assert text.startswith("stats/count is a str ('three'), not an array.")
+
+
+def test_init_names_a_leaf_that_is_not_an_array():
+    params = PARAMS | {"stats": {"count": "three"}}
+    for run in (
+        lambda: lojax.init(jax.random.key(0), params, "**/kernel"),
+        lambda: lojax.wrap(net, "**/kernel").init(jax.random.key(0), params, jnp.ones((2, 6))),
+    ):
+        assert message(TypeError, run).startswith("stats/count is a str ('three'), not an array.")
+
+
+def test_a_pair_of_trees_that_are_tuples_is_a_pair():
+    params = (jnp.ones((6, 4)), jnp.ones((4, 5)))
+    frozen, lora = lojax.init(jax.random.key(0), params, "*", rank=2)
+    check_pair(frozen, lora)

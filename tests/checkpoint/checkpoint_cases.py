@@ -13,7 +13,7 @@ import numpy as np
 from helpers import trained
 
 import lojax
-from lojax.checkpoint import adapter_directory as layout
+from lojax.checkpoint import adapter_directory as files
 
 
 def params(seed: int = 0) -> dict[str, Any]:
@@ -47,18 +47,23 @@ def at_step(step: int) -> dict[str, Any]:
     return {"head": head, "query": lojax.Adapter(a, b, 2.0, ("in", "out"), 0.0), "rest": None}
 
 
+def save_full(path: Path, lora: Any, **settings: Any) -> Any:
+    """Saves a lora without an adapter: all of it is trained in full, and ``frozen`` says so."""
+    return lojax.save(path, lora, frozen=jax.tree.map(lambda _: None, lora), **settings)
+
+
 def arrays_folder(path: Path) -> Path:
     """The folder that the checkpoint at ``path`` names."""
-    return path / json.loads((path / layout.POINTER).read_text())["arrays"]
+    return path / json.loads((path / files.MANIFEST).read_text())["arrays"]
 
 
 def forge(path: Path, change: Any) -> None:
     """Changes ``adapter.json`` and makes its checksum right again, as an attacker would."""
-    record = json.loads((path / layout.POINTER).read_text())
+    record = json.loads((path / files.MANIFEST).read_text())
     del record["checksum"]
     change(record)
     value = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
-    (path / layout.POINTER).write_text(json.dumps({**record, "checksum": value}))
+    (path / files.MANIFEST).write_text(json.dumps({**record, "checksum": value}))
 
 
 def save_forever(path: str, progress: Any) -> None:

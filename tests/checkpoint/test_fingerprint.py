@@ -2,128 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 from helpers import assert_same_bits, message
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lojax
-from lojax.checkpoint.digest import device_sums, digest, digests, host_sums
-from lojax.checkpoint.fingerprint import fingerprint, spec
+from lojax.checkpoint.digest import digest
+from lojax.checkpoint.fingerprint import describe_leaf, fingerprint
+from lojax.checkpoint.manifest import BaseEntry
 from tests.checkpoint import checkpoint_cases as cases
-
-_DTYPES = [
-    "float32",
-    "bfloat16",
-    "float16",
-    "int8",
-    "uint8",
-    "bool",
-    "int32",
-    "float64",
-    "complex64",
-    "int4",
-    "float8_e5m2",
-]
-
-
-def _by_the_book(array: np.ndarray) -> str:
-    """The definition in the docstring of `lojax.checkpoint.digest`, word by word in Python integers."""
-    width = min(array.dtype.itemsize, 4)
-    data = np.ascontiguousarray(array).tobytes()
-    first = second = 0
-    for k in range(len(data) // width):
-        word = int.from_bytes(data[k * width : (k + 1) * width], "little")
-        h = (word + k * 0x9E3779B1) % 2**32
-        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
-        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
-        h ^= h >> 16
-        first, second = (first + h) % 2**32, (second + h * k) % 2**32
-    return f"{first:08x}{second:08x}"
-
-
-def _draw(shape, dtype, seed=0):
-    bits = np.random.default_rng(seed).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
-    return (bits[..., 0] > 99) if dtype == "bool" else bits.view(jnp.dtype(dtype))[..., 0]
-
-
-@pytest.mark.parametrize("dtype", [dtype for dtype in _DTYPES if dtype != "int4"])
-@pytest.mark.parametrize("shape", [(), (1,), (7, 5), (3, 1, 4), (0, 3)])
-def test_digest_follows_its_definition(dtype, shape):
-    array = _draw(shape, dtype)
-    assert digest(array) == _by_the_book(array)
-
-
-def test_digest_of_a_known_array_never_changes():
-    assert digest(np.arange(100_000, dtype=np.float32)) == "e07a2862f68d47df"
-
-
-@pytest.mark.parametrize("dtype", [dtype for dtype in _DTYPES if dtype not in ("float64", "int4")])
-def test_host_and_device_agree(dtype):
-    array = _draw((6, 10), dtype)
-    on_device = device_sums(jnp.asarray(array), np.uint32(7), strides=(40, 2))
-    on_host = host_sums(array, 7 // max(1, array.dtype.itemsize // 4) if dtype != "complex64" else 0, (40, 2))
-    if dtype == "complex64":
-        on_device = device_sums(jnp.asarray(array), np.uint32(0), strides=(40, 2))
-    assert [int(x) % 2**32 for x in on_device] == [int(x) % 2**32 for x in on_host]
-
-
-@pytest.mark.parametrize(
-    "names", [("x",), (None, "x"), (("x", "y"),), ("y", "x"), (None, None, ("y", "x")), (None, "y"), ()]
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_digest_does_not_depend_on_the_sharding(names, dtype):
-    array = _draw((8, 16, 24), dtype)
-    mesh = jax.make_mesh((4, 2), ("x", "y"))
-    spread = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*names)))
-    assert digest(spread) == digest(array)
-
-
-def test_large_arrays_take_several_threads_and_blocks():
-    array = np.random.default_rng(0).normal(size=(37, 70_001)).astype(np.float32)
-    whole = digest(array)
-    assert whole == digest(np.asfortranarray(array)) != digest(array.T)
-    halves = host_sums(array[:, :33_333], 0, (70_001, 1)) + host_sums(array[:, 33_333:], 33_333, (70_001, 1))
-    assert "".join(f"{int(x) % 2**32:08x}" for x in halves) == whole
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_any_small_change_changes_the_digest(data):
-    array = np.random.default_rng(0).normal(size=64).astype(np.float32)
-    places = data.draw(st.lists(st.integers(0, 63), min_size=1, max_size=4, unique=True))
-    changed = array.copy()
-    kind = data.draw(st.sampled_from(["flip", "sign", "swap"]))
-    if kind == "sign":
-        changed[places] *= -1
-    elif kind == "swap":
-        changed[places] = np.roll(changed[places], 1)
-    else:
-        for place in places:
-            changed.view(np.uint32)[place] ^= np.uint32(1 << data.draw(st.integers(0, 31)))
-    assert (digest(changed) == digest(array)) == (changed.tobytes() == array.tobytes())
-
-
-def test_an_array_is_read_once(monkeypatch):
-    from lojax.checkpoint import digest as module
-
-    calls = []
-    real = module.host_sums
-    monkeypatch.setattr(module, "host_sums", lambda *args: calls.append(1) or real(*args))
-    x, y = jnp.arange(10.0), np.arange(10.0)
-    first = digests({"x": x, "y": y})
-    assert len(calls) == 2
-    y[3] = 9  # a NumPy array may change, so it is read again
-    second = digests({"x": x, "y": y})
-    assert len(calls) == 3 and first["x"] == second["x"] and first["y"] != second["y"]
-    size = len(module._seen)
-    del x
-    assert len(module._seen) == size - 1
 
 
 def test_fingerprint_is_plain_data():
@@ -131,19 +24,19 @@ def test_fingerprint_is_plain_data():
     found = fingerprint(frozen, ["params/layer_0/query/kernel"])
     kernel = frozen["params"]["layer_0"]["query"]["kernel"]
     assert found == {
-        "params/embed/table": {"spec": "bfloat16[5,4]"},
+        "params/embed/table": BaseEntry("bfloat16[5,4]"),
         "params/head/bias": None,
         "params/head/kernel": None,
-        "params/layer_0/query/kernel": {"spec": "float32[16,8]", "content": digest(np.asarray(kernel))},
-        "params/layer_0/value/kernel": {"spec": "float32[16,8]"},
+        "params/layer_0/query/kernel": BaseEntry("float32[16,8]", digest(np.asarray(kernel))),
+        "params/layer_0/value/kernel": BaseEntry("float32[16,8]"),
     }
 
 
 def test_spec_of_boxes_and_numbers():
-    assert spec(nn.Partitioned(jnp.ones((2, 3)), ("a", "b"))) == "float32[2,3]"
-    assert spec(jax.ShapeDtypeStruct((4,), jnp.bfloat16)) == "bfloat16[4]"
-    assert spec(None) is None
-    assert spec(jax.random.key(0)) == "key<fry>[]"
+    assert describe_leaf(nn.Partitioned(jnp.ones((2, 3)), ("a", "b"))) == "float32[2,3]"
+    assert describe_leaf(jax.ShapeDtypeStruct((4,), jnp.bfloat16)) == "bfloat16[4]"
+    assert describe_leaf(None) is None
+    assert describe_leaf(jax.random.key(0)) == "key<fry>[]"
 
 
 @pytest.fixture
@@ -229,3 +122,98 @@ def test_structure_is_checked_even_without_a_fingerprint(tmp_path):
     assert_same_bits(lojax.restore(tmp_path, frozen=frozen), lora)
     text = message(ValueError, lojax.restore, tmp_path, frozen=_with(frozen, pooler=jnp.ones((2, 2))))
     assert text.startswith("params/pooler")
+
+
+# --- another train= is no other base ---
+
+
+def test_restored_where_more_trains_in_full(tmp_path):
+    targets = ["**/query/kernel", "**/value/kernel"]
+    frozen, lora = lojax.init(jax.random.key(0), cases.params(), targets, rank=4)
+    lojax.save(tmp_path, lora, frozen=frozen)
+    other, _ = lojax.init(jax.random.key(0), cases.params(), targets, rank=4, train="**/head/*")
+    text = message(ValueError, lojax.restore, tmp_path, frozen=other)
+    assert text.startswith("params/head/bias: frozen holds None, so this init trains it in full, but it was frozen")
+    assert "train= of the save" in text and "right base" not in text
+
+
+def test_restored_where_less_trains_in_full(saved):
+    path, _, _ = saved
+    frozen, _ = lojax.init(jax.random.key(0), cases.params(), ["**/query/kernel", "**/value/kernel"], rank=4)
+    text = message(ValueError, lojax.restore, path, frozen=frozen)
+    assert "params/head/bias: was trained in full" in text and "train= of the save" in text
+
+
+@pytest.mark.parametrize("check_base", [True, False])
+def test_restored_where_an_adapted_weight_trains_in_full(saved, check_base):
+    path, frozen, _ = saved
+    text = message(ValueError, lojax.restore, path, frozen=_layer(frozen, None), check_base=check_base)
+    assert text.startswith("params/layer_0/query/kernel: ") and "this init trains it in full" in text
+    assert "right base" not in text and "another model" not in text
+
+
+# --- a start that was taken out of the weight ---
+
+
+def _moved(init):
+    """The pretrained params, and a pair whose init moved the base, before and after some training."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(12, 8)), jnp.float32), "head": jnp.ones((8, 2))}
+    net = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]
+    if init == "lora_ga":
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 12)), jnp.float32)
+        model = lojax.wrap(net, "w", rank=2, train="head")
+        loss = lambda frozen, lora, x: jnp.sum(model.apply(frozen, lora, x) ** 2)
+        frozen, start = lojax.lora_ga(loss, *model.init(jax.random.key(0), params, x), [x])
+    else:
+        frozen, start = lojax.init(jax.random.key(0), params, "w", rank=2, init=init, train="head")
+    assert start["w"].moved_base == init
+    moved = dataclasses.replace(start["w"], a=start["w"].a + 0.1, b=start["w"].b - 0.2)
+    return params, frozen, start, {"w": moved, "head": start["head"] + 1}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "milora", "lora_ga"])
+def test_a_moved_base_is_not_advised_away(tmp_path, init):
+    params, frozen, _, lora = _moved(init)
+    lojax.save(tmp_path, lora, frozen=frozen)
+    assert_same_bits(lojax.restore(tmp_path, frozen=frozen), lora)
+    pretrained = {**params, "head": None}
+    text = message(ValueError, lojax.restore, tmp_path, frozen=pretrained)
+    assert text.startswith("w: frozen holds other values than the base")
+    assert f"({init}) was taken out of its weight" in text and "start=start" in text and "check_base" not in text
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "milora", "lora_ga"])
+def test_saved_with_its_start_it_goes_on_the_pretrained_weights(tmp_path, init):
+    """Put on them as it is, it is off by the whole start."""
+    params, frozen, start, lora = _moved(init)
+    expected = lojax.merge(frozen, lora)
+    lojax.save(tmp_path, lora, frozen=frozen, start=start)
+    pretrained = {**params, "head": None}
+    restored = lojax.restore(tmp_path, frozen=pretrained)
+    assert restored["w"].rank == 4 and restored["w"].moved_base is None
+    merged = lojax.merge(pretrained, restored)
+    np.testing.assert_allclose(merged["w"], expected["w"], rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(merged["head"], expected["head"])
+    assert float(jnp.abs(lojax.merge(pretrained, lora)["w"] - expected["w"]).max()) > 0.05
+
+
+def test_a_moved_base_that_nobody_recorded(tmp_path):
+    params, frozen, _, lora = _moved("pissa")
+    lojax.save(tmp_path, lora)
+    for tree in (frozen, {**params, "head": None}):
+        text = message(ValueError, lojax.restore, tmp_path, frozen=tree)
+        assert text.startswith(f"w: {tmp_path} was saved without frozen=") and "check_base=False" in text
+    assert_same_bits(lojax.restore(tmp_path, frozen=frozen, check_base=False), lora)
+    assert_same_bits(lojax.restore(tmp_path, frozen=jax.eval_shape(lambda: frozen)), lora)  # shapes hold no values
+    assert_same_bits(lojax.restore(tmp_path), lora)
+
+
+def test_start_must_be_what_init_returned(tmp_path):
+    _, frozen, start, lora = _moved("pissa")
+    assert "start and lora have different structure" in message(
+        ValueError, lojax.save, tmp_path, lora, frozen=frozen, start={"w": start["w"]}
+    )
+    frozen, plain = cases.pair()
+    text = message(ValueError, lojax.save, tmp_path, plain, frozen=frozen, start=plain)
+    assert "lora holds none. Leave it out." in text
+    assert list(tmp_path.iterdir()) == []

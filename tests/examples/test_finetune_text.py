@@ -102,7 +102,7 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(finished, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not (folder / "history.json").exists()
-    assert "Taking up the run" in call(*args)
+    assert "Resuming the run" in call(*args)
     assert history(folder) == history(whole)
     text = "a green bird"
     assert finetune_text.predict(folder, text) == finetune_text.predict(whole, text)

@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lojax
+from lojax.adapters.paths import unflatten
 from lojax.files.safetensors import NAMES as DTYPES
 from lojax.files.safetensors import write_all
-from lojax.planner.decoder import Decoder, described, nested
-from lojax.planner.decoder_config import from_fields, preset, read_config
+from lojax.planner.decoder import Decoder, parameter_specs
+from lojax.planner.decoder_config import PRESETS, from_fields, read_config
 
 grain = pytest.importorskip("grain")
 import pod  # noqa: E402
@@ -50,14 +51,14 @@ def saved(folder, fields=FIELDS):
     (folder / "config.json").write_text(json.dumps(fields))
     config = from_fields(fields)
     params, tensors = {}, {}
-    for i, (path, (shape, _)) in enumerate(described(config).items()):
+    for i, (path, (shape, _)) in enumerate(parameter_specs(config).items()):
         params[path] = np.random.default_rng(i).normal(size=shape).astype(np.float32)
         layers = range(shape[0]) if path.startswith("layers/") else [None]
         for layer in layers:
             one = params[path] if layer is None else params[path][layer]
             tensors[pod_weights.torch_name(path).format(layer)] = one.T if path.endswith("/kernel") else one
     write_all(folder / "model.safetensors", tensors, {"format": "pt"})
-    return nested(params)
+    return unflatten(params)
 
 
 def test_weights_are_read_as_they_lie(tmp_path):
@@ -81,15 +82,15 @@ def test_a_slice_reads_only_its_bytes(tmp_path, monkeypatch):
             return found
 
     monkeypatch.setattr(pod_weights.np, "memmap", Watched)
-    tensors = pod_weights.opened(tmp_path / "m")
-    read = pod_weights.reader("layers/mlp/up_proj/kernel", (3, 32, 64), tensors, tmp_path)
+    tensors = pod_weights.open_files(tmp_path / "m")
+    read = pod_weights.slice_reader("layers/mlp/up_proj/kernel", (3, 32, 64), tensors, tmp_path)
     part = read((slice(1, 2), slice(0, 8), slice(32, 48)))
     assert part.shape == (1, 8, 16) and max(asked) <= 8 * 16
 
 
 def test_a_damaged_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors"):
-        pod_weights.opened(tmp_path)
+        pod_weights.open_files(tmp_path)
     saved(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps(FIELDS | {"intermediate_size": 48}))
     decoder = Decoder(read_config(tmp_path / "m"), mesh_of(2, 2, 2))
@@ -135,7 +136,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     decoder = Decoder(
         read_config(tmp_path / "m"),
         mesh_of(2, 1, 4) if name == "llama" else mesh_of(2, 2, 2),
-        group=4,
+        chunk=4,
     )
     params = pod_weights.load(tmp_path / "m", decoder, jnp.float32)
     got = jax.jit(decoder.logits)(params, jnp.asarray(tokens))
@@ -143,7 +144,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 
 
 def test_packed_documents_do_not_see_each_other():
-    decoder = Decoder(dataclasses.replace(preset("tiny"), layers=2), group=8)
+    decoder = Decoder(dataclasses.replace(PRESETS["tiny"], layers=2), chunk=8)
     params = decoder.init(jax.random.key(0))
     one, two = [5, 9, 2, 7, 1], [3, 3, 8, 4]
     row = {k: jnp.asarray(v)[None] for k, v in pod_data.pack([one, two], 16)[0].items()}
@@ -155,7 +156,7 @@ def test_packed_documents_do_not_see_each_other():
 
 
 def test_grouped_loss_is_the_mean_cross_entropy():
-    decoder = Decoder(preset("tiny"), group=4)
+    decoder = Decoder(PRESETS["tiny"], chunk=4)
     params = decoder.init(jax.random.key(0))
     batch = {k: jnp.asarray(v)[None] for k, v in pod_data.pack([list(range(1, 12))], 16)[0].items()}
     logits = decoder.logits(params, batch["tokens"], batch["segments"], batch["positions"])
@@ -174,16 +175,20 @@ def test_packing_keeps_every_next_token_once():
         here = row["weights"] > 0
         found += list(zip(row["tokens"][here].tolist(), row["targets"][here].tolist(), strict=True))
     assert sorted(found) == pairs
-    with pytest.raises(ValueError, match="no document of two tokens"):
+    with pytest.raises(ValueError, match="no document of two or more tokens"):
         pod_data.pack([[1]], 8)
 
 
 def test_a_step_has_the_same_batch_on_every_mesh_and_after_a_stop():
     source = pod_data.pack(pod_data.documents(None, None, 256), 32)
 
-    def of(spec, start, micro):
+    def of(spec, start, accumulation_steps):
         sharding = NamedSharding(mesh_of(2, 2, 2), spec)
-        return list(pod_data.batches(source, sharding, batch=8, micro=micro, seed=3, start=start, stop=4))
+        return list(
+            pod_data.batches(
+                source, sharding, batch=8, accumulation_steps=accumulation_steps, seed=3, start=start, stop=4
+            )
+        )
 
     whole = of(PartitionSpec(), 0, 1)
     cut = of(PartitionSpec(None, ("data", "fsdp")), 2, 2)
@@ -220,7 +225,9 @@ def run(tmp_path, *extra, steps=4):
 def test_the_run_goes_on_where_it_stopped(tmp_path, capsys):
     want = run(tmp_path / "whole", steps=4)
     first = run(tmp_path / "cut", steps=2)
-    rest = run(tmp_path / "cut", "--mesh", "fsdp=4,tensor=2", "--micro", "1", steps=4)  # another mesh, uncut batches
+    rest = run(
+        tmp_path / "cut", "--mesh", "fsdp=4,tensor=2", "--accumulation-steps", "1", steps=4
+    )  # another mesh, uncut batches
     assert len(first) == len(rest) == 2 and "from step 2" in capsys.readouterr().out
     np.testing.assert_allclose([*first, *rest], want, rtol=1e-5)
     logged = [json.loads(line)["loss"] for line in (tmp_path / "cut" / "losses.jsonl").read_text().splitlines()]
@@ -229,10 +236,10 @@ def test_the_run_goes_on_where_it_stopped(tmp_path, capsys):
 
 def test_bad_arguments(tmp_path):
     for extra, message in (
-        (["--mesh", "fsdp=4"], "has 4 places, but there are 8 chips"),
-        (["--batch", "9"], "does not divide into micro=2 parts"),
-        (["--batch", "4"], "does not divide over data × fsdp"),
-        (["--seq", "31"], "does not divide over tensor"),
+        (["--mesh", "fsdp=4"], "needs 4 devices, but there are 8"),
+        (["--batch", "9"], "is not a multiple of accumulation_steps=2"),
+        (["--batch", "4"], "is not a multiple of data × fsdp"),
+        (["--seq", "31"], "is not a multiple of tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, *extra)
@@ -305,6 +312,6 @@ def test_a_checkpoint_that_holds_more(tmp_path):
 def test_no_checkpoint_yet(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none", every=1)
     assert checkpoints.latest({"a": 1}, None) == (0, {"a": 1})
-    assert checkpoints.told_to_go(1, True) and not checkpoints.told_to_go(1, False)
+    assert checkpoints.is_preempted(1, True) and not checkpoints.is_preempted(1, False)
     checkpoints.close()
     assert sys.modules["pod"]

@@ -19,7 +19,7 @@ STEPS, RTOL = 10, 1e-5
 COMMON = [
     "--batch",
     "8",
-    "--micro",
+    "--accumulation-steps",
     "2",
     "--seq",
     "32",

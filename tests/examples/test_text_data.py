@@ -47,7 +47,7 @@ def test_near_copies_leave_the_test_rows():
 
 def test_texts_that_two_packages_share_are_left_out():
     rows = [Row("Same", "a", "a.x"), Row("same", "b", "b.x"), Row("own", "a", "a.x")]
-    assert docstring_data._once([*rows, rows[2]]) == [rows[2]]
+    assert docstring_data._deduplicate([*rows, rows[2]]) == [rows[2]]
 
 
 def test_names_inside_words_and_any_case():
@@ -98,7 +98,7 @@ def test_repeated_texts_are_kept_once(tmp_path):
         ("t.csv", ["body,folder", "x,a", "y,a"], r"'folder' has one class only \('a'\)"),
         ("t.csv", ["body,folder", "x,a", ",b", "z, "], r"2 rows with an empty.*lines 3, 4"),
         ("t.csv", ["body,folder", "x,a", "y,a", "z,b"], r"b in column 'folder' have one row"),
-        ("t.csv", ["body,folder", "x,a", "x,b"], r"lines 2 and 3 hold the same text under two"),
+        ("t.csv", ["body,folder", "x,a", "x,b"], r"lines 2 and 3 have the same text with two"),
         ("t.csv", ["body,folder"], "no rows"),
         ("t.jsonl", ['{"body": "x", "folder": "a"}', "oops"], "line 2: not JSON"),
         ("t.jsonl", ['["x", "a"]'], "line 1: expected one JSON object a line.*got list"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import struct
 import time
 from pathlib import Path
@@ -59,7 +58,7 @@ def test_every_dtype_goes_through(tmp_path):
     [
         (b"{nonsense}", "its header is not JSON"),
         (b"[1, 2]  ", "its header is not a JSON object"),
-        (b'{"a":1,"a":2}', "its header holds 'a' twice"),
+        (b'{"a":1,"a":2}', "the name 'a' occurs twice"),
         (b"\xff\xfe{}", "its header is not JSON"),
         (b"[" * 100_000, "its header is not JSON"),
         ({"__metadata__": {"x": 1}}, "its __metadata__ is not a map of strings"),
@@ -116,16 +115,16 @@ def test_every_change_of_the_header_of_our_own_files_is_noticed(change, tmp_path
     data = (tmp_path / "x").read_bytes()
     assert data.count(old) == 1
     (tmp_path / "x").write_bytes(data.replace(old, new))
-    assert "its header differs from the digest stored with it" in message(
+    assert "its header differs from the hash stored with it" in message(
         ValueError, safetensors.open_file, tmp_path / "x"
     )
 
 
 def test_files_of_lojax_0_1_which_have_no_digest_of_the_header_are_read(tmp_path):
-    header = {"__metadata__": {safetensors.DIGEST: hashlib.sha256(b"\0" * 16).hexdigest()}, "a": tensor([4], 0, 16)}
+    header = {"__metadata__": {"lojax_sha256": hashlib.sha256(b"\0" * 16).hexdigest()}, "a": tensor([4], 0, 16)}
     assert set(safetensors.open_file(raw(tmp_path / "x", header)).entries) == {"a"}
     path = raw(tmp_path / "x", header, b"\0" * 15 + b"\1")
-    assert "its data differs from the digest" in message(ValueError, safetensors.open_file, path)
+    assert "its data differs from the hash" in message(ValueError, safetensors.open_file, path)
 
 
 def test_digests_of_another_file_are_not_kept(tmp_path):
@@ -136,18 +135,6 @@ def test_digests_of_another_file_are_not_kept(tmp_path):
     safetensors.write(tmp_path / "x", shapes, lambda name: TENSORS[name] + 1, metadata=base.metadata)
     again = safetensors.open_file(tmp_path / "x")
     assert again.metadata["format"] == "pt" and (again.read("b") == TENSORS["b"] + 1).all()
-
-
-def test_a_full_disk_is_named_with_the_file(tmp_path):
-    """A limit on the size of a file stands for the end of the disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    big = {"a": np.zeros(1 << 20, np.float32)}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        text = message(OSError, safetensors.write_all, tmp_path / "x", big, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert str(tmp_path / "x") in text and "File too large" in text
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 40, -1])

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lojax.lowrank.factor_product import Moving, product
-from lojax.lowrank.named_array import Named
+from lojax.lowrank.factor_product import FactorTangent, factor_product
+from lojax.lowrank.named_array import NamedArray
 from tests.rewrite.programs import normal
 
 
@@ -25,7 +25,9 @@ class Case:
         return tuple({"b": 3, "t": 64, "s": 2, "m": 12, "n": 10, "r": 4}[c] for c in letters)
 
     def named(self, x: Any, y: Any, **settings: Any) -> Any:
-        return product(Named(x, tuple(self.x)), Moving(y, tuple(self.y)), tuple(self.out), **settings).array
+        return factor_product(
+            NamedArray(x, tuple(self.x)), FactorTangent(y, tuple(self.y)), tuple(self.out), **settings
+        ).array
 
     def by_einsum(self, x: Any, y: Any) -> Any:
         return jnp.einsum(f"{self.x},{self.y}->{self.out}", x, y)

@@ -11,8 +11,9 @@ import pytest
 from jax import lax
 
 import lojax
-from lojax.lowrank import fused
-from lojax.lowrank.named_array import RANK, Named
+from lojax.lowrank.frozen import DenseWeight
+from lojax.lowrank.fused import fused_product
+from lojax.lowrank.named_array import RANK, NamedArray
 from lojax.lowrank.value import LowRank
 from tests.helpers import PRODUCTS, equations
 from tests.rewrite.programs import normal
@@ -45,16 +46,14 @@ def product_shapes(f, *args) -> list[tuple[int, ...]]:
 
 
 def plain(x, w, a, b):
-    """`fused.product` for ``[T, m] @ [m, n]``, with nothing of the engine around it."""
-    value = LowRank(w, (Named(a, (0, RANK)), Named(b, (RANK, 1))), None, 0.0, "w")
+    """`fused_product` for ``[T, m] @ [m, n]``, with nothing of the engine around it."""
+    value = LowRank(DenseWeight(w), ((NamedArray(a, (0, RANK)), NamedArray(b, (RANK, 1))),), "w")
 
     def update(x, term, like):
-        first, second = (
-            factor.ordered(dims) for factor, dims in zip(term.factors, ((0, RANK), (RANK, 1)), strict=True)
-        )
+        first, second = (factor.transpose_to(dims) for factor, dims in zip(term, ((0, RANK), (RANK, 1)), strict=True))
         return (x @ first.array @ second.array).astype(like.dtype)
 
-    return fused.product(x, value, base=lambda w, x: x @ w, update=update)
+    return fused_product(x, value, base=lambda w, x: x @ w, update=update)
 
 
 # --- numbers ---
@@ -72,7 +71,7 @@ def test_against_numpy_by_hand():
 
 
 def test_a_tangent_of_the_weight_itself_is_right():
-    """lojax stops it, but `fused.product` alone is still the derivative of what it computes."""
+    """lojax stops it, but `fused_product` alone is still the derivative of what it computes."""
     dy = normal(T, N, seed=2)
     (dw,) = jax.vjp(lambda w: plain(X, w, A, B), W)[1](dy)
     np.testing.assert_allclose(dw, X.T @ dy, rtol=1e-4, atol=1e-4)

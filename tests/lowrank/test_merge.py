@@ -35,8 +35,8 @@ CASES = {
 def make(axes, shape, dtype=np.float32, seed=0):
     """A frozen weight and its adapter, as NumPy arrays."""
     rng = np.random.default_rng(seed)
-    shape_a, shape_b = lojax.adapters.axes.factor_shapes(axes, shape, RANK)
-    a, b = (rng.normal(size=s).astype(np.float32) for s in (shape_a, shape_b))
+    shapes = lojax.adapters.adapter.array_shapes(axes, shape, RANK)
+    a, b = (rng.normal(size=s).astype(np.float32) for s in (shapes["a"], shapes["b"]))
     return rng.normal(size=shape).astype(dtype), Adapter(a=a, b=b, scale=SCALE, axes=axes)
 
 

@@ -20,7 +20,7 @@ import pytest
 from jax import lax
 
 import lojax
-from lojax.lowrank.strategy import EXECUTIONS, choose, dense_layer, exact
+from lojax.lowrank.strategy import EXECUTIONS, choose_strategy, dense_layer, exact
 from tests.helpers import PRODUCTS, equations, message
 
 MIB = 2**20
@@ -97,7 +97,7 @@ def test_the_cost_model_is_what_xla_counts(tokens: int, m: int, n: int, rank: in
     """Within 2 %; the XLA:CPU of jaxlib 0.10 sees no barriers and forms the fused weight once for both directions."""
     work = dense_layer(tokens, m, n, rank)
     counted = dense_cost(tokens, m, n, rank, execution=execution).flops
-    once = work.flops(execution) - (work.forming if execution == "fused" else 0)
+    once = work.flops(execution) - (work.materializing if execution == "fused" else 0)
     assert min(abs(counted / said - 1) for said in {once, work.flops(execution)}) <= 0.02
 
 
@@ -113,7 +113,7 @@ def test_the_fused_way_reads_and_writes_less() -> None:
     """The reason to have it: by 23 % where XLA forms the weight once (jaxlib 0.10), by 11 % where it does so twice."""
     layer = (4096, 2048, 2048, 16)
     factored, fused, formed = (dense_cost(*layer, execution=name) for name in ("factored", "fused", "materialize"))
-    once = fused.flops < dense_layer(*layer).flops("fused") - dense_layer(*layer).forming / 2
+    once = fused.flops < dense_layer(*layer).flops("fused") - dense_layer(*layer).materializing / 2
     assert fused.bytes <= (0.77 if once else 0.89) * factored.bytes
     assert fused.temporaries <= 49 * MIB < 64 * MIB <= formed.temporaries
 
@@ -367,11 +367,11 @@ def test_the_fused_way_is_exact_only_in_float32(dtypes: Any, precision: Any, pla
 )
 def test_auto_is_fused_above_a_number_of_tokens(layer: Any, expected: str) -> None:
     kinds: Any = {"dtypes": (F32, F32, F32), "precision": HIGHEST}
-    assert choose("auto", dense_layer(*layer), **kinds) == expected
-    assert choose("factored", dense_layer(*layer), **kinds) == "factored"
-    assert choose("fused", dense_layer(*layer), dtypes=(BF16, BF16, BF16), precision=None) == "fused"
+    assert choose_strategy("auto", dense_layer(*layer), **kinds) == expected
+    assert choose_strategy("factored", dense_layer(*layer), **kinds) == "factored"
+    assert choose_strategy("fused", dense_layer(*layer), dtypes=(BF16, BF16, BF16), precision=None) == "fused"
     low: Any = {"dtypes": (BF16, BF16, BF16), "precision": None}
-    assert choose("auto", dense_layer(*layer), **low) == "factored"
+    assert choose_strategy("auto", dense_layer(*layer), **low) == "factored"
 
 
 def test_the_sizes_are_those_of_the_product_whatever_its_axes() -> None:
@@ -387,7 +387,7 @@ def test_the_sizes_are_those_of_the_product_whatever_its_axes() -> None:
         (use,) = weight.uses
         work = dense_layer(4 * tokens, 64, 64, 4)
         assert (weight.how, use.flops) == (expected, work.base)
-        assert use.extra_flops == (work.forming if expected == "fused" else work.low_rank)
+        assert use.extra_flops == (work.materializing if expected == "fused" else work.low_rank)
 
 
 def test_an_unknown_way_is_an_error_that_names_the_nearest() -> None:

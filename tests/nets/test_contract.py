@@ -18,15 +18,15 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
 from tests.nets.zoo import CASES, Case, Example
 
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
+FAST_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options: time goes to compiling here, not to running."""
 
 
 def rows() -> list[Any]:
-    return [
-        pytest.param(case, id=f"{case.library}-{case.name}", marks=[pytest.mark.slow] if case.slow else [])
-        for case in CASES
-    ]
+    def marks(case: Case) -> list[Any]:
+        return [pytest.mark.slow] * case.slow + [pytest.mark.optimized] * (case.flops is not None)
+
+    return [pytest.param(case, id=f"{case.library}-{case.name}", marks=marks(case)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", rows())
@@ -35,14 +35,14 @@ def test_keeps_the_contract(case: Case) -> None:
     with jax.numpy_dtype_promotion(case.promotion):
         example = case.build()
         strict = not case.materialized
-        model = lojax.wrap(example.net, case.targets, rank=case.rank, alpha=3 * case.rank, init=drawn, strict=strict)
+        model = lojax.wrap(example.net, case.targets, rank=case.rank, alpha=3 * case.rank, init=draw, strict=strict)
         frozen, lora = model.init(jax.random.key(0), example.params, *example.args, **example.kwargs)
 
         says_how_it_runs(case, model.report(frozen, lora, *example.args, **example.kwargs))
         ours, theirs = steps(example, model, frozen, lora)
         starts_at_the_base(example, model, frozen, lora, ours(lora, frozen)[0][1][0], theirs(lora, frozen)[0][1][0])
-        trained = perturbed(lora)
-        matches_the_formed_weights(ours(trained, frozen), theirs(trained, frozen))
+        trained = perturb(lora)
+        matches_the_materialized_weights(ours(trained, frozen), theirs(trained, frozen))
         merges_as_written(frozen, trained, theirs(trained, frozen)[0][1][1])
         if case.flops is not None:
             share = ours.cost_analysis()["flops"] / theirs.cost_analysis()["flops"]
@@ -50,7 +50,7 @@ def test_keeps_the_contract(case: Case) -> None:
 
 
 def says_how_it_runs(case: Case, report: Any) -> None:
-    """No gradient of a targeted weight's size is formed, or the row knows why."""
+    """No gradient of a targeted weight's size is computed, or the row knows why."""
     assert len(report.weights) == case.count, [weight.path for weight in report.weights]
     for weight in report.weights:
         reasons = {use.reason for use in weight.uses if use.how == "materialized"}
@@ -61,18 +61,18 @@ def says_how_it_runs(case: Case, report: Any) -> None:
 
 
 def steps(example: Example, model: Any, frozen: Any, lora: Any) -> tuple[Any, Any]:
-    """Two compiled gradient steps: lojax's, and the net's own on parameters formed without lojax."""
+    """Two compiled gradient steps: lojax's, and the net's own on parameters materialized without lojax."""
 
     def ours(lora: Any, frozen: Any) -> Any:
         outputs = model.apply(frozen, lora, *example.args, **example.kwargs)
         return loss(outputs), (outputs, None)
 
     def theirs(lora: Any, frozen: Any) -> Any:
-        outputs = example.native(map_paths(lambda _, *leaf: formed(*leaf), frozen, lora))
+        outputs = example.native(map_paths(lambda _, *leaf: materialize(*leaf), frozen, lora))
         return loss(outputs), (outputs, model.merge(frozen, lora))
 
     return tuple(  # type: ignore[return-value]
-        jax.jit(jax.value_and_grad(f, has_aux=True)).lower(lora, frozen).compile(compiler_options=QUICK)
+        jax.jit(jax.value_and_grad(f, has_aux=True)).lower(lora, frozen).compile(compiler_options=FAST_COMPILE)
         for f in (ours, theirs)
     )
 
@@ -97,7 +97,7 @@ def starts_at_the_base(example: Example, model: Any, frozen: Any, lora: Any, out
         close_trees(outputs, base, 0)
 
 
-def matches_the_formed_weights(ours: Any, theirs: Any) -> None:
+def matches_the_materialized_weights(ours: Any, theirs: Any) -> None:
     """The same outputs and gradients as the net on ``W0 + scale * a b``."""
     ((_, (outputs, _)), gradient), ((_, (true_outputs, _)), true_gradient) = ours, theirs
     close_trees(outputs, true_outputs)
@@ -113,12 +113,12 @@ def merges_as_written(frozen: Any, lora: Any, merged: Any) -> None:
         if weight is None and trained is None:
             assert leaf is None, path
         else:
-            close(path, unbox(leaf), unbox(formed(weight, trained)), 1e-6 if is_adapter(trained) else 0)
+            close(path, unbox(leaf), unbox(materialize(weight, trained)), 1e-6 if is_adapter(trained) else 0)
 
     map_paths(check, frozen, lora, merged)
 
 
-def formed(weight: Any, trained: Any) -> Any:
+def materialize(weight: Any, trained: Any) -> Any:
     """``W0 + scale * a b`` as one einsum that has nothing of lojax in it; alpha is three times the rank."""
     if not is_adapter(trained):
         return weight if trained is None else trained
@@ -133,18 +133,18 @@ def formed(weight: Any, trained: Any) -> Any:
     return rebox(weight, unbox(weight) + 3 * product)
 
 
-def drawn(key: Any, shape: Any, dtype: Any, **_: Any) -> Any:
+def draw(key: Any, shape: Any, dtype: Any, **_: Any) -> Any:
     """An initializer by NumPy: nothing to compile."""
     return jnp.asarray(0.1 * np.random.default_rng(math.prod(shape)).standard_normal(shape), dtype)
 
 
-def perturbed(lora: Any) -> Any:
+def perturb(lora: Any) -> Any:
     """Adapters as training would leave them: b away from zero."""
 
     def move(_: str, leaf: Any) -> Any:
         if not is_adapter(leaf):
             return leaf
-        return dataclasses.replace(leaf, b=rebox(leaf.b, drawn(None, unbox(leaf.b).shape, jnp.float32)))
+        return dataclasses.replace(leaf, b=rebox(leaf.b, draw(None, unbox(leaf.b).shape, jnp.float32)))
 
     return map_paths(move, lora)
 

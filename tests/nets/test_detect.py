@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import message
 
 import lojax
-from lojax.nets.detect import KINDS, open_net
+from lojax.nets.detect import KINDS, as_net
 from lojax.nets.function import FunctionNet
+from tests.helpers import message
 
 
 def refusal(net: Any) -> str:
@@ -63,7 +63,7 @@ def test_a_keras_model_has_a_function() -> None:
 def test_an_equinox_wrapper_of_a_function_is_a_function() -> None:
     eqx = pytest.importorskip("equinox")
     net = eqx.filter_jit(lambda params, x: x @ params["w"])
-    assert isinstance(open_net(net), FunctionNet)
+    assert isinstance(as_net(net), FunctionNet)
     params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
     model = lojax.wrap(net, "w", rank=1, strict=True)
     assert model.apply(*model.init(jax.random.key(0), params, x), x).tolist() == [[3.0, 3.0]]

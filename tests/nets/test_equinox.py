@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits, message, trained
 
 import lojax
+from tests.helpers import assert_same_bits, message, trained
 
 eqx = pytest.importorskip("equinox")
 X = jnp.linspace(-1, 1, 4)

@@ -37,7 +37,7 @@ def test_a_step_takes_no_more_than_three_quarters_of_the_materialized_one(case: 
         model = lojax.wrap(net.net, case.targets, rank=4, strict=True)
         trees = model.init(jax.random.key(0), net.params, *net.args)
 
-        def formed(weight: Any, trained: Any) -> Any:
+        def materialize(weight: Any, trained: Any) -> Any:
             if not is_adapter(trained):
                 return weight if trained is None else trained
             return weight + trained.scale * (trained.a @ trained.b.reshape(4, -1)).reshape(weight.shape)
@@ -46,7 +46,7 @@ def test_a_step_takes_no_more_than_three_quarters_of_the_materialized_one(case: 
             return model.apply(frozen, lora, *net.args)
 
         def theirs(lora: Any, frozen: Any) -> Any:
-            return net.native(map_paths(lambda _, *leaf: formed(*leaf), frozen, lora))
+            return net.native(map_paths(lambda _, *leaf: materialize(*leaf), frozen, lora))
 
         assert flops(ours, trees) <= 0.75 * flops(theirs, trees)
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits, message, trained
 
 import lojax
+from tests.helpers import assert_same_bits, message, trained
 from tests.nets.zoo.transformers import GPT2, IDS
 from tests.nets.zoo.transformers import model as tiny
 

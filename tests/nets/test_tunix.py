@@ -15,9 +15,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_same_bits
 
 import lojax
+from tests.helpers import assert_same_bits
 
 peft_trainer = pytest.importorskip("tunix.sft.peft_trainer", reason="google-tunix is not installed")
 pytestmark = [

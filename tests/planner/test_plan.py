@@ -9,8 +9,8 @@ import pytest
 
 from lojax.cli.main import main
 from lojax.planner import aot as ahead
-from lojax.planner.chips import CHIPS, parse_mesh, parse_topology
-from lojax.planner.decoder_config import PRESETS, from_fields, read_config
+from lojax.planner.chips import parse_topology
+from lojax.planner.decoder_config import PRESETS, from_fields
 from lojax.planner.plan import plan, search
 
 LLAMA = {
@@ -63,7 +63,7 @@ def test_the_table_and_the_json(tmp_path, capsys):
     arguments = ["--config", str(tmp_path), "--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2", "--seq", "256"]
     assert main(["plan", *arguments, "--batch", "4", "--estimate", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
-    for word in ("weights, GB", "adapters, GB", "optimizer, GB", "activations kept", "temporaries", "fits in", "full"):
+    for word in ("weights, GB", "adapters, GB", "optimizer, GB", "saved activations", "temporaries", "fits in", "full"):
         assert word in shown
     kept = json.loads(out.read_text())
     assert kept["topology"] == "v5e:2x2" and kept["lora"]["memory"] > kept["lora"]["weights"]
@@ -87,7 +87,7 @@ def test_compiled_agrees_with_the_formulas():
     for name in ("weights", "adapters", "optimizer", "flops"):
         assert getattr(sure.lora, name) == getattr(guess.lora, name)
     assert 1 / 3 < sure.lora.memory / guess.lora.memory < 3
-    assert 1 / 3 < sure.lora.moved / guess.lora.moved < 3
+    assert 1 / 3 < sure.lora.bytes_received / guess.lora.bytes_received < 3
 
 
 @pytest.mark.slow
@@ -99,10 +99,10 @@ def test_a_mesh_axis_may_take_parts_of_the_torus():
 
 
 BAD = {
-    "no such chip": (["--topology", "v9:2x2", "--mesh", "fsdp=4"], "there is no chip 'v9' here; expected one of v4"),
-    "no such slice": (["--topology", "v5e:4x5", "--mesh", "fsdp=20"], "v5e comes in 1x1, 2x2"),
+    "no such chip": (["--topology", "v9:2x2", "--mesh", "fsdp=4"], "unknown chip 'v9'; expected one of v4"),
+    "no such slice": (["--topology", "v5e:4x5", "--mesh", "fsdp=20"], "expected one of v5e:1x1, v5e:2x2"),
     "no topology at all": (["--topology", "sixteen", "--mesh", "fsdp=4"], "expected CHIP:SHAPE"),
-    "another number of chips": (["--topology", "v5e:2x2", "--mesh", "fsdp=8"], "has 8 places, but there are 4 chips"),
+    "another number of chips": (["--topology", "v5e:2x2", "--mesh", "fsdp=8"], "needs 8 devices, but there are 4"),
     "no such axis": (
         ["--topology", "v5e:2x2", "--mesh", "model=4"],
         "has an axis 'model'; expected data, fsdp, tensor",
@@ -110,11 +110,11 @@ BAD = {
     "no mesh": (["--topology", "v5e:2x2", "--mesh", "four"], "expected AXIS=SIZE"),
     "batch": (
         ["--topology", "v5e:2x2", "--mesh", "fsdp=4", "--batch", "6"],
-        "batch=6 does not divide over data × fsdp = 4",
+        "batch=6 is not a multiple of data × fsdp = 4",
     ),
     "sequence": (
         ["--topology", "v5e:2x2", "--mesh", "tensor=4", "--seq", "30"],
-        "seq=30 does not divide over tensor = 4",
+        "seq=30 is not a multiple of tensor = 4",
     ),
     "neither": ([], "Give --topology and --mesh"),
     "both": (["--search", "v5e", "--mesh", "fsdp=4"], "leave out --topology and --mesh"),
@@ -134,56 +134,13 @@ def test_a_mesh_that_does_not_divide_the_weights(tmp_path, capsys):
     arguments = ["--config", str(tmp_path), "--topology", "v5e:2x2", "--mesh", "tensor=4", "--batch", "4", "--estimate"]
     assert main(["plan", *arguments]) == 1
     error = capsys.readouterr().err
-    assert "layers/mlp/" in error and "1022 is no multiple of 4" in error
+    assert "layers/mlp/" in error and "1022 is not a multiple of 4" in error
 
 
 def test_a_model_too_large_for_any_slice():
     huge = from_fields(LLAMA | {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 400})
     with pytest.raises(ValueError, match=r"fits on no slice of v5e up to v5e:16x16 .*Take a chip with more memory"):
         search(huge, chip="v5e", batch=256, compiled=False)
-
-
-CONFIGS = {
-    "missing": ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "lacks vocab_size"),
-    "another kind": (LLAMA | {"model_type": "mamba"}, "model_type='mamba'; the decoder here is one of llama"),
-    "no number": (LLAMA | {"hidden_size": "wide"}, "hidden_size='wide'; expected a whole number"),
-    "heads": (LLAMA | {"num_key_value_heads": 3}, "no multiple of num_key_value_heads=3"),
-    "rope": (LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling of type 'yarn'"),
-    "rope fields": (
-        LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-        "rope_scaling lacks low_freq_factor",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_bad_configs(name, tmp_path):
-    fields, message = CONFIGS[name]
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=message):
-        read_config(tmp_path)
-
-
-def test_files_that_are_no_config(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds a list"):
-        read_config(tmp_path)
-    with pytest.raises(ValueError, match="There is no preset '9B'; expected one of tiny, 8B, 70B, 405B"):
-        plan("9B", topology="v5e:2x2", mesh="fsdp=4")
-
-
-def test_chips_and_meshes():
-    assert parse_topology("v5p:4x4x4").chips == 64 and parse_mesh({"tensor": 4}, 4) == {
-        "data": 1,
-        "fsdp": 1,
-        "tensor": 4,
-    }
-    for chip in CHIPS.values():
-        sizes = [parse_topology(f"{chip.name}:{shape}").chips for shape in chip.slices]
-        assert sizes == sorted(sizes)
 
 
 def test_the_command_runs_from_the_shell():

@@ -1,6 +1,8 @@
-"""`Model.report`: how each weight is executed, why one is formed, and what each update costs."""
+"""`Model.report`: how each weight is executed, why one is materialized, and what each update costs."""
 
 from __future__ import annotations
+
+import html
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +67,7 @@ def test_the_totals():
 def test_the_text():
     lines = str(make(X)).splitlines()
     words = [" ".join(line.split()) for line in lines]
-    assert words[0] == "weight shape axes rank parameters uses executed extra FLOPs of frozen extra bytes"
+    assert words[0] == "weight shape axes rank parameters uses execution extra FLOPs of frozen extra bytes"
     assert set(lines[1]) == {"-"}
     assert len(lines[1]) == max(map(len, lines[:6]))
     assert words[2] == "both (6, 6) in out 2 24 2 dot_general, abs both 384 106.7% 304"
@@ -75,17 +77,17 @@ def test_the_text():
     assert lines[-1] == "1 of 4 adapted weights fully factored"
 
 
-def test_a_formed_weight_says_why_where_and_what_to_do():
-    (line,) = [line for line in str(make(X)).splitlines() if line.startswith("formed is formed")]
+def test_a_materialized_weight_says_why_where_and_what_to_do():
+    (line,) = [line for line in str(make(X)).splitlines() if line.startswith("formed is materialized")]
     start, end = (
-        "formed is formed for 'sin' at ",
-        ": sin is not linear in the weight. This costs a weight-sized temporary and gradient; leave it out of targets "
-        "if that matters.",
+        "formed is materialized for 'sin' at ",
+        ": sin is not linear in the weight. This costs a temporary and a gradient of the weight's size; take it out of "
+        "targets if that matters.",
     )
     assert line.startswith(start)
     assert line.endswith(end)
     where = line.removeprefix(start).removesuffix(end)
-    assert "test_report.py:" in where
+    assert "test_execution.py:" in where
     assert where.endswith("(net)")
 
 
@@ -96,7 +98,7 @@ def test_an_unused_weight_says_so_and_what_to_do():
             f"{path} is never used by this program: its adapter gets no gradient. "
             "Take it out of targets, or report on the inputs that use it."
         ) in text.splitlines()
-    assert "formed is formed" not in text
+    assert "formed is materialized" not in text
 
 
 def test_it_computes_nothing_and_takes_arrays_and_shapes_alike():
@@ -136,3 +138,13 @@ def test_the_bytes_are_those_of_the_arrays_that_are_made():
     fused = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=2, execution="fused")
     frozen, lora = fused.init(jax.random.key(0), {"w": jnp.ones((8, 6))}, X)
     assert fused.report(frozen, lora, X).extra_bytes == 4 * 8 * 6
+
+
+def test_it_shows_as_a_table_in_a_repl_and_in_a_notebook():
+    report = make(X)
+    assert repr(report) == str(report)
+    lines = report._repr_html_().splitlines()
+    assert lines[0] == "<table>" and lines.index("</table>") == 2 + len(report.weights)
+    notes = str(report).splitlines()[2 + len(report.weights) :]
+    assert lines[3 + len(report.weights) :] == [f"<p>{html.escape(note)}</p>" for note in notes]
+    assert "&#x27;sin&#x27;" in report._repr_html_()

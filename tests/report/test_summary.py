@@ -90,6 +90,32 @@ def test_trees_that_do_not_fit_are_refused():
     assert text.startswith("frozen and lora have different structure: scale is in lora but not in frozen.")
 
 
+def test_a_number_is_a_parameter_without_axes():
+    frozen, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((6, 4)), "temperature": 0.5}, "w", rank=2)
+    assert lojax.summary(frozen, lora).rows == (Row("temperature", (), None, 0, 1), Row("w", (6, 4), 2, 20, 44))
+
+
+def test_what_is_not_a_parameter_is_named():
+    frozen, lora = make()
+    text = message(TypeError, lojax.summary, frozen | {"name": "bert"}, lora | {"name": None})
+    assert text.startswith("name: frozen holds 'bert' (str), which is neither an array nor a number.")
+    text = message(TypeError, lojax.summary, frozen | {"name": None}, lora | {"name": "bert"})
+    assert text.startswith("name: lora holds 'bert' (str)")
+    text = message(TypeError, lojax.summary, lora, frozen)
+    assert text == "dense/kernel: frozen holds an adapter, which belongs in lora. Were frozen and lora swapped?"
+
+
+def test_it_shows_as_a_table_in_a_repl_and_in_a_notebook():
+    summary = lojax.summary(*make())
+    assert repr(summary) == str(summary)
+    lines = summary._repr_html_().splitlines()
+    assert lines[0] == "<table>" and lines[-2:] == ["</table>", f"<p>{summary.line}</p>"]
+    assert len(lines) == 1 + 1 + len(summary.rows) + 2
+    words = [f'<td style="text-align: left">{cell}</td>' for cell in ("dense/kernel", "(64, 32)")]
+    numbers = [f'<td style="text-align: right">{cell}</td>' for cell in ("4", "384", "2,432")]
+    assert lines[3] == f"<tr>{''.join([*words, *numbers])}</tr>"
+
+
 @pytest.mark.peer
 def test_the_closing_line_is_what_peft_prints(capsys):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
@@ -101,3 +127,21 @@ def test_the_closing_line_is_what_peft_prints(capsys):
     }
     summary = lojax.summary(*lojax.init(jax.random.key(0), params, "0/kernel", rank=4))
     assert capsys.readouterr().out.strip() == summary.line
+
+
+def test_a_lowered_rank_is_shown():
+    def init(key):
+        return lojax.init(key, {"w": jnp.ones((6, 3))}, "*", rank=8)
+
+    row = str(lojax.summary(*jax.eval_shape(init, jax.random.key(0)))).splitlines()[2]
+    assert row.endswith("(6, 3)  8 → 3         27   45")
+
+
+def test_numbers_are_parameters_too():
+    params = {"w": jnp.ones((6, 3)), "factor": 0.5, "bias": 1.0}
+    frozen, lora = lojax.init(jax.random.key(0), params, "w", rank=2, train="bias")
+    assert [(row.path, row.shape, row.total) for row in lojax.summary(frozen, lora).rows] == [
+        ("bias", (), 1),
+        ("factor", (), 1),
+        ("w", (6, 3), 36),
+    ]

@@ -10,7 +10,7 @@ from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lojax
-from lojax.rewrite.activations import apart
+from lojax.rewrite.activations import separate_cotangents
 
 M, N, R = 12, 16, 3
 ANYWHERE = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * 3)
@@ -125,8 +125,8 @@ def test_no_chip_does_the_work_of_another():
 
 def test_what_is_no_traced_float_is_passed_on():
     x = jnp.ones(3)
-    assert apart(x) is x
-    assert "custom_jvp_call" not in str(jax.make_jaxpr(apart)(jnp.ones(3, jnp.int32)))
+    assert separate_cotangents(x) is x
+    assert "custom_jvp_call" not in str(jax.make_jaxpr(separate_cotangents)(jnp.ones(3, jnp.int32)))
 
 
 def test_derivatives_of_any_order():

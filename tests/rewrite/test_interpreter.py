@@ -38,7 +38,7 @@ def test_fallback_is_reported_with_reason_and_line() -> None:
     (use,) = report.weights[0].uses
     assert (use.how, use.primitive) == ("materialized", "tanh")
     assert "test_interpreter.py" in use.where and "not linear" in use.reason
-    assert "formed for 'tanh'" in str(report)
+    assert "materialized for 'tanh'" in str(report)
 
 
 def test_a_product_forms_no_weight_and_transposes_nothing() -> None:

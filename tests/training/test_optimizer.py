@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import lojax
-from lojax.training.optimizer import labels
+from lojax.training.optimizer import groups
 from tests.helpers import assert_same_bits, products_of_shape
 
 T, M, N, K, RANK = 24, 96, 160, 32, 4
@@ -94,6 +94,11 @@ COMBINED = ["dict", "pair"]
 
 
 # --- what is labelled how ---
+
+
+def labels(tree):
+    """``"train"`` or ``"frozen"`` for every leaf."""
+    return jax.tree.map(lambda group: group if group == "frozen" else "train", groups(tree))
 
 
 def test_labels_of_every_form():
@@ -309,3 +314,19 @@ def test_within_one_jitted_step_the_zeros_cost_nothing():
     for name in COMBINED:
         assert flops[name] == pytest.approx(flops["lora"], rel=0.01)
         assert memory[name] <= 1.01 * memory["lora"] + 1024
+
+
+@pytest.mark.parametrize("argument", ["tx", "magnitude", "full"])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1e-3, "is a float (0.001), not an optax transformation. Did you mean optax.adamw(0.001)?"),
+        (optax.adamw, "is a function (<function adamw), not an optax transformation. Did you forget to call it?"),
+        ("adamw", "is a str ('adamw'), not an optax transformation."),
+    ],
+)
+def test_what_is_not_a_transformation_is_refused(argument, value, text):
+    with pytest.raises(TypeError) as caught:
+        lojax.optimizer(**{"tx": optax.sgd(0.1), argument: value})
+    start, end = text.split(" (<function adamw")[0], text.rpartition(")")[2] if callable(value) else text
+    assert str(caught.value).startswith(f"{argument} {start}") and str(caught.value).endswith(end)

@@ -9,8 +9,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import lojax
-from lojax.lowrank.named_array import RANK, Named, multiply
-from lojax.lowrank.opaque import PRODUCT, one_step
+from lojax.lowrank.factored import PRODUCT, opaque_product
+from lojax.lowrank.named_array import RANK, NamedArray, multiply
 from tests.helpers import PRODUCTS, equations, trained
 
 T, D, F, HEADS, R = 24, 16, 64, 2, 4
@@ -188,10 +188,10 @@ def test_offloaded_products_are_moved_and_back():
 
 def test_one_step_leaves_out_what_does_not_move():
     """A frozen ``A`` (LoRA-FA) has no tangent, not one of zeros: then ``x`` is not kept for it."""
-    meet = lambda x, a: [multiply(Named(x, ("t", "d")), a[0], ("t", RANK)).array]
-    spread = lambda u, b: multiply(Named(u, ("t", RANK)), b, ("t", "f")).array
-    step = one_step(meet, [spread])
-    f = lambda x, a, b: step(x, [Named(a, ("d", RANK))], [Named(b, (RANK, "f"))])[0]
+    meet = lambda x, a: [multiply(NamedArray(x, ("t", "d")), a[0], ("t", RANK)).array]
+    spread = lambda u, b: multiply(NamedArray(u, ("t", RANK)), b, ("t", "f")).array
+    step = opaque_product(meet, [spread])
+    f = lambda x, a, b: step(x, [NamedArray(a, ("d", RANK))], [NamedArray(b, (RANK, "f"))])[0]
     x, a, b = jnp.ones((T, D)), jnp.ones((D, R)), jnp.ones((R, F))
     kept = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda b: f(x, a, b), b)[1])]
     assert (T, R) in kept and (T, D) not in kept

@@ -1,3 +1,14 @@
-"""One rule for each primitive that can meet an adapted weight."""
+"""One rule for each primitive that can meet an adapted weight. A primitive without a rule materializes the weight."""
 
-from lojax.rewrite.rules import control_flow, custom_derivatives, products  # noqa: F401  (each fills its part of the table)
+from collections.abc import Mapping
+
+from lojax.rewrite.interpreter import EquationRule
+from lojax.rewrite.rules import carriers, control_flow, custom_derivatives, products
+
+RULES: Mapping[str, EquationRule] = {
+    **products.RULES,
+    **carriers.RULES,
+    **control_flow.RULES,
+    **custom_derivatives.RULES,
+}
+"""The rule of each primitive, by its name."""

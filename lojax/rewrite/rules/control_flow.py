@@ -1,9 +1,9 @@
-"""The table, second part: control flow and calls. Bodies are rewritten inside, their settings kept."""
+"""Rules for control flow and calls: bodies are rewritten inside, their settings stay."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -12,28 +12,37 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from lojax.compat import opened, scan_counts, unspecified_sharding
-from lojax.lowrank.named_array import RANK, Name, Named
+from lojax.lowrank.named_array import NamedArray
 from lojax.lowrank.value import LowRank
-from lojax.rewrite.interpreter import Interpreter, rule
+from lojax.rewrite.interpreter import Interpreter, Value
+from lojax.rewrite.recorder import Use
+from lojax.rewrite.rules.table import Table, registrar
+from lojax.types import Array, Eqn, Jaxpr
+
+RULES: Table = {}
+rule = registrar(RULES)
 
 
-def _is_low(value: Any) -> bool:
+def _is_low_rank(value: Value) -> bool:
     return isinstance(value, LowRank)
 
 
-def _leaves(values: Sequence[Any]) -> list[Any]:
+def _leaves(values: Sequence[Value]) -> list[Array]:
     return jax.tree.leaves(list(values))
 
 
+# --- calls ---
+
+
 @rule("jit", "pjit")
-def _jit(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+def _jit(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     p = dict(eqn.params)
     closed, out_tree = interp.rewrite(p["jaxpr"], operands)
     outputs = out_tree.unflatten(range(out_tree.num_leaves))
     unspecified = unspecified_sharding()
 
-    def spread(settings: Sequence[Any], values: Sequence[Any], other: Any) -> tuple[Any, ...]:
-        """One setting per array: the weight keeps its own, the factors take ``other``."""
+    def per_array(settings: Sequence[Any], values: Sequence[Value], other: Any) -> tuple[Any, ...]:
+        """One setting for each array: the frozen weight keeps its own, the factors take ``other``."""
         return tuple(
             s
             for setting, v in zip(settings, values, strict=True)
@@ -42,50 +51,87 @@ def _jit(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
 
     p |= {
         "jaxpr": closed,
-        "in_shardings": spread(p["in_shardings"], operands, unspecified),
-        "in_layouts": spread(p["in_layouts"], operands, None),
-        "donated_invars": spread(p["donated_invars"], operands, False),
-        "out_shardings": spread(p["out_shardings"], outputs, unspecified),
-        "out_layouts": spread(p["out_layouts"], outputs, None),
+        "in_shardings": per_array(p["in_shardings"], operands, unspecified),
+        "in_layouts": per_array(p["in_layouts"], operands, None),
+        "donated_invars": per_array(p["donated_invars"], operands, False),
+        "out_shardings": per_array(p["out_shardings"], outputs, unspecified),
+        "out_layouts": per_array(p["out_layouts"], outputs, None),
     }
     return out_tree.unflatten(eqn.primitive.bind(*_leaves(operands), **p))
 
 
 @rule("closed_call", "core_call", "core_closed_call")
-def _call(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    return interp.run(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")), operands)
+def _call(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    return interp.run(eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"], operands)
 
 
 @rule("remat2", "checkpoint", "remat")
-def _remat(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+def _remat(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     p = eqn.params
     prevent_cse = p["prevent_cse"] if isinstance(p["prevent_cse"], bool) else any(p["prevent_cse"])
 
-    def body(*values: Any) -> list[Any]:
-        interp.fresh()
-        return interp.run(p["jaxpr"], values)
+    uses: list[Use] = []
 
-    with interp.repeated(1):
-        return list(jax.checkpoint(body, prevent_cse=prevent_cse, policy=p["policy"])(*operands))
+    def body(*values: Value) -> list[Value]:
+        with interp.recorder.collect(uses):
+            return interp.run(p["jaxpr"], values)
+
+    outputs = list(jax.checkpoint(body, prevent_cse=prevent_cse, policy=p["policy"])(*operands))
+    interp.recorder.replay(uses)
+    return outputs
+
+
+@rule("shard_map")
+def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Array]:
+    p = eqn.params
+
+    def value_specs(value: Value, spec: PartitionSpec) -> Any:
+        """The specs of a value: a factor is sharded like the axes of the weight that it has."""
+        if not isinstance(value, LowRank):
+            return spec
+        entries: dict[Any, Any] = dict(enumerate((*spec, *[None] * (value.ndim - len(spec)))))
+        specs = value.with_named_arrays(
+            [NamedArray(PartitionSpec(*(entries.get(d) for d in x.dims)), x.dims) for x in value.named_arrays]
+        )
+        dropout = value.dropout and dataclasses.replace(value.dropout, key=PartitionSpec())
+        return dataclasses.replace(specs, frozen=jax.tree.map(lambda _: spec, value.frozen), dropout=dropout)
+
+    uses: list[Use] = []
+
+    def body(*values: Value) -> tuple[Array, ...]:
+        with interp.recorder.collect(uses):
+            return tuple(interp.dense_outputs(interp.run(p["jaxpr"], values)))
+
+    in_specs = tuple(value_specs(v, spec) for v, spec in zip(operands, p["in_specs"], strict=True))
+    sharded = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=in_specs,
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    outputs = list(sharded(*operands))
+    interp.recorder.replay(uses)
+    return outputs
 
 
 @rule("cond")
-def _cond(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+def _cond(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     index, *values = operands
     index = interp.dense(index, eqn, "a branch is chosen by the weight")
     branches = eqn.params["branches"]
-    keep = [True] * len(opened(branches[0])[0].outvars)
-    with interp.repeated(0):  # to see which outputs all branches leave in one low-rank form
-        forms = [interp.rewrite(branch, values, keep) for branch in branches]
+    may_stay = [True] * len(opened(branches[0])[0].outvars)
+    with interp.recorder.collect([]):  # a trial, to see which outputs all branches leave in one low-rank form
+        forms = [interp.rewrite(branch, values, may_stay) for branch in branches]
     outputs = [tree.unflatten(closed.out_avals) for closed, tree in forms]
-    for i, same in enumerate(zip(*outputs, strict=True)):
-        keep[i] = len({_form(v) for v in same}) == 1
-    forms = [interp.rewrite(branch, values, keep) for branch in branches]
+    may_stay = [len({_form(v) for v in same_output}) == 1 for same_output in zip(*outputs, strict=True)]
+    forms = [interp.rewrite(branch, values, may_stay) for branch in branches]
     leaves = jax.lax.switch(index, [jaxpr_as_fun(closed) for closed, _ in forms], *_leaves(values))
     return forms[0][1].unflatten(leaves)
 
 
-def _form(value: Any) -> Any:
+def _form(value: Value) -> Hashable:
     leaves, tree = jax.tree.flatten(value)
     return tree, tuple(leaves)
 
@@ -94,200 +140,199 @@ def _form(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
-    """An operand of a loop, split into what every trip shares and what each trip has of its own."""
+class _LoopOperand:
+    """An operand of a loop, split into what every trip shares and what each trip has of its own.
+
+    Attributes:
+        shared: What every trip shares.
+        own: Arrays of which every trip gets one entry.
+        join: ``join(shared, own)``: the operand of one trip.
+    """
 
     shared: Any
     own: Any
-    join: Callable[[Any, Any], Any]
+    join: Callable[[Any, Any], Value]
 
 
-def _shared(value: Any, length: int | None) -> _Step:
+def _constant_operand(value: Value, length: int | None) -> _LoopOperand:
     """A constant of a loop; under dropout every trip draws its own key."""
-    if not _is_low(value) or value.key is None or length is None:
-        return _Step(value, None, lambda shared, own: shared)
-    keys = jax.random.split(value.key, length)
-    return _Step(value, keys, lambda shared, own: dataclasses.replace(shared, key=own))
+    if not isinstance(value, LowRank) or value.dropout is None or length is None:
+        return _LoopOperand(value, None, lambda shared, own: shared)
+    return _LoopOperand(
+        value, value.dropout.split(length), lambda shared, own: dataclasses.replace(shared, dropout=own)
+    )
 
 
-def _sliced(value: Any, length: int) -> _Step:
+def _sliced_operand(value: Value, length: int) -> _LoopOperand:
     """An operand that a scan slices along its first axis."""
-    if not _is_low(value):
-        return _Step(None, value, lambda shared, own: own)
-    names: dict[Name, Name] = {d: d - 1 for d in range(1, value.w.ndim)}
-    keys = None if value.key is None else jax.random.split(value.key, length)
-    own = [x.ordered([0, *(d for d in x.dims if d != 0)]).array if 0 in x.dims else None for x in value.parts]
-    shared = [None if 0 in x.dims else x.array for x in value.parts]
-    dims = [tuple(names.get(d, d) for d in x.dims if d != 0) for x in value.parts]
+    if not isinstance(value, LowRank):
+        return _LoopOperand(None, value, lambda shared, own: own)
+    names = {d: d - 1 for d in range(1, value.ndim)}
+    arrays = value.named_arrays
+    dropout = None if value.dropout is None else value.dropout.split(length)
+    sliced = [x.transpose_to([0, *(d for d in x.dims if d != 0)]).array if 0 in x.dims else None for x in arrays]
+    shared = [None if 0 in x.dims else x.array for x in arrays]
+    dims = [tuple(names.get(d, d) for d in x.dims if d != 0) for x in arrays]  # type: ignore[call-overload]
 
-    def join(shared: Any, own: Any) -> LowRank:
-        w, key, slices = own
-        arrays = [s if c is None else c for c, s in zip(shared, slices, strict=True)]
-        return value.with_parts([Named(x, d) for x, d in zip(arrays, dims, strict=True)], w=w, key=key)
+    def join(shared: list[Any], own: Any) -> LowRank:
+        frozen, dropout, sliced = own
+        entries = [s if c is None else c for c, s in zip(shared, sliced, strict=True)]
+        low_rank = value.with_named_arrays([NamedArray(x, d) for x, d in zip(entries, dims, strict=True)])
+        return dataclasses.replace(low_rank, frozen=frozen, dropout=dropout)
 
-    return _Step(shared, (value.w, keys, own), join)
+    return _LoopOperand(shared, (value.frozen, dropout, sliced), join)
 
 
-def _stacked(value: Any) -> Any:
+def _stacked_output(value: Value) -> Value:
     """An output that a scan stacked along a new first axis."""
-    if not _is_low(value):
+    if not isinstance(value, LowRank):
         return value
-    names: dict[Name, Name] = {d: d + 1 for d in range(value.w.ndim - 1)}
-    return value.with_parts([Named(x.array, (0, *(names.get(d, d) for d in x.dims))) for x in value.parts])
+    names = {d: d + 1 for d in range(value.ndim - 1)}
+    return value.with_named_arrays(
+        [NamedArray(x.array, (0, *(names.get(d, d) for d in x.dims))) for x in value.named_arrays]  # type: ignore[call-overload]
+    )
 
 
-def _loop_carries(
-    interp: Interpreter, eqn: Any, jaxpr: Any, carries: list[Any], first: int, probe: Callable[[list[Any]], list[Any]]
-) -> tuple[list[bool], list[Any]]:
+def _settle_carries(
+    interp: Interpreter,
+    eqn: Eqn,
+    body: Jaxpr,
+    carries: list[Value],
+    first: int,
+    trial: Callable[[list[Value]], list[Any]],
+) -> tuple[list[bool], list[Value]]:
     """Which carries the body never changes, and the carries with every unstable low-rank one dense.
+
+    A low-rank carry is stable where the body returns it in the form in which it came. To make one dense may change the
+    form of another, so this goes on until all are stable: at most one round for each carry.
 
     Args:
         interp: The interpreter.
         eqn: The loop.
-        jaxpr: Its body.
+        body: Its body.
         carries: The initial carries.
         first: The position of the first carry among the body's inputs.
-        probe: The body's carries out, as shapes, for given carries in.
+        trial: The body's carries out, as shapes, for given carries in.
     """
-    body, _ = opened(jaxpr)
-    fixed = [body.outvars[i] is body.invars[first + i] for i in range(len(carries))]
-    while any(_is_low(v) and not f for v, f in zip(carries, fixed, strict=True)):
-        after = probe(carries)
+    opened_body, _ = opened(body)
+    unchanged = [opened_body.outvars[i] is opened_body.invars[first + i] for i in range(len(carries))]
+    while any(_is_low_rank(v) and not same for v, same in zip(carries, unchanged, strict=True)):
+        carries_out = trial(carries)
         unstable = [
             i
-            for i, (v, new) in enumerate(zip(carries, after, strict=True))
-            if _is_low(v) and not fixed[i] and jax.tree.structure(v) != jax.tree.structure(new)
+            for i, (v, out) in enumerate(zip(carries, carries_out, strict=True))
+            if _is_low_rank(v) and not unchanged[i] and jax.tree.structure(v) != jax.tree.structure(out)
         ]
         if not unstable:
             break
         for i in unstable:
             carries[i] = interp.dense(carries[i], eqn, "a loop carries it and changes it")
-    return fixed, carries
+    return unchanged, carries
 
 
-@rule("scan")
-def _scan(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    p = eqn.params
-    jaxpr, length = p["jaxpr"], p["length"]
-    num_consts, num_carry = scan_counts(p)
-    consts = [_shared(v, length) for v in operands[:num_consts]]
-    xs = [_sliced(v, length) for v in operands[num_consts + num_carry :]]
-    carries = operands[num_consts : num_consts + num_carry]
-
-    def run(carry: list[Any], owns: list[Any]) -> list[Any]:
-        ins = [s.join(s.shared, own) for s, own in zip((*consts, *xs), owns, strict=True)]
-        interp.fresh()
-        return interp.run(jaxpr, [*ins[:num_consts], *carry, *ins[num_consts:]])
-
-    owns = [s.own for s in (*consts, *xs)]
-
-    def probe(carry: list[Any]) -> list[Any]:
-        with interp.repeated(0):
-            return jax.eval_shape(lambda c, o: run(c, jax.tree.map(lambda x: x[0], o))[:num_carry], carry, owns)
-
-    fixed, carries = _loop_carries(interp, eqn, jaxpr, carries, num_consts, probe)
-    held = [_shared(v, length) if f else None for v, f in zip(carries, fixed, strict=True)]
-    held_own = [s.own for s in held if s]
-
-    def body(moving: list[Any], owns: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
-        moving_in, own_in = iter(moving), iter(owns[1])
-        carry = [s.join(s.shared, next(own_in)) if s else next(moving_in) for s in held]
-        outputs = run(carry, owns[0])
-        new = [v for v, f in zip(outputs[:num_carry], fixed, strict=True) if not f]
-        return interp.densed(new, [_is_low(v) for v in moving]), outputs[num_carry:]
-
-    with interp.repeated(length):
-        moving, ys = jax.lax.scan(
-            body,
-            _typed(carries, fixed, jaxpr, num_consts),
-            (owns, held_own),
-            length=length,
-            reverse=p["reverse"],
-            unroll=p["unroll"],
-        )
-    moving_out = iter(moving)
-    return [v if f else next(moving_out) for v, f in zip(carries, fixed, strict=True)] + [_stacked(y) for y in ys]
-
-
-def _typed(carries: list[Any], fixed: list[bool], jaxpr: Any, first: int) -> list[Any]:
-    """The carries that move, those that are Python scalars as arrays of the body's dtype."""
-    body, _ = opened(jaxpr)
-    avals = [v.aval for v in body.invars[first : first + len(carries)]]
+def _changing_carries(carries: list[Value], unchanged: list[bool], body: Jaxpr, first: int) -> list[Value]:
+    """The carries that change, those that are Python scalars as arrays of the body's dtype."""
+    opened_body, _ = opened(body)
+    avals = [v.aval for v in opened_body.invars[first : first + len(carries)]]
     return [
-        v if _is_low(v) or isinstance(v, jax.Array) else jnp.asarray(v, aval.dtype)
-        for v, f, aval in zip(carries, fixed, avals, strict=True)
-        if not f
+        v if _is_low_rank(v) or isinstance(v, jax.Array) else jnp.asarray(v, aval.dtype)
+        for v, same, aval in zip(carries, unchanged, avals, strict=True)
+        if not same
     ]
 
 
-@rule("while")
-def _while(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
+@rule("scan")
+def _scan(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     p = eqn.params
-    nc, nb = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts, carries = operands[:nc], operands[nc : nc + nb], operands[nc + nb :]
+    jaxpr, length = p["jaxpr"], p["length"]
+    num_consts, num_carry = scan_counts(p)
+    consts = [_constant_operand(v, length) for v in operands[:num_consts]]
+    xs = [_sliced_operand(v, length) for v in operands[num_consts + num_carry :]]
+    carries = operands[num_consts : num_consts + num_carry]
 
-    def probe(carry: list[Any]) -> list[Any]:
-        with interp.repeated(0):
+    uses: list[Use] = []
+
+    def run(carry: list[Value], owns: list[Any]) -> list[Value]:
+        ins = [operand.join(operand.shared, own) for operand, own in zip((*consts, *xs), owns, strict=True)]
+        return interp.run(jaxpr, [*ins[:num_consts], *carry, *ins[num_consts:]])
+
+    owns = [operand.own for operand in (*consts, *xs)]
+
+    def trial(carry: list[Value]) -> list[Any]:
+        with interp.recorder.collect([]):
+            return jax.eval_shape(lambda c, o: run(c, jax.tree.map(lambda x: x[0], o))[:num_carry], carry, owns)
+
+    unchanged, carries = _settle_carries(interp, eqn, jaxpr, carries, num_consts, trial)
+    constant_carries = [
+        _constant_operand(v, length) if same else None for v, same in zip(carries, unchanged, strict=True)
+    ]
+    constant_owns = [operand.own for operand in constant_carries if operand]
+
+    def body(changing: list[Value], owns: tuple[list[Any], list[Any]]) -> tuple[list[Value], list[Value]]:
+        changing_in, own_in = iter(changing), iter(owns[1])
+        carry = [c.join(c.shared, next(own_in)) if c else next(changing_in) for c in constant_carries]
+        with interp.recorder.collect(uses):
+            outputs = run(carry, owns[0])
+            new = [v for v, same in zip(outputs[:num_carry], unchanged, strict=True) if not same]
+            return interp.dense_outputs(new, [_is_low_rank(v) for v in changing]), outputs[num_carry:]
+
+    changing, ys = jax.lax.scan(
+        body,
+        _changing_carries(carries, unchanged, jaxpr, num_consts),
+        (owns, constant_owns),
+        length=length,
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    interp.recorder.replay(uses, trips=length)
+    changing_out = iter(changing)
+    finals = [v if same else next(changing_out) for v, same in zip(carries, unchanged, strict=True)]
+    return finals + [_stacked_output(y) for y in ys]
+
+
+@rule("while")
+def _while(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    p = eqn.params
+    num_cond, num_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = operands[:num_cond], operands[num_cond : num_cond + num_body]
+    carries = operands[num_cond + num_body :]
+
+    def trial(carry: list[Value]) -> list[Any]:
+        with interp.recorder.collect([]):
             return jax.eval_shape(lambda c: interp.run(p["body_jaxpr"], [*body_consts, *c]), carry)
 
-    fixed, carries = _loop_carries(interp, eqn, p["body_jaxpr"], carries, nb, probe)
+    unchanged, carries = _settle_carries(interp, eqn, p["body_jaxpr"], carries, num_body, trial)
 
-    def whole(moving: list[Any]) -> list[Any]:
-        moving_in = iter(moving)
-        return [v if f else next(moving_in) for v, f in zip(carries, fixed, strict=True)]
+    def all_carries(changing: list[Value]) -> list[Value]:
+        changing_in = iter(changing)
+        return [v if same else next(changing_in) for v, same in zip(carries, unchanged, strict=True)]
 
-    def cond(state: tuple[Any, list[Any]]) -> Any:
-        interp.fresh()
-        return interp.run(p["cond_jaxpr"], [*cond_consts, *whole(state[1])])[0]
+    cond_uses: list[Use] = []
+    body_uses: list[Use] = []
 
-    def body(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        trip, moving = state
-        interp.fresh()
-        operands = [_keyed(v, trip) for v in (*body_consts, *whole(moving))]
-        outputs = interp.run(p["body_jaxpr"], operands)
-        new = [v for v, f in zip(outputs, fixed, strict=True) if not f]
-        return trip if trip is None else trip + 1, interp.densed(new, [_is_low(v) for v in moving])
+    def cond(state: tuple[Any, list[Value]]) -> Array:
+        with interp.recorder.collect(cond_uses):
+            return interp.run(p["cond_jaxpr"], [*cond_consts, *all_carries(state[1])])[0]
 
-    drops = any(_is_low(v) and v.key is not None for v in (*body_consts, *carries))
-    with interp.repeated(1):
-        start = (jnp.zeros((), jnp.uint32) if drops else None, _typed(carries, fixed, p["body_jaxpr"], nb))
-        _, moving = jax.lax.while_loop(cond, body, start)
-    return whole(moving)
+    def body(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
+        trip, changing = state
+        operands = [_with_trip_dropout(v, trip) for v in (*body_consts, *all_carries(changing))]
+        with interp.recorder.collect(body_uses):
+            outputs = interp.run(p["body_jaxpr"], operands)
+            new = [v for v, same in zip(outputs, unchanged, strict=True) if not same]
+            new = interp.dense_outputs(new, [_is_low_rank(v) for v in changing])
+        return trip if trip is None else trip + 1, new
+
+    drops = any(isinstance(v, LowRank) and v.dropout is not None for v in (*body_consts, *carries))
+    first_trip = jnp.zeros((), jnp.uint32) if drops else None
+    start = (first_trip, _changing_carries(carries, unchanged, p["body_jaxpr"], num_body))
+    _, changing = jax.lax.while_loop(cond, body, start)
+    interp.recorder.replay([*cond_uses, *body_uses])  # how many trips there are is not known: one stands for all
+    return all_carries(changing)
 
 
-def _keyed(value: Any, trip: Any) -> Any:
+def _with_trip_dropout(value: Value, trip: Array | None) -> Value:
     """A low-rank value under dropout with a key for this trip of a loop."""
-    if trip is None or not _is_low(value) or value.key is None:
+    if trip is None or not isinstance(value, LowRank) or value.dropout is None:
         return value
-    return dataclasses.replace(value, key=jax.random.fold_in(value.key, trip))
-
-
-@rule("shard_map")
-def _shard_map(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    p = eqn.params
-
-    def spread(value: Any, spec: PartitionSpec) -> Any:
-        """The specs of a value: a factor is sharded like the axes of the weight that it holds."""
-        if not _is_low(value):
-            return spec
-        along = (*spec, *[None] * (value.w.ndim - len(spec)))
-        parts = [Named(PartitionSpec(*(None if d == RANK else along[d] for d in x.dims)), x.dims) for x in value.parts]
-        return value.with_parts(parts, w=spec, key=None if value.key is None else PartitionSpec())
-
-    def body(*values: Any) -> tuple[Any, ...]:
-        interp.fresh()
-        outputs = interp.run(p["jaxpr"], values)
-        return tuple(interp.densed(outputs, [False] * len(outputs)))
-
-    in_specs = tuple(spread(v, spec) for v, spec in zip(operands, p["in_specs"], strict=True))
-    with interp.repeated(1):
-        return list(
-            jax.shard_map(
-                body,
-                mesh=p["mesh"],
-                in_specs=in_specs,
-                out_specs=tuple(p["out_specs"]),
-                axis_names=set(p["newly_manual_axes"]),
-                check_vma=p["check_vma"],
-            )(*operands)
-        )
+    return dataclasses.replace(value, dropout=value.dropout.fold_in(trip))

@@ -1,6 +1,6 @@
-"""The table, third part: functions that bring their own derivative (`custom_jvp`, `custom_vjp`).
+"""Rules for functions that bring their own derivative (`custom_jvp`, `custom_vjp`).
 
-The user's rule is honoured, with the low-rank value going through it: the program that `jax.jvp` or
+The user's derivative is used, with the low-rank value going through it: the program that `jax.jvp` or
 `jax.vjp` makes of the function is itself evaluated by the interpreter. A tangent of ``w + a b`` is
 ``dw + da b + a db``, a sum of two updates. A cotangent of the whole weight, which only
 the user's rule of a `custom_vjp` can ask for, is pulled back to ``a`` and ``b`` at the end.
@@ -15,119 +15,136 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lojax.lowrank.value import LowRank, NotFactored
-from lojax.rewrite.interpreter import Interpreter, bind, rule
+from lojax.lowrank.value import LowRank, NotFactored, Term
+from lojax.rewrite.interpreter import Interpreter, Value, bind
+from lojax.rewrite.recorder import Use
+from lojax.rewrite.rules.table import Table, registrar
+from lojax.types import Array, Eqn
+
+RULES: Table = {}
+rule = registrar(RULES)
 
 
-def _weight(value: Any) -> Any:
-    return value.w if isinstance(value, LowRank) else value
+def _frozen_part(value: Value) -> Any:
+    return value.frozen.dense() if isinstance(value, LowRank) else value
 
 
-def _is_float(value: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(_weight(value)), jnp.inexact)
+def _is_float(value: Value) -> bool:
+    return jnp.issubdtype(jnp.result_type(_frozen_part(value)), jnp.inexact)
 
 
-def _all_dense(interp: Interpreter, outputs: list[Any]) -> list[Any]:
-    return interp.densed(outputs, [False] * len(outputs))
+def _has_dropout(values: Sequence[Value]) -> bool:
+    return any(isinstance(v, LowRank) and v.dropout is not None for v in values)
 
 
 @rule("custom_jvp_call")
-def _custom_jvp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    if any(v.key is not None for v in operands if isinstance(v, LowRank)):
+def _custom_jvp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
     if any(v.gain is not None for v in operands if isinstance(v, LowRank)):
         raise NotFactored("DoRA inside a function with its own forward derivative")
     floats = [i for i, v in enumerate(operands) if _is_float(v)]
 
+    uses: list[Use] = []
+
     @jax.custom_jvp
-    def call(values: list[Any]) -> list[Any]:
-        interp.fresh()
-        return _all_dense(interp, interp.run(eqn.params["call_jaxpr"], values))
+    def call(values: list[Value]) -> list[Array]:
+        with interp.recorder.collect(uses):
+            return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], values))
 
     @call.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
-        (values,), (all_dots,) = primals, tangents
-        dots = [_tangent(values[i], all_dots[i]) for i in floats]
+        (values,), (value_dots,) = primals, tangents
+        dots = [_tangent(values[i], value_dots[i]) for i in floats]
 
-        def user_jvp(*dense: Any) -> Any:
-            held, dense_dots = list(dense[: len(values)]), dense[len(values) :]
+        def user_jvp(*dense: Array) -> tuple[list[Array], list[Array]]:
+            operands, dense_dots = list(dense[: len(values)]), dense[len(values) :]
 
-            def user(*moving: Any) -> list[Any]:
-                for i, x in zip(floats, moving, strict=True):
-                    held[i] = x
-                return bind(eqn, held)
+            def user(*float_operands: Array) -> list[Array]:
+                for i, x in zip(floats, float_operands, strict=True):
+                    operands[i] = x
+                return bind(eqn, operands)
 
-            return jax.jvp(user, tuple(held[i] for i in floats), dense_dots)
+            return jax.jvp(user, tuple(operands[i] for i in floats), dense_dots)
 
-        traced = jax.make_jaxpr(user_jvp)(*(jax.typeof(_weight(v)) for v in (*values, *dots)))
+        traced = jax.make_jaxpr(user_jvp)(*(jax.typeof(_frozen_part(v)) for v in (*values, *dots)))
+        # Some of these values are tangents, and JAX cannot transpose a name.
         outer, interp.naming = interp.naming, False
         try:
-            outputs = _all_dense(interp, interp.run(traced, [*values, *dots]))
+            outputs = interp.dense_outputs(interp.run(traced, [*values, *dots]))
         finally:
             interp.naming = outer
         half = len(outputs) // 2
         return outputs[:half], outputs[half:]
 
-    with interp.repeated(1):
-        return list(call(list(operands)))
+    outputs = list(call(list(operands)))
+    interp.recorder.replay(uses)
+    return outputs
 
 
-def _tangent(value: Any, dot: Any) -> Any:
+def _tangent(value: Value, dot: Value) -> Value:
     """``dw + da b + a db``: a sum of two updates, each linear in the tangents."""
     if not isinstance(value, LowRank):
         return dot
-    factors = []
-    for term, term_dot in zip(value.terms(), dot.terms(), strict=True):
-        (a, b), (da, db) = term.factors, term_dot.factors
-        factors += [da, b, a, db]
-    return dataclasses.replace(value, w=dot.w, factors=tuple(factors))
+    terms: list[Term] = []
+    for (a, b), (da, db) in zip(value.terms, dot.terms, strict=True):
+        terms += [(da, b), (a, db)]
+    return dataclasses.replace(value, frozen=dot.frozen, terms=tuple(terms))
 
 
 @rule("custom_vjp_call", "custom_vjp_call_jaxpr")
-def _custom_vjp(interp: Interpreter, eqn: Any, operands: list[Any]) -> Any:
-    if any(v.key is not None for v in operands if isinstance(v, LowRank)):
+def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
-    floats = [i for i, v in enumerate(operands) if _is_float(v)]
+    # The first operands are what the user's function closes over: its rule has no cotangent for them.
+    num_consts = eqn.params.get("num_consts", 0)
+    if any(isinstance(v, LowRank) for v in operands[:num_consts]):
+        raise NotFactored("a function with its own derivative closes over the weight")
+    floats = [i for i, v in enumerate(operands) if i >= num_consts and _is_float(v)]
     count = len(eqn.outvars)
     pullback: Any = None
+    uses: list[Use] = []
 
     @jax.custom_vjp
-    def call(values: list[Any]) -> list[Any]:
-        interp.fresh()
-        return _all_dense(interp, interp.run(eqn.params["call_jaxpr"], values))
+    def call(values: list[Value]) -> list[Array]:
+        with interp.recorder.collect(uses):
+            return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], values))
 
-    def forward(values: list[Any]) -> Any:
-        def with_pullback(*dense: Any) -> Any:
+    def forward(values: list[Value]) -> Any:
+        def with_pullback(*dense: Array) -> tuple[list[Array], list[Array]]:
+            # The pullback is a pytree: its arrays leave the trace as outputs, its structure by `nonlocal`.
             nonlocal pullback
-            outputs, back = jax.vjp(lambda *x: bind(eqn, x), *dense)
+            consts, arguments = dense[:num_consts], dense[num_consts:]
+            outputs, back = jax.vjp(lambda *x: bind(eqn, [*consts, *x]), *arguments)
             residuals, pullback = jax.tree.flatten(back)
             return outputs, residuals
 
-        traced = jax.make_jaxpr(with_pullback)(*(jax.typeof(_weight(v)) for v in values))
+        traced = jax.make_jaxpr(with_pullback)(*(jax.typeof(_frozen_part(v)) for v in values))
         results = interp.run(traced, values)
-        return _all_dense(interp, results[:count]), (values, results[count:])
+        return interp.dense_outputs(results[:count]), (values, results[count:])
 
-    def backward(kept: Any, cotangents: Sequence[Any]) -> Any:
-        values, residuals = kept
+    def backward(saved: tuple[list[Value], list[Value]], cotangents: Sequence[Array]) -> tuple[list[Any]]:
+        values, residuals = saved
 
-        def pull(residuals: list[Any], cotangents: Any) -> list[Any]:
+        def pull(residuals: list[Array], cotangents: Sequence[Array]) -> list[Array]:
             grads = jax.tree.unflatten(pullback, residuals)(list(cotangents))
-            return [grads[i] for i in floats]
+            return [grads[i - num_consts] for i in floats]
 
-        shapes = [jax.typeof(_weight(r)) for r in residuals], [jax.typeof(c) for c in cotangents]
+        shapes = [jax.typeof(_frozen_part(r)) for r in residuals], [jax.typeof(c) for c in cotangents]
         traced = jax.make_jaxpr(pull)(*shapes)
-        grads = _all_dense(interp, interp.run(traced, [*residuals, *cotangents]))
-        pulled: list[Any] = [None] * len(values)
+        grads = interp.dense_outputs(interp.run(traced, [*residuals, *cotangents]))
+        cotangents_in: list[Any] = [None] * len(values)
         for i, grad in zip(floats, grads, strict=True):
-            pulled[i] = _pulled(values[i], grad)
-        return (pulled,)
+            cotangents_in[i] = _pull_back(values[i], grad)
+        return (cotangents_in,)
 
     call.defvjp(forward, backward)
-    with interp.repeated(1):
-        return list(call(list(operands)))
+    outputs = list(call(list(operands)))
+    interp.recorder.replay(uses)
+    return outputs
 
 
-def _pulled(value: Any, cotangent: Any) -> Any:
+def _pull_back(value: Value, cotangent: Array) -> Value:
     """The cotangents of ``w``, ``a`` and ``b`` for the cotangent of the whole value."""
     if not isinstance(value, LowRank):
         return cotangent

@@ -35,7 +35,7 @@ class Case:
         materialized: The weights that cannot stay factored, with a part of the reason that the report gives.
         promotion: The dtype promotion that the net's own code needs.
         flops: An upper bound of the FLOPs of a gradient step, as a share of the materialized step.
-        slow: Whether only ``.ci/run`` proves it.
+        slow: Whether only ``.ci/thorough`` proves it.
     """
 
     name: str
@@ -61,14 +61,14 @@ def tokens(seed: int, high: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(high, size=shape), jnp.int32)
 
 
-def filled(tree: Any, scale: float = 0.2) -> Any:
+def fill(tree: Any, scale: float = 0.2) -> Any:
     """Random values for a tree of shapes, where a library's own random init would compile for seconds.
 
     A norm's scale stays near one and a variance above zero; keys and counts start as they would.
     """
     rng = np.random.default_rng(0)
 
-    def fill(keys: Any, leaf: Any) -> Any:
+    def fill_leaf(keys: Any, leaf: Any) -> Any:
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -81,4 +81,4 @@ def filled(tree: Any, scale: float = 0.2) -> Any:
             noise = 1 + np.abs(noise)
         return jnp.asarray(noise, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(fill, tree)
+    return jax.tree_util.tree_map_with_path(fill_leaf, tree)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tests.nets.zoo.case import Case, Example, filled, normal
+from tests.nets.zoo.case import Case, Example, fill, normal
 
 
 def example(make: Any, call: Any, *args: Any) -> Example:
@@ -21,7 +21,7 @@ def example(make: Any, call: Any, *args: Any) -> Example:
         def __call__(self, *args: Any) -> Any:
             return self.call(self.layers, *args)
 
-    net = Net(filled(eqx.filter_eval_shape(make)), call)
+    net = Net(fill(eqx.filter_eval_shape(make)), call)
     params, static = eqx.partition(net, eqx.is_inexact_array)
     return Example(net, params, lambda p: eqx.combine(p, static)(*args), args)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 
-from tests.nets.zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, fill, normal, tokens
 
 
 def example(f: Any, *args: Any) -> Example:
     import haiku as hk
 
     net = hk.without_apply_rng(hk.transform(f))
-    params = filled(jax.eval_shape(net.init, jax.random.key(0), *args))
+    params = fill(jax.eval_shape(net.init, jax.random.key(0), *args))
     return Example(net, params, lambda p: net.apply(p, *args), args)
 
 
@@ -22,7 +22,7 @@ def mlp() -> Example:
 
     net = hk.transform(lambda x: hk.nets.MLP([64, 64, 64])(x, dropout_rate=0.1, rng=hk.next_rng_key()))
     args = (jax.random.key(1), normal(0, 32, 64))
-    params = filled(jax.eval_shape(net.init, jax.random.key(0), args[1]))
+    params = fill(jax.eval_shape(net.init, jax.random.key(0), args[1]))
     return Example(net, params, lambda p: net.apply(p, *args), args)
 
 
@@ -60,7 +60,7 @@ def conv() -> Example:
         return hk.Linear(4)(hk.Flatten()(hk.Conv2DTranspose(8, 3, stride=2)(x)))
 
     net = hk.transform_with_state(f)
-    params, state = filled(jax.eval_shape(net.init, jax.random.key(0), normal(0, 2, 8, 8, 4)))
+    params, state = fill(jax.eval_shape(net.init, jax.random.key(0), normal(0, 2, 8, 8, 4)))
     args = (state, None, normal(0, 2, 8, 8, 4))
     return Example(net, params, lambda p: net.apply(p, *args), args)
 

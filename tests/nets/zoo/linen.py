@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tests.nets.zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, fill, normal, tokens
 
 
 def example(net: nn.Module, *args: Any, **kwargs: Any) -> Example:
-    variables = filled(jax.eval_shape(lambda key: net.init(key, *args, **kwargs), jax.random.key(0)))
+    variables = fill(jax.eval_shape(lambda key: net.init(key, *args, **kwargs), jax.random.key(0)))
     return Example(net, variables, lambda p: net.apply(p, *args, **kwargs), args, kwargs)
 
 

@@ -8,20 +8,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tests.nets.zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, fill, normal, tokens
 
 
-def build(make: Any, *args: Any) -> Any:
-    """A row's builder: ``make(rngs)`` is made on shapes, then filled."""
+def build(make: Any, *args: Any, mutable: Any = False) -> Any:
+    """A row's builder: ``make(rngs)`` is made on shapes, then filled. ``mutable``: the state that a call returns."""
 
     def example() -> Example:
         graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
-        params, rest = filled(nnx.to_pure_dict(params)), filled(nnx.to_pure_dict(rest))
+        params, rest = fill(nnx.to_pure_dict(params)), fill(nnx.to_pure_dict(rest))
 
         def native(params: Any) -> Any:
-            return nnx.merge(graphdef, params, rest)(*args)
+            module = nnx.merge(graphdef, params, rest)
+            outputs = module(*args)
+            return (outputs, nnx.to_pure_dict(nnx.state(module, mutable))) if mutable else outputs
 
-        return Example(nnx.merge(graphdef, params, rest), params, native, args)
+        kwargs = {"mutable": mutable} if mutable else {}
+        return Example(nnx.merge(graphdef, params, rest), params, native, args, kwargs)
 
     return example
 
@@ -146,8 +149,9 @@ class FusedHeads(nnx.Module):
 
 
 KERNELS = "**/kernel"
+STATE = (nnx.BatchStat, nnx.RngCount)
 CASES = (
-    Case("mlp_batchnorm_dropout", "flax.nnx", build(MLP, normal(0, 32, 64)), KERNELS, 3, flops=0.75),
+    Case("mlp_batchnorm_dropout", "flax.nnx", build(MLP, normal(0, 32, 64), mutable=STATE), KERNELS, 3, flops=0.75),
     Case("tied_lm", "flax.nnx", build(TiedLM, tokens(0, 24, 2, 5)), [KERNELS, "**/embedding"], 7),
     Case("scan_remat", "flax.nnx", build(Scanned, normal(0, 2, 5, 16)), KERNELS, 6),
     Case("vmap_ensemble", "flax.nnx", build(Ensemble, normal(0, 6, 8)), KERNELS, 1),

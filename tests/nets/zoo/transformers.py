@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tests.nets.zoo.case import Case, Example, filled, normal, tokens
+from tests.nets.zoo.case import Case, Example, fill, normal, tokens
 
 BERT = {
     "hidden_size": 32,
@@ -41,12 +41,12 @@ def model(name: str, config: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     """A model without parameters, and parameters for it; the library's own random init takes seconds."""
     transformers = importlib.import_module("transformers")
     if name.startswith("FlaxT5"):
-        _mend_t5()
+        _patch_t5()
     net = getattr(transformers, name)(getattr(transformers, config)(**settings), _do_init=False)
-    return net, filled(net.params_shape_tree)
+    return net, fill(net.params_shape_tree)
 
 
-def _mend_t5() -> None:
+def _patch_t5() -> None:
     """The T5 of transformers 4.57 calls ``jnp.clip(x, a_max=...)``, which JAX has since renamed to ``max``."""
     module = importlib.import_module("transformers.models.t5.modeling_flax_t5")
 

@@ -1,4 +1,8 @@
-"""Linen modules as nets: collections, rngs and methods pass through, and Flax's own training loop runs."""
+"""Nets that hold no parameters.
+
+Linen: collections, rngs and methods pass through, and Flax's own training loop runs. Haiku: the rng, or the state and
+the rng, come first in the arguments.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from helpers import assert_same_bits, trained
 
 import lojax
+from tests.helpers import assert_same_bits, message, trained
 
 
 class Net(nn.Module):
@@ -101,3 +105,46 @@ def test_train_state_over_everything_leaves_the_base_alone() -> None:
 def adapters(lora: Any) -> list[Any]:
     is_adapter = lambda node: isinstance(node, lojax.Adapter)
     return [node for node in jax.tree.leaves(lora, is_leaf=is_adapter) if is_adapter(node)]
+
+
+# --- Haiku ---
+
+
+@pytest.fixture
+def haiku() -> Any:
+    return pytest.importorskip("haiku")
+
+
+INPUT = jnp.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def test_transform_takes_the_rng_first(haiku: Any) -> None:
+    net = haiku.transform(lambda x: haiku.Linear(5)(x) + jax.random.normal(haiku.next_rng_key(), (3, 5)))
+    params = net.init(jax.random.key(0), INPUT)
+    model = lojax.wrap(net, "linear/w", rank=2, strict=True)
+    frozen, lora = model.init(jax.random.key(1), params, jax.random.key(2), INPUT)
+    lora = trained(lora)
+    for key in (jax.random.key(3), jax.random.key(4)):
+        expected = net.apply(model.merge(frozen, lora), key, INPUT)
+        np.testing.assert_allclose(model.apply(frozen, lora, key, INPUT), expected, rtol=1e-5)
+
+
+def test_transform_with_state_takes_the_state_and_the_rng_first(haiku: Any) -> None:
+    def f(x: Any) -> Any:
+        calls = haiku.get_state("calls", (), jnp.int32, jnp.zeros)
+        haiku.set_state("calls", calls + 1)
+        return haiku.Linear(5)(x)
+
+    net = haiku.transform_with_state(f)
+    params, state = net.init(jax.random.key(0), INPUT)
+    model = lojax.wrap(net, "linear/w", rank=2, strict=True)
+    frozen, lora = model.init(jax.random.key(1), params, state, None, INPUT)
+    y, state = jax.jit(model.apply)(frozen, lora, state, None, INPUT)
+    np.testing.assert_allclose(y, INPUT @ params["linear"]["w"], rtol=1e-5)
+    assert int(next(iter(jax.tree.leaves(state)))) == 1
+
+
+def test_a_haiku_function_holds_no_parameters(haiku: Any) -> None:
+    model = lojax.wrap(haiku.transform(lambda x: haiku.Linear(5)(x)), "linear/w")
+    assert "A Haiku function holds no parameters" in message(AttributeError, getattr, model, "params")
+    assert model.bind({"a": 1}) == {"a": 1}

@@ -21,9 +21,9 @@ from helpers import assert_same_bits, message
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lojax
-from lojax.checkpoint import adapter_directory as layout
-from lojax.checkpoint.manifest import stored_name
-from lojax.checkpoint.save_restore import read_record
+from lojax.adapters.adapter import is_adapter
+from lojax.checkpoint import adapter_directory as files
+from lojax.checkpoint.save_restore import read_manifest
 from tests.checkpoint import checkpoint_cases as cases
 
 
@@ -48,8 +48,8 @@ def test_base_without_fingerprint(tmp_path):
     _, lora = cases.pair()
     lojax.save(tmp_path, lora)
     assert_same_bits(lojax.restore(tmp_path), lora)
-    assert read_record(tmp_path).base is None
-    assert read_record(tmp_path).other == ("params/embed/table",)
+    assert read_manifest(tmp_path).base is None
+    assert read_manifest(tmp_path).other == ("params/embed/table",)
 
 
 @pytest.mark.parametrize(
@@ -57,19 +57,19 @@ def test_base_without_fingerprint(tmp_path):
 )
 def test_dtypes(tmp_path, dtype):
     values = (np.arange(12).reshape(3, 4) % 5).astype(jnp.dtype(dtype))
-    lojax.save(tmp_path, {"x": jnp.asarray(values)})
+    cases.save_full(tmp_path, {"x": jnp.asarray(values)})
     assert_same_bits(lojax.restore(tmp_path), {"x": jnp.asarray(values)})
 
 
 def test_special_values_keep_their_bits(tmp_path):
     bits = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x80000000, 0x00000001], np.uint32)  # nan, -nan, inf, -0, tiny
-    lojax.save(tmp_path, {"x": bits.view(np.float32)})
+    cases.save_full(tmp_path, {"x": bits.view(np.float32)})
     assert np.asarray(lojax.restore(tmp_path)["x"]).view(np.uint32).tolist() == bits.tolist()
 
 
 def test_wide_scalar_and_empty_arrays(tmp_path):
     lora = {"wide": np.arange(3, dtype=np.float64), "scalar": np.float32(2.5), "empty": np.zeros((0, 4), np.float32)}
-    lojax.save(tmp_path, lora)
+    cases.save_full(tmp_path, lora)
     restored = lojax.restore(tmp_path)
     assert restored["wide"].dtype == np.float64 and restored["wide"].tolist() == [0, 1, 2]
     assert restored["scalar"].shape == () and float(restored["scalar"]) == 2.5
@@ -102,7 +102,8 @@ def _adapter(shift: float = 0.0) -> lojax.Adapter:
     ids=["tuple", "list", "dataclass", "frozen dict", "numbers", "haiku", "odd names", "bare"],
 )
 def test_structures(tmp_path, lora):
-    lojax.save(tmp_path / "x", lora)
+    save = lojax.save if any(map(is_adapter, jax.tree.leaves(lora, is_leaf=is_adapter))) else cases.save_full
+    save(tmp_path / "x", lora)
     assert_same_bits(lojax.restore(tmp_path / "x", like=lora), lora)
     nested = lojax.restore(tmp_path / "x")
     assert_same_bits(jax.tree.leaves(lojax.restore(tmp_path / "x", like=lora)), jax.tree.leaves(lora))
@@ -143,7 +144,7 @@ def test_restored_arrays_are_uncommitted(tmp_path):
 def test_restore_to_another_mesh(tmp_path, spec):
     first = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
     lora = {"w": jax.device_put(jnp.arange(128.0).reshape(16, 8), first), "rest": None}
-    lojax.save(tmp_path, lora)
+    cases.save_full(tmp_path, lora)
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     second = NamedSharding(mesh, PartitionSpec(*spec))
     like = {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=second), "rest": None}
@@ -167,16 +168,16 @@ def test_plain_orbax_reads_the_arrays(tmp_path):
 def test_the_json_is_for_people(tmp_path):
     frozen, lora = cases.pair()
     lojax.save(tmp_path, lora, frozen=frozen, metadata={"step": 7, "note": "é"})
-    text = (tmp_path / layout.POINTER).read_text()
+    text = (tmp_path / files.MANIFEST).read_text()
     (line,) = [line for line in text.splitlines() if '"params/layer_0/query/kernel": {"rank"' in line]
     assert '"rank": 4, "alpha": 8.0, "scaling": "scale = alpha / rank", "scale": 2.0, ' in line
     assert '"axes": ["in", "out"], "dropout": 0.1, "weight": [16, 8]' in line
     assert '"note": "é"' in text
     record = json.loads(text)
-    assert record["format"] == "lojax-adapter" and record["version"] == 1
+    assert record["format"] == "lojax-adapter" and record["version"] == 2
     assert record["software"].keys() == {"lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy"}
     assert record["software"]["jax"] == jax.__version__
-    assert read_record(tmp_path).metadata == {"step": 7, "note": "é"}
+    assert read_manifest(tmp_path).metadata == {"step": 7, "note": "é"}
 
 
 def test_overwrite(tmp_path):
@@ -228,7 +229,7 @@ def test_background_save_survives_donation(tmp_path):
 
 def test_background_save_of_a_numpy_array_written_to_afterwards(tmp_path):
     lora = {"x": np.ones(1000, np.float32)}
-    saving = lojax.save(tmp_path, lora, wait=False)
+    saving = cases.save_full(tmp_path, lora, wait=False)
     lora["x"][:] = 7
     saving.result()
     assert float(lojax.restore(tmp_path)["x"].max()) == 1
@@ -266,25 +267,39 @@ def test_like_must_match(tmp_path):
 
 def test_what_cannot_be_saved(tmp_path):
     x = jnp.ones(3)
-    assert "adapter.json" not in message(ValueError, lojax.save, tmp_path, {"x": None})
-    assert "x is a ShapeDtypeStruct" in message(
-        TypeError, lojax.save, tmp_path, {"x": jax.ShapeDtypeStruct((1,), x.dtype)}
-    )
-    assert "x is a " in message(TypeError, jax.jit(lambda v: lojax.save(tmp_path, {"x": v})), x)
-    assert "jax.random.key_data" in message(TypeError, lojax.save, tmp_path, {"x": jax.random.key(0)})
-    assert "two leaves at the path a/b" in message(ValueError, lojax.save, tmp_path, {"a/b": x, "a": {"b": x}})
-    assert "metadata must be JSON" in message(TypeError, lojax.save, tmp_path, {"x": x}, metadata={"a": x})
-    assert "metadata must be JSON" in message(TypeError, lojax.save, tmp_path, {"x": x}, metadata={"a": float("nan")})
+    save = cases.save_full
+    assert "adapter.json" not in message(ValueError, save, tmp_path, {"x": None})
+    assert "x is a ShapeDtypeStruct" in message(TypeError, save, tmp_path, {"x": jax.ShapeDtypeStruct((1,), x.dtype)})
+    assert "x is a " in message(TypeError, jax.jit(lambda v: save(tmp_path, {"x": v})), x)
+    assert "jax.random.key_data" in message(TypeError, save, tmp_path, {"x": jax.random.key(0)})
+    assert "two leaves at the path a/b" in message(ValueError, save, tmp_path, {"a/b": x, "a": {"b": x}})
+    assert "metadata must be JSON" in message(TypeError, save, tmp_path, {"x": x}, metadata={"a": x})
+    assert "metadata must be JSON" in message(TypeError, save, tmp_path, {"x": x}, metadata={"a": float("nan")})
     assert "local path" in message(ValueError, lojax.save, "gs://bucket/x", {"x": x})
     frozen, lora = cases.pair()
     assert "different structure" in message(ValueError, lojax.save, tmp_path, lora["params"], frozen=frozen)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stored_names_stay_apart():
-    names = ["a/b", "a", "a/.", "a/..", "a/%2E", "", "/", "a//b", "A b", "A%20b", "é", "\0", "a\\b"]
-    assert len({stored_name(name, None) for name in names}) == len(names)
-    assert not any(".." in stored_name(name, None).split("/") for name in names)
+def test_the_base_is_not_saved_in_place_of_the_adapter(tmp_path):
+    """It was written whole, without a word."""
+    frozen, lora = cases.pair()
+    for tree in (cases.params(), frozen):
+        text = message(ValueError, lojax.save, tmp_path, tree)
+        assert "would save the parameters of the base" in text and "frozen, lora = model.init(...)" in text
+    assert "save(path, lora, frozen=frozen)" in message(TypeError, lojax.save, tmp_path, (frozen, lora))
+    assert list(tmp_path.iterdir()) == []
+    cases.save_full(tmp_path, lora["params"]["head"])  # trained in full, as frozen says
+    assert_same_bits(lojax.restore(tmp_path), lora["params"]["head"])
+
+
+def test_metadata_can_be_read_back(tmp_path):
+    metadata = {"step": 7, "note": "é", "scores": (0.5, None)}
+    lojax.save(tmp_path, cases.at_step(1), metadata=metadata, wait=False)
+    assert lojax.read_metadata(tmp_path) == {"step": 7, "note": "é", "scores": [0.5, None]}
+    lojax.save(tmp_path, cases.at_step(2))
+    assert lojax.read_metadata(tmp_path) == {}
+    assert str(tmp_path / "x") in message(FileNotFoundError, lojax.read_metadata, tmp_path / "x")
 
 
 def test_opt_state_over_a_restored_lora_fits(tmp_path):

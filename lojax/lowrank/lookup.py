@@ -1,0 +1,162 @@
+"""A look-up in an adapted weight (`gather`): an embedding, or the choice of entries of a stack."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lojax.lowrank.factored import add_updates
+from lojax.lowrank.frozen import FrozenWeight
+from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, multiply, multiply_flops
+from lojax.lowrank.strategy import Product
+from lojax.lowrank.value import LowRank, array_bytes, complete_term
+from lojax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A look-up. Where only stack axes are addressed the result is again an adapted weight.
+
+    Otherwise the rows of one factor are looked up and multiplied by the other.
+
+    Attributes:
+        indices: ``[*batch, k]``, as in `jax.lax.gather`.
+        numbers: The ``dimension_numbers`` of `jax.lax.gather`.
+        slice_sizes: As in `jax.lax.gather`.
+        bind: ``bind(w)``, the look-up in a plain weight.
+        options: The other parameters of `jax.lax.gather`.
+    """
+
+    indices: Array
+    numbers: lax.GatherDimensionNumbers
+    slice_sizes: Sequence[int]
+    bind: Callable[[Array], Array]
+    options: dict[str, Any]
+
+    @property
+    def batch(self) -> list[Name]:
+        """The names of the batch axes of the indices."""
+        return [("i", j) for j in range(self.indices.ndim - 1)]
+
+    def addressed(self, value: LowRank) -> set[int]:
+        """The axes along which the look-up chooses: not those taken whole, unless they may be out of bounds."""
+        strict = self.options["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        return {d for d in self.numbers.start_index_map if strict or self.slice_sizes[d] != value.shape[d]}
+
+    def picks_entries(self, value: LowRank) -> bool:
+        """Whether the result is again an adapted weight: only stack axes are addressed."""
+        addressed = self.addressed(value)
+        if not value.probe:
+            return all(addressed <= {*x.dims} for term in value.terms for x in term)
+        # A probe does not know yet which axes are a stack: they are, where two or more other axes remain.
+        shared = {*addressed, *self.numbers.operand_batching_dims}
+        remaining = [f for f in value.terms[0] if any(d != RANK and f.size(d) > 1 for d in f.dims)]
+        return sum(not shared & {*f.dims} for f in remaining) > 1
+
+    def contracted_axes(self, value: LowRank) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The last axis addressed is like a summed one; others addressed and those batched are a stack."""
+        addressed = sorted(self.addressed(value))
+        return tuple(addressed[-1:]), (*addressed[:-1], *sorted(self.numbers.operand_batching_dims))
+
+    def frozen(self, value: LowRank) -> Array:
+        """The look-up in the frozen part alone."""
+        return value.frozen.product(self.bind)
+
+    def compute(self, value: LowRank, execution: str) -> Product:
+        """The rows that are looked up, with the cost of their update."""
+        rows = self.pick(value)
+        y = rows.frozen.dense()
+        axes = range(y.ndim)
+        terms = tuple(tuple(cast(x, y.dtype) for x in complete_term(term, y.shape)) for term in rows.terms)
+        result = add_updates(
+            rows.with_terms(terms),
+            None,
+            axes,
+            base=lambda _: y,
+            update=lambda _x, term, _like, _tap: multiply(term[0], term[1], axes).array,
+        )
+        made = sum(array_bytes(a.array) + array_bytes(y) for a, _ in terms)
+        return Product(result, 0, sum(multiply_flops(a, b) for a, b in terms), made)
+
+    def pick(self, value: LowRank) -> LowRank:
+        """The look-up itself, in the frozen part and in each factor that has an axis that it addresses."""
+        frozen = value.frozen.map(self.bind)
+        names = self._result_axes(value, len(frozen.shape))
+        addressed = self.addressed(value)
+
+        def follow(x: NamedArray) -> NamedArray:
+            return self._pick_in_array(x, addressed).rename(names)
+
+        if value.probe or not self._fills():
+            return value.with_frozen(frozen).with_named_arrays([follow(x) for x in value.named_arrays])
+        return self._pick_filled(value, frozen, addressed, follow)
+
+    def _result_axes(self, value: LowRank, ndim: int) -> dict[Name, Name]:
+        """Where each axis of the weight, and each batch axis of the indices, is in the result."""
+        removed = {*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims}
+        weight_axes = iter(d for d in range(value.ndim) if d not in removed)
+        batch_axes = iter(self.batch)
+        return {
+            next(weight_axes) if position in self.numbers.offset_dims else next(batch_axes): position
+            for position in range(ndim)
+        }
+
+    def _fills(self) -> bool:
+        """Whether entries out of bounds become a number of their own: not NaN, to which nothing can be added."""
+        fill = self.options.get("fill_value")
+        return self.options["mode"] == lax.GatherScatterMode.FILL_OR_DROP and fill is not None and fill == fill
+
+    def _pick_filled(
+        self, value: LowRank, frozen: FrozenWeight, addressed: set[int], follow: Callable[[NamedArray], NamedArray]
+    ) -> LowRank:
+        """A look-up that fills: out of bounds, the update is zero and the gain one."""
+        terms = tuple(
+            tuple(follow(x) for x in complete_term(term, value.shape, sorted(addressed))) for term in value.terms
+        )
+        gain = value.gain
+        if gain is not None:
+            ones = jnp.ones([value.shape[d] for d in sorted(addressed)], gain.array.dtype)
+            inside = follow(NamedArray(ones, tuple(sorted(addressed))))
+            gain = follow(gain)
+            dims = tuple(dict.fromkeys((*inside.dims, *gain.dims)))
+            gain = NamedArray(jnp.where(inside.broadcastable(dims) > 0, gain.broadcastable(dims), 1), dims)
+        return dataclasses.replace(value, frozen=frozen, terms=terms, gain=gain)
+
+    def _pick_in_array(self, x: NamedArray, addressed: set[int]) -> NamedArray:
+        """The look-up in one array that has some of the axes of the weight."""
+        numbers, batch = self.numbers, self.batch
+        sizes: Any = self.slice_sizes
+        columns = [i for i, d in enumerate(numbers.start_index_map) if d in x.dims and d in addressed]
+        batching: dict[Any, int] = dict(
+            zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+        )
+        sliced = [d for d in x.dims if d != RANK and d not in batching and sizes[d] != x.size(d)]
+        if not columns and not sliced:
+            names = {d: batch[axis] for d, axis in batching.items()}
+            return x.squeeze([d for d in x.dims if d in numbers.collapsed_slice_dims]).rename(names)
+        x = x.transpose_to([*sorted(d for d in x.dims if d != RANK), *[RANK] * (RANK in x.dims)])  # type: ignore[type-var]
+        collapsed = [d for d in x.dims if d in numbers.collapsed_slice_dims]
+        batched = [d for d in x.dims if d in batching]
+        offset = [d for d in x.dims if d not in (*collapsed, *batched)]
+        fill: dict[str, Any] = {} if self.options.get("fill_value") is None else {"fill_value": 0}
+        indices = self.indices
+        if len(columns) < indices.shape[-1]:
+            indices = jnp.take(indices, jnp.asarray(columns), axis=-1)
+        array = lax.gather(
+            x.array,
+            indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(len(batch), len(batch) + len(offset))),
+                collapsed_slice_dims=tuple(x.axis(d) for d in collapsed),
+                start_index_map=tuple(x.axis(numbers.start_index_map[i]) for i in columns),
+                operand_batching_dims=tuple(x.axis(d) for d in batched),
+                start_indices_batching_dims=tuple(batching[d] for d in batched),
+            ),
+            slice_sizes=tuple(x.size(d) if d == RANK else sizes[d] for d in x.dims),
+            **(self.options | fill),
+        )
+        return NamedArray(array, (*batch, *offset))
