@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -356,8 +357,9 @@ OTHERS = {
     ),
     "summary: lora twice": (
         lambda: lojax.summary(LORA, LORA),
-        TypeError,
-        "first/kernel: frozen holds an adapter, which belongs in lora. Were frozen and lora swapped?",
+        ValueError,
+        "frozen holds an adapter at first/kernel, and only lora may hold adapters.",
+        "Use the pair that one init returned.",
     ),
     "apply: the net returns a string": (
         lambda: lojax.transform(lambda p, x: (mlp(p, x), "done"))(FROZEN, LORA, X),
@@ -371,6 +373,12 @@ OTHERS = {
         "Merging gives NaN or infinity at first/kernel, second/kernel.",
         "restore an earlier checkpoint",
     ),
+    "unmerge: swapped": (
+        lambda: lojax.unmerge(LORA, MODEL.merge(FROZEN, LORA)),
+        ValueError,
+        "params holds an adapter at first/kernel, and lora holds none: they are swapped. The order is params, lora.",
+    ),
+    "transform: not a function": (lambda: lojax.transform(3), TypeError, "got 3. For a module, use lojax.wrap"),
     "unmerge: another tree": (
         lambda: lojax.unmerge(WEIGHT, LORA),
         ValueError,
@@ -379,7 +387,11 @@ OTHERS = {
     "transform: execution": (lambda: lojax.transform(mlp, execution="x"), ValueError, "execution='x' is unknown"),
     "eva: no batches": (lambda: lojax.eva(MODEL.apply, FROZEN, LORA, []), ValueError, "give at least one batch."),
     "lora_ga: no batches": (lambda: lojax.lora_ga(mlp, FROZEN, LORA, []), ValueError, "give at least one batch."),
-    "optimizer: b_ratio": (lambda: lojax.optimizer(None, b_ratio="x"), ValueError, "b_ratio='x'; expected a finite"),
+    "optimizer: b_ratio": (
+        lambda: lojax.optimizer(optax.sgd(0.1), b_ratio="x"),
+        ValueError,
+        "b_ratio='x'; expected a finite",
+    ),
     "resize: rank 0": (lambda: lojax.resize(LORA, rank=0), ValueError, "rank=0; expected at least 1."),
     "rescale: trained in full": (lambda: lojax.rescale(FROZEN, 2.0), ValueError, "first/bias", "cannot be scaled."),
     "combine: weights": (lambda: lojax.combine([LORA, LORA], [1.0]), ValueError, "2 adapters, but 1 weights"),

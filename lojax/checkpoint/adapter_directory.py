@@ -42,7 +42,7 @@ from lojax.files.filesystem import hash_file, new_hash, parse_json, sync_directo
 MANIFEST = "adapter.json"
 _FOLDER = re.compile(r"arrays-(\d{1,18})")
 _LEFTOVER = re.compile(r"arrays-\d{1,18}(\.orbax-checkpoint-tmp.*)?|adapter\.json\.tmp")
-_MANIFEST_LIMIT = 256 << 20  # bytes
+_MANIFEST_LIMIT = 256 << 20  # bytes; a million parameters take about 200 each
 _REMEDY = "Nothing was loaded. Copy the checkpoint again from its source, or restore another one."
 
 
@@ -51,7 +51,7 @@ def as_local_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if "://" in text:
         raise ValueError(f"{text}: an adapter is saved to a file system. Save to a local path, then copy it there.")
-    return Path(os.path.abspath(text))
+    return Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def next_number(directory: Path) -> int:
@@ -80,7 +80,7 @@ def remove_leftovers(directory: Path) -> None:
 def take_inventory(folder: Path) -> dict[str, StoredFile]:
     """The size and BLAKE2b of every file in ``folder``. Each file is flushed to disk."""
     sync_tree(folder)
-    sync_directory(folder.parent)
+    sync_directory(folder.parent)  # orbax makes the folder by a rename, which is in its parent
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): StoredFile(path.stat().st_size, hash_file(path)) for path in paths}
 

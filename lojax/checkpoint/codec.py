@@ -127,7 +127,7 @@ def check_like(manifest: Manifest, like: Params, directory: FilePath) -> None:
     leaves, _ = flatten_with_keys(like)
     check_paths(manifest, leaves, "like", directory)
     for path, leaf in leaves.items():
-        expected = "nothing" if path in manifest.other else "an array" if path in manifest.full else "an adapter"
+        expected = "an adapter" if path in manifest.adapters else "an array" if path in manifest.full else "nothing"
         got = "nothing" if leaf is None else "an adapter" if is_adapter(leaf) else "an array"
         if got != expected:
             raise ValueError(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from lojax.adapters.adapter import ARRAYS, Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import check
+from lojax.adapters.paths import unflatten
 from lojax.types import Leaf, Shape
 
 FORMAT, VERSION = "lojax-adapter", 2
@@ -157,6 +158,8 @@ def _check_names(manifest: Manifest) -> None:
             raise ValueError(f"{name!r}: a file name must stay inside the folder of the arrays")
     if len(set(manifest.paths)) != len(manifest.paths):
         raise ValueError("a path occurs twice")
+    if manifest.keys.get("") != ():  # the tree is not a single leaf
+        unflatten({manifest.keys.get(path, path): None for path in manifest.paths})
     if unknown := sorted({*(manifest.base or {})} - {*manifest.paths}):
         raise ValueError(f"'base' holds {unknown[0]!r}, which is not a path of the adapter")
 
@@ -181,7 +184,7 @@ def stored_name(path: str, field: str | None) -> str:
 
 
 def _quote(part: str) -> str:
-    if part.strip(".") == "":
+    if part.strip(".") == "":  # "", "." and ".." mean a directory; "%" stands for an empty part
         return part.replace(".", "%2E") or "%"
     return re.sub(r"[^\w.~@+=:,-]", lambda m: "".join(f"%{byte:02X}" for byte in m[0].encode()), part, flags=re.ASCII)
 

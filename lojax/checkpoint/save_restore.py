@@ -39,7 +39,7 @@ from lojax.adapters.adapter import is_adapter
 from lojax.adapters.algebra import subtract
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten, map_paths
-from lojax.adapters.trees import check_pair, check_structure
+from lojax.adapters.trees import check_pair, check_same_structure
 from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
@@ -157,7 +157,7 @@ def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
             "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
             "lora holds none. Leave it out."
         )
-    check_structure(start, lora, name="start")
+    check_same_structure(start, lora, name="start")
 
     def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
         return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf
@@ -284,7 +284,7 @@ def restore(
     """
     directory = files.as_local_path(path)
     _wait_for_pending(directory)
-    while True:
+    while True:  # once, unless a save replaces the checkpoint meanwhile
         stamp = files.stamp(directory)
         manifest = read_manifest(directory)
         try:

@@ -48,11 +48,12 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         with _locked_fresh_directory(place) as fresh:
             try:
                 yield fresh
+                # Flushed before it gets its name: after a power cut the name must not stand for files without content.
                 sync_tree(fresh)
                 refuse_existing(target, overwrite=overwrite)
                 _put(fresh, place)
             finally:
-                _remove(fresh)  # which holds the old content once it has changed places with the new
+                _remove(fresh)  # it has the old content once it has changed places with ``place``
 
 
 @contextlib.contextmanager

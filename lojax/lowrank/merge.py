@@ -1,13 +1,12 @@
 """Merging an adapter into its weights and taking it out again.
 
-The update is added in float32 (or wider) and cast once. In bfloat16 a merge still loses what falls
-below the weight's own rounding: train factored on a low-precision base, and keep ``frozen``.
+The update is added in float32 (or wider) and cast once. In bfloat16 a merge still loses the part of the update that
+is smaller than the rounding of the weight: train factored on a low-precision base, and keep ``frozen``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +17,21 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair, check_structure
 from lojax.lowrank.value import from_adapter
+from lojax.types import Array, Leaf, Params, Path
 
 
-def merge(frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = False) -> Any:
+def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: bool = False) -> Params:
     """Plain parameters for the net: ``W0 + scale * a @ b`` at every adapted weight.
 
-    A `tree_map` of a jitted sum, float32 accumulation, one cast to the dtype of ``W0``: weights follow one another, so
-    that only one float32 update is there at a time, and weights that are alike are compiled once.
+    A `tree_map` of a jitted sum, accumulated in float32 and cast once to the dtype of ``W0``. Weights are merged one
+    after another, so only one float32 update exists at a time, and weights of equal shapes are compiled once.
 
     Args:
         frozen: The frozen tree.
         lora: The adapters and the parameters trained in full.
         donate: Reuse the buffers of ``frozen`` for the result; neither ``frozen`` nor the ``params`` it
             came from is then usable any more.
-        check_finite: Raise if a merged parameter holds NaN or infinity, naming its path. Reads values,
+        check_finite: Raise if a merged parameter has NaN or infinity, naming its path. Reads values,
             so not under `jit`.
 
     Returns:
@@ -47,15 +47,15 @@ def merge(frozen: Any, lora: Any, *, donate: bool = False, check_finite: bool = 
     [[1.5, 1.5], [1.5, 1.5]]
     """
     check_pair(frozen, lora)
-    if check_finite:  # before the only copy may be given away
-        _refuse_nonfinite(_finite_merged(frozen, lora))
-    return _merged(frozen, lora, _sum_donated if donate else _sum)
+    if check_finite:  # before `donate` gives up the only copy
+        _refuse_nonfinite(_finite_merge(frozen, lora))
+    return _merge(frozen, lora, _sum_donated if donate else _sum)
 
 
-def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
+def unmerge(params: Params, lora: Params, *, donate: bool = False) -> Params:
     """The ``frozen`` tree that `merge` would turn into ``params``: ``W - scale * a @ b``.
 
-    Exact to the rounding of the weight's dtype; where the base is at hand, keep it instead.
+    Exact up to the rounding of the weight's dtype. If you still have the base, use it instead.
 
     Args:
         params: Merged parameters.
@@ -76,11 +76,11 @@ def unmerge(params: Any, lora: Any, *, donate: bool = False) -> Any:
     check_structure(params, lora, name="params")
     frozen = map_paths(lambda _, p, t: p if t is None or is_adapter(t) else None, params, lora)
     check_pair(frozen, lora)
-    negative = map_paths(_negated, lora)
-    return _merged(frozen, negative, _sum_donated if donate else _sum)
+    negative = map_paths(_negate, lora)
+    return _merge(frozen, negative, _sum_donated if donate else _sum)
 
 
-def _negated(path: str, trained: Any) -> Any:
+def _negate(path: Path, trained: Leaf) -> Leaf:
     if not is_adapter(trained):
         return None
     if trained.magnitude is not None:
@@ -91,8 +91,8 @@ def _negated(path: str, trained: Any) -> Any:
     return scale_update(trained, -1.0)
 
 
-def _merged(frozen: Any, lora: Any, add: Callable[[Any, Adapter], Any]) -> Any:
-    def join(_: str, weight: Any, trained: Any) -> Any:
+def _merge(frozen: Params, lora: Params, add: Callable[[Array, Adapter], Array]) -> Params:
+    def join(_: Path, weight: Leaf, trained: Leaf) -> Leaf:
         if is_adapter(trained):
             return rebox(weight, add(unbox(weight), trained))
         return jax.tree.map(jnp.asarray, weight if trained is None else trained)
@@ -100,22 +100,24 @@ def _merged(frozen: Any, lora: Any, add: Callable[[Any, Adapter], Any]) -> Any:
     return map_paths(join, frozen, lora)
 
 
-def _adapted(weight: Any, adapter: Adapter) -> Any:
+def _add_update(weight: Array, adapter: Adapter) -> Array:
     return from_adapter("", weight, adapter).dense()
 
 
-_sum = jax.jit(_adapted)
-_sum_donated = jax.jit(_adapted, donate_argnums=0)
+# At module level, so that the compiled sums outlive a call: merging again compiles nothing.
+_sum = jax.jit(_add_update)
+_sum_donated = jax.jit(_add_update, donate_argnums=0)
 
 
 @jax.jit
-def _finite_merged(frozen: Any, lora: Any) -> dict[str, Any]:
-    """Whether each merged parameter is finite, by path; no merged copy outlives the call."""
-    params = {path: unbox(leaf) for path, leaf in flatten(_merged(frozen, lora, _adapted)).items() if leaf is not None}
+def _finite_merge(frozen: Params, lora: Params) -> dict[Path, Array]:
+    """Whether each merged parameter is finite, by path. One jit, so that no merged copy leaves it."""
+    leaves = flatten(_merge(frozen, lora, _add_update))
+    params = {path: unbox(leaf) for path, leaf in leaves.items() if leaf is not None}
     return {path: jnp.isfinite(x).all() for path, x in params.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 
-def _refuse_nonfinite(finite: dict[str, Any]) -> None:
+def _refuse_nonfinite(finite: dict[Path, Array]) -> None:
     if any(isinstance(flag, Tracer) for flag in finite.values()):
         raise ValueError("check_finite=True reads values, which do not exist under jit: merge outside of jit.")
     bad = [path for path, flag in jax.device_get(finite).items() if not flag]

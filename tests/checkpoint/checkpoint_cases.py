@@ -44,7 +44,8 @@ def at_step(step: int) -> dict[str, Any]:
     """A lora whose every value tells the step at which it was saved."""
     rng = np.random.default_rng(step)
     a, b, head = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 8), (8, 32), (32, 3)))
-    return {"head": head, "query": lojax.Adapter(a, b, 2.0, ("in", "out"), 0.0), "rest": None}
+    adapter = lojax.Adapter(a, b, 2.0, ("in", "out"), 0.0)
+    return {"head": head, "query": adapter, "rest": None, "step": np.full(3, step, np.int32)}
 
 
 def save_full(path: Path, lora: Any, **settings: Any) -> Any:

@@ -29,6 +29,8 @@ def test_as_local_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert as_local_path("x/../y") == tmp_path / "y"
     assert as_local_path(Path("/a/b")) == Path("/a/b")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert as_local_path("~/adapter") == Path("/home/someone/adapter")
     assert message(ValueError, as_local_path, "gs://bucket/x").startswith(
         "gs://bucket/x: an adapter is saved to a file"
     )

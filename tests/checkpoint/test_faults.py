@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
-import multiprocessing
 import os
 import pickle
 import random
@@ -26,6 +25,7 @@ from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import save_restore
 from lojax.files import filesystem
 from lojax.files.filesystem import lock_directory
+from tests.attacks.attack import forkserver
 from tests.checkpoint import checkpoint_cases as cases
 
 
@@ -33,52 +33,7 @@ def _on_device(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree)
 
 
-# --- killed while saving ---
-
-
-def _forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")  # imports JAX once, for all the children to come
-    context.set_forkserver_preload(["lojax", "tests.checkpoint.checkpoint_cases"])
-    return context
-
-
-def _kill_while_saving(path: Path, times: int) -> None:
-    """Kills a process that saves step after step, at random moments, and looks at what is left."""
-    context, rng, last = _forkserver(), random.Random(times), 0
-    for trial in range(times):
-        progress = context.RawValue("q", last)
-        child = context.Process(target=cases.save_forever, args=(str(path), progress))
-        child.start()
-        first = trial % 4 == 0  # now and then even before its first save is complete
-        deadline = time.monotonic() + 60
-        while not first and progress.value == last and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.6 if first else 0.2))
-        child.kill()
-        child.join()
-        assert child.exitcode == -9, f"the child ended by itself ({child.exitcode})"
-        last = _check_left(path, progress.value)
-
-
-def _check_left(path: Path, told: int) -> int:
-    if not (path / files.MANIFEST).exists():
-        assert told == 0
-        return 0
-    step = save_restore.read_manifest(path).metadata["step"]
-    assert told <= step <= told + 1  # the rename may have come just before the kill
-    assert_same_bits(lojax.restore(path), _on_device(cases.at_step(step)))
-    finished = [entry.name for entry in path.iterdir() if (entry / "_CHECKPOINT_METADATA").exists()]
-    assert cases.arrays_folder(path).name in finished
-    return step
-
-
-def test_killed_at_20_random_moments(tmp_path):
-    _kill_while_saving(tmp_path / "adapter", 20)
-
-
-@pytest.mark.slow
-def test_killed_at_200_random_moments(tmp_path):
-    _kill_while_saving(tmp_path / "adapter", 200)
+# --- stopped while saving (tests/attacks kills real processes) ---
 
 
 class Stop(BaseException):
@@ -207,7 +162,7 @@ def _hold(path: str, out: Any) -> None:
 
 def test_a_path_that_another_process_holds_is_an_error_that_says_who(tmp_path, monkeypatch):
     lojax.save(tmp_path, cases.at_step(1))
-    receive, send = (context := _forkserver()).Pipe(duplex=False)
+    receive, send = (context := forkserver()).Pipe(duplex=False)
     holder = context.Process(target=_hold, args=(str(tmp_path), send))
     holder.start()
     assert receive.poll(120) and receive.recv(), "this file system has no locks"
@@ -257,7 +212,7 @@ def _save_in_child(path: str, step: int, limit: int | None, user: int | None, ou
 
 
 def _try_in_child(path: Path, step: int, *, limit: int | None = None, user: int | None = None) -> str:
-    receive, send = (context := _forkserver()).Pipe(duplex=False)
+    receive, send = (context := forkserver()).Pipe(duplex=False)
     child = context.Process(target=_save_in_child, args=(str(path), step, limit, user, send))
     child.start()
     assert receive.poll(120), "the child says nothing"
@@ -427,6 +382,7 @@ _FORGED = {
     "unknown field": (_set("adapters", "query", "exec", to="x"), "exec"),
     "unknown array": (_set("adapters", "query", "c", to={"shape": [1], "dtype": "float32", "digest": ""}), "'c'"),
     "path twice": (_set("other", to=["query"]), "twice"),
+    "a leaf below a leaf": (_set("other", to=["head/more"]), "'head/more' is below 'head', which is a leaf"),
     "keys": (_set("keys", to={"head": [{}]}), "'keys'"),
     "base": (_set("base", to=[1]), "'base'"),
     "base entry": (_set("base", to={"head": {"spec": 1}}), "'base'"),

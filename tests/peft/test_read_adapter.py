@@ -240,6 +240,28 @@ def test_names_that_look_like_paths_are_only_names(tmp_path):
     assert f"unexpected: {key}" in refusal(path)
 
 
+def test_a_rank_above_both_sides_of_the_weight_is_imported_exactly(tmp_path):
+    """PEFT allows it; a new adapter of ours would have its rank lowered."""
+    rng, keys = np.random.default_rng(0), {}
+
+    def widen(tensors: dict[str, np.ndarray]) -> None:
+        for key, old in tensors.items():
+            shape = (9, old.shape[1]) if "lora_A" in key else (old.shape[0], 9)
+            keys[key] = tensors[key] = rng.normal(size=shape).astype(np.float32)
+
+    base = FLAT.base(golden("linear")[1])
+    path = edited(copied("linear", tmp_path, config={"r": 9, "lora_alpha": 18}), widen)
+    lora = lojax.peft.load(path, base, FLAT.names)
+    q = lora["layers"]["0"]["q"]["kernel"]
+    assert (q.rank, q.scale, q.requested_rank) == (9, 2.0, None) and q.rank > max(q.weight_shape)
+    a, b = keys[KEY], keys[KEY.replace("lora_A", "lora_B")]
+    merged = lojax.merge(lojax.peft.freeze(base, lora), lora)["layers"]["0"]["q"]["kernel"]
+    np.testing.assert_allclose(merged, base["layers"]["0"]["q"]["kernel"] + 2 * (b @ a).T, rtol=1e-5, atol=1e-5)
+    lojax.peft.save(tmp_path / "again", lora, lojax.peft.freeze(base, lora), FLAT.names)
+    again = lojax.peft.load(tmp_path / "again", base, FLAT.names)
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
+
+
 # --- hostile and damaged files ---
 
 

@@ -88,3 +88,12 @@ def test_no_warning_where_jax_passes_captured_arrays_as_arguments():
             CAPTURED["jit"]()
     finally:
         jax.config.update(flag, False)
+
+
+def test_an_adapted_net_warns_of_a_captured_base_and_not_of_an_argument():
+    net = lojax.transform(lambda params, x: x @ params["w"])
+    x = jnp.ones((2, 32))
+    with pytest.warns(UserWarning, match="captured by the function that is traced here"):
+        jax.jit(lambda lora, x: net(FROZEN, lora, x)).lower(LORA, x)
+    jax.jit(net).lower(FROZEN, LORA, x)
+    jax.grad(lambda lora: net(FROZEN, lora, x).sum())(LORA)

@@ -1,6 +1,8 @@
 """The evaluator: strict mode, the visible fallback, names, settings of structure, tracing once."""
 
 import re
+import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from jax import lax
 
 import lojax
+from lojax.lowrank import factored
 from lojax.rewrite.recorder import MaterializedError
 from tests.rewrite.programs import X, normal
 from tests.rewrite.walk import equations
@@ -186,3 +189,30 @@ def test_frozen_weights_get_no_gradient() -> None:
     model, frozen, lora = wrapped(lambda p, x: (x @ p["w"]).sum(), {"w": (8, 6)}, X)
     grads = jax.grad(model.apply)(frozen, lora, X)
     assert float(jnp.abs(grads["w"]).max()) == 0.0
+
+
+def test_a_product_goes_through_five_modules(monkeypatch):
+    """From the equation to the product with a factor: what a reader has to open."""
+    package = Path(lojax.__file__).parent
+    stacks = []
+
+    def multiply(*args, **kwargs):
+        files = [Path(frame.filename) for frame in traceback.extract_stack()]
+        stacks.append([str(f.relative_to(package)) for f in files if f.is_relative_to(package)])
+        return multiply_itself(*args, **kwargs)
+
+    multiply_itself = factored.multiply
+    monkeypatch.setattr(factored, "multiply", multiply)
+    model = lojax.wrap(lambda params, x: x @ params["w"], "w", rank=2, execution="factored")
+    pair = model.init(jax.random.key(0), {"w": normal(4, 3)})
+    model.apply(*pair, normal(2, 4))
+    assert len(stacks) == 2  # x @ a, and the result @ b
+    for stack in stacks:
+        below_the_transform = stack[stack.index("rewrite/transform.py") + 1 :]
+        modules = set(below_the_transform) - {"rewrite/transform.py"}
+        assert modules == {
+            "rewrite/interpreter.py",
+            "rewrite/rules/products.py",
+            "lowrank/dot.py",
+            "lowrank/factored.py",
+        }
