@@ -19,7 +19,6 @@ from lojax.checkpoint.adapter_directory import MANIFEST
 from lojax.checkpoint.save_restore import read_manifest, restore, save
 from lojax.cli.paths import check_target, user_path
 from lojax.files import safetensors
-from lojax.files.atomic_directory import atomic_directory
 from lojax.peft.config import read_config
 from lojax.peft.model_families import name_map, name_maps
 from lojax.peft.name_map import NameMap
@@ -112,8 +111,7 @@ def _from_peft(args: argparse.Namespace, names: NameMap, params: Params | None) 
     if params is None:
         raise ValueError("a PEFT adapter does not say what the JAX tree looks like; pass --params with the JAX base.")
     lora = load(args.source, params, names)
-    with atomic_directory(args.target, overwrite=args.overwrite) as fresh:
-        save(fresh, lora, metadata={"peft_config": dict(config.fields)})
+    save(args.target, lora, metadata={"peft_config": dict(config.fields)}, overwrite=args.overwrite)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from lojax.cli.paths import check_target, user_path
 from lojax.cli.progress import watcher
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory
-from lojax.files.naming import naming
 from lojax.peft.patch import Patches, patches
 from lojax.text import printable
 
@@ -63,11 +62,9 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, e
     changes = patches(adapter, specs, experts=experts)
     with atomic_directory(target, overwrite=overwrite) as fresh:
         for file in files:
-            with naming(target / file.path.name, written_as=fresh / file.path.name):
-                _merge_file(file, changes, fresh / file.path.name)
+            _merge_file(file, changes, fresh / file.path.name)
         for path in side_files:
-            with naming(target / path.name):
-                shutil.copyfile(path, fresh / path.name)
+            shutil.copyfile(path, fresh / path.name)
 
 
 def _foreign_entry(directory: Path, side_names: set[str]) -> str | None:

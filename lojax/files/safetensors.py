@@ -21,7 +21,6 @@ import ml_dtypes
 import numpy as np
 
 from lojax.files.filesystem import hash_file, new_hash, parse_json
-from lojax.files.naming import naming
 from lojax.text import printable
 
 MAX_HEADER = 100_000_000
@@ -215,7 +214,6 @@ def write(
 
     Raises:
         FileExistsError: ``path`` exists.
-        OSError: The disk is full, or anything else went wrong with the file; the error names it.
         ValueError: ``produce`` returned another dtype or shape than announced.
     """
     strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST, _OLD_DIGEST)}
@@ -232,7 +230,7 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     # The data then starts at a multiple of eight bytes, so that a memory map of the file has aligned tensors.
     text += b" " * (-len(text) % 8)
-    with naming(path), open(path, "xb") as stream:
+    with open(path, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in watch(shapes):
             array = produce(name)

@@ -146,7 +146,7 @@ class Config:
 
     def maths(self) -> dict[str, Any]:
         """The fields that decide what the adapter computes."""
-        return {name: self[name] for name in sorted(HONORED)}
+        return {name: self[name] for name in sorted({*HONORED, "peft_version"})}  # which decides the axes of experts
 
 
 def _matcher(targets: str | Sequence[str] | None) -> Callable[[str], bool]:

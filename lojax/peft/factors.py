@@ -46,18 +46,6 @@ class TorchUpdate:
         return not self.a.any() and not self.b.any()
 
 
-def weight_shape(adapter: Adapter) -> Shape:
-    """The shape of the weight that an adapter fits.
-
-    >>> weight_shape(Adapter(np.ones((5, 2)), np.ones((2, 3, 4)), 1.0, ("in", "out", "out")))
-    (5, 3, 4)
-    """
-    a, b = unbox(adapter.a).shape, unbox(adapter.b).shape
-    stack, ins, outs = (positions(adapter.axes, role) for role in ("stack", "in", "out"))
-    sizes = dict(zip((*stack, *ins), a, strict=False)) | dict(zip(outs, b[len(stack) + 1 :], strict=False))
-    return tuple(sizes[i] for i in range(len(adapter.axes)))
-
-
 def torch_shapes(parameter: TorchParameter, rank: int, *, exchanged: bool = False) -> tuple[Shape, Shape]:
     """The shapes of PEFT's A and B for a parameter, with ``rank`` for one expert.
 

@@ -21,7 +21,6 @@ from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory, refuse_existing
-from lojax.files.naming import naming
 from lojax.peft import factors
 from lojax.peft.config import CONFIG, Config, check_config
 from lojax.peft.extras import EXTRAS
@@ -67,7 +66,7 @@ def save(
 
     Raises:
         FileExistsError: ``path`` exists, and must not be replaced.
-        OSError: The disk is full, or anything else went wrong with a file; the error names it.
+        OSError: The disk is full, or anything else went wrong with a file; the error names ``path``.
         ValueError: The trees do not fit together, a trained leaf is not mapped (the text lists them), or PEFT cannot
             express what was trained.
     """
@@ -96,10 +95,8 @@ def save(
         fields["peft_version"] = "0.19.0"  # the first whose layout of experts is the one written here
     maths = json.dumps(check_config(fields, "config=").maths())
     with atomic_directory(target, overwrite=overwrite) as fresh:
-        with naming(target / WEIGHTS, written_as=fresh / WEIGHTS):
-            safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", MATHS: maths})
-        with naming(target / CONFIG, written_as=fresh / CONFIG):
-            (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", MATHS: maths})
+        (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def foreign_entry(directory: pathlib.Path) -> str | None:
@@ -116,7 +113,7 @@ def _weights(trained: Mapping[Path, Leaf], base: Mapping[Path, Leaf]) -> dict[Pa
     weights: dict[Path, Leaf] = {}
     for path, leaf in trained.items():
         if is_adapter(leaf) and leaf.a is not None:
-            weights[path] = jax.ShapeDtypeStruct(factors.weight_shape(leaf), unbox(leaf.a).dtype)
+            weights[path] = jax.ShapeDtypeStruct(leaf.weight_shape, unbox(leaf.a).dtype)
         elif not is_adapter(leaf):
             weights[path] = leaf
         elif path not in base:

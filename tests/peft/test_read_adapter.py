@@ -388,7 +388,8 @@ def test_a_rank_above_the_sides_of_its_weight_is_loaded_as_it_is(rank, tmp_path)
     tensors = {f"base_model.model.head.lora_{side}.weight": x for side, x in (("A", a), ("B", b))}
     base = FLAT.base(golden("linear")[1])
     lora = lojax.peft.load(written(tmp_path / "in", fields, tensors), base, FLAT.names)
-    assert lora["head"]["kernel"].rank == rank
+    head = lora["head"]["kernel"]
+    assert (head.rank, head.scale, head.requested_rank) == (rank, 2.0, None), "that of a new adapter would be lowered"
     frozen = lojax.peft.freeze(base, lora)
     merged = lojax.merge(frozen, lora)["head"]["kernel"]
     np.testing.assert_allclose(merged, base["head"]["kernel"] + 2 * (b @ a).T, rtol=1e-5, atol=1e-4)
