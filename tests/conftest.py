@@ -33,10 +33,11 @@ def compilation(request: pytest.FixtureRequest):
 
     What lojax builds is the same without them. So they are left out, but where a test asserts what XLA makes of a
     program: in files that read costs, memory or the text of compiled programs, or that have the mark `optimized` (then
-    in the tests that have it alone).
+    in the tests that have it alone; `optimized(False)` on a whole file says that what it reads is made before).
     """
     which = optimized_tests(request.path)
-    quick = which == "none" or (which == "marked" and request.node.get_closest_marker("optimized") is None)
+    mark = request.node.get_closest_marker("optimized")
+    quick = which == "none" or (which == "marked" and (mark is None or mark.args == (False,)))
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -90,19 +90,12 @@ def test_imports_run_one_way(module):
     assert parts <= allowed, f"{module} imports {sorted(parts - allowed)}; {part} may know {sorted(allowed)} only"
 
 
-CIRCLES_TO_GO: dict[str, set[str]] = {
-    "lojax.adapters.metadata": {"lojax.adapters.adapter"},  # for the type checker alone
-}
-"""Imports that close a circle today. Each goes, and then this table."""
-
-
 def test_no_module_imports_itself_in_a_circle():
     """Imports inside functions and for the type checker count as well."""
     graph = {}
     for name, tree in TREES.items():
         # `from lojax.room import module` names the room as well: its door is no dependency of those who live in it
         graph[name] = lojax_modules(imports(tree, name.rpartition(".")[0])) - {name, "lojax", name.rpartition(".")[0]}
-        graph[name] -= CIRCLES_TO_GO.get(name, set())
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert order.index("lojax.adapters.axes") < order.index("lojax.lowrank.value") < order.index("lojax.wrap")
 
@@ -157,9 +150,9 @@ def test_no_file_above_450_lines_and_no_function_body_above_60(module):
             assert length <= 60, f"the body of {node.name} has {length} lines"
 
 
-MOST_ANY = 0.36
-"""The largest share of the arguments of functions that may be annotated with a bare `Any`. The aim is 0.10."""
-LEAST_COMMENTS = {"lowrank": 0.013, "rewrite": 0.009, "checkpoint": 0.015, "files": 0.005, "sharding": 0.003}
+MOST_ANY = 0.10
+"""The largest share of the arguments of functions that may be annotated with a bare `Any`."""
+LEAST_COMMENTS = {"lowrank": 0.05, "rewrite": 0.05, "files": 0.05, "sharding": 0.05, "checkpoint": 0.025}
 """The least share of lines with a comment in the rooms whose code is full of tricks. The aim is 0.05 in each."""
 
 

@@ -357,8 +357,9 @@ OTHERS = {
     ),
     "summary: lora twice": (
         lambda: lojax.summary(LORA, LORA),
-        TypeError,
-        "first/kernel: frozen holds an adapter, which belongs in lora. Were frozen and lora swapped?",
+        ValueError,
+        "frozen holds an adapter at first/kernel, and only lora may hold adapters.",
+        "Use the pair that one init returned.",
     ),
     "apply: the net returns a string": (
         lambda: lojax.transform(lambda p, x: (mlp(p, x), "done"))(FROZEN, LORA, X),

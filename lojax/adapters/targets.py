@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import jax.numpy as jnp
 
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
 from lojax.adapters.rule import Rule, Target, as_targets
-from lojax.adapters.trees import check_leaf
 from lojax.text import suggest
 from lojax.types import Leaf, Path
 
@@ -88,7 +88,7 @@ def assign_rules(
     """
     params = {path: unbox(leaf) for path, leaf in params.items() if leaf is not None}
     for path, leaf in params.items():
-        check_leaf(path, leaf)
+        check_leaf(path, leaf, "params")
     matched = {id(rule): _match(rule, params) for rule in (*rules, *full, *exclude)}
     excluded = {path for rule in exclude for path in matched[id(rule)]}
     plan: dict[Path, Rule] = {}

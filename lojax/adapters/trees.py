@@ -8,6 +8,7 @@ import jax
 
 from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import size
+from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten, is_leaf
 from lojax.text import spec
@@ -19,9 +20,9 @@ def check_pair(frozen: Params, lora: Params) -> tuple[dict[Path, Leaf], dict[Pat
     weights, trained = check_structure(frozen, lora)
     for path in weights:
         weight, leaf = unbox(weights[path]), unbox(trained[path])
-        for x in (weight, leaf):
-            if x is not None and not is_adapter(x):
-                check_leaf(path, x)
+        check_leaf(path, weight, "frozen")
+        if not is_adapter(leaf):
+            check_leaf(path, leaf, "lora")
         if is_adapter(leaf):
             _check_adapter(path, weight, leaf)
         elif weight is not None and leaf is not None:
@@ -37,8 +38,15 @@ def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tu
         lora: The trained tree.
         name: What to call the first one.
     """
+    _check_places(frozen, lora, flatten(frozen), flatten(lora), name)
+    return check_same_structure(frozen, lora, name=name)
+
+
+def check_same_structure(
+    frozen: Params, lora: Params, *, name: str = "frozen"
+) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
+    """`check_structure` for two trees that may both hold adapters."""
     weights, trained = flatten(frozen), flatten(lora)
-    _check_places(frozen, lora, weights, trained, name)
     for path in (*weights, *trained):
         if path not in weights or path not in trained:
             missing, holder = ("lora", name) if path in weights else (name, "lora")
@@ -82,15 +90,6 @@ def _check_places(
 
 def _holds_adapters(tree: PyTree) -> bool:
     return any(map(is_adapter, jax.tree.leaves(tree, is_leaf=is_adapter)))
-
-
-def check_leaf(path: Path, leaf: Leaf) -> None:
-    """Raises a `TypeError` that names the path unless ``leaf`` is an array, a shape, or a number."""
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, (int, float, complex)):
-        raise TypeError(
-            f"{path} is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
-            "it to the net another way."
-        )
 
 
 def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:

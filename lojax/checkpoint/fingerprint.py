@@ -1,7 +1,8 @@
 """The fingerprint of a base: what an adapter was trained on, so that it is never put on something else.
 
-It holds the structure, shape and dtype of every parameter in `frozen`, and the content of the weights
-that carry an adapter (see `lojax.checkpoint.digest`). A parameter trained in full is None in `frozen`.
+It holds the structure, shape and dtype of every parameter in `frozen`, and the content (see `lojax.checkpoint.digest`)
+of the weights that carry an adapter and of every floating-point vector: biases, norms, batch statistics. Those are
+small, and change when a base is trained further. A parameter trained in full is None in `frozen`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lojax.adapters.adapter import Adapter
@@ -25,13 +27,14 @@ _REMEDY = "Load the right base, or pass check_base=False to use this one all the
 
 
 def fingerprint(frozen: Params, adapted: Iterable[Path]) -> dict[Path, BaseEntry | None]:
-    """The fingerprint of ``frozen``, with the content of the weights at the ``adapted`` paths.
+    """The fingerprint of ``frozen``, with the content of the weights at the ``adapted`` paths and of all vectors.
 
     Returns:
         The entries by path; None where ``frozen`` holds None.
     """
     leaves = flatten(frozen)
-    contents = _contents(leaves, adapted)
+    vectors = (path for path, leaf in leaves.items() if _is_vector(leaf))
+    contents = _contents(leaves, dict.fromkeys([*adapted, *vectors]))
     specs = {path: describe_leaf(leaf) for path, leaf in leaves.items()}
     return {path: BaseEntry(text, contents.get(path)) if text else None for path, text in specs.items()}
 
@@ -57,6 +60,12 @@ def _values(leaf: Leaf) -> list[ArrayLike]:
     """The arrays of a leaf; none where it only has shapes."""
     arrays = jax.tree.leaves(unbox(leaf))
     return arrays if all(isinstance(array, (jax.Array, np.ndarray)) for array in arrays) else []
+
+
+def _is_vector(leaf: Leaf) -> bool:
+    """Whether a leaf is one floating-point array of at most one axis."""
+    array = unbox(leaf)
+    return isinstance(array, (jax.Array, np.ndarray)) and array.ndim <= 1 and jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:

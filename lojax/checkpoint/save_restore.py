@@ -38,8 +38,8 @@ from orbax.checkpoint import multihost
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.algebra import subtract
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten, is_leaf, map_paths
-from lojax.adapters.trees import check_pair
+from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.trees import check_pair, check_same_structure
 from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
@@ -157,11 +157,11 @@ def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
             "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
             "lora holds none. Leave it out."
         )
+    check_same_structure(start, lora, name="start")
     leaves = flatten(start)
-    missing = [path for path in sorted(moved) if not is_adapter(leaves.get(path))]
-    if missing or jax.tree.structure(start, is_leaf=is_leaf) != jax.tree.structure(lora, is_leaf=is_leaf):
-        where = f"{missing[0]}: start holds no adapter there. " if missing else "start and lora have other structures. "
-        raise ValueError(f"{where}Pass the lora tree as init returned it, before the first step.")
+    for path in sorted(moved):
+        if not is_adapter(leaves[path]):
+            raise ValueError(f"{path}: start holds no adapter there. Pass the lora tree as init returned it.")
 
     def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
         return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf

@@ -50,6 +50,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
             fresh = staging / _NEW
             fresh.mkdir()
             yield fresh
+            # Flushed before it gets its name: after a power cut the name must not stand for files without content.
             sync_tree(fresh)
             refuse_existing(target, overwrite=overwrite)
             if not place.exists():

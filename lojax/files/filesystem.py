@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 MAX_DIGITS = 40
-"""Of an integer in JSON; those of a real file have 20 at most."""
+"""The most digits of an integer in JSON; in a real file they have at most 20."""
 
 _BUSY_LIMIT = 600.0
 
@@ -63,7 +63,7 @@ def sync_directory(directory: str | Path) -> None:
 
 @contextlib.contextmanager
 def lock_directory(directory: Path, *, timeout: float | None = None) -> Iterator[bool]:
-    """Holds the lock of a directory: at most one thread, of this process or another, is inside at a time.
+    """Locks a directory: at most one thread, of this process or another, is inside at a time.
 
     The lock is `flock` on the directory itself. So it leaves no file behind, and the system releases it when its
     holder dies, even by SIGKILL. It says nothing to programs that do not ask for it.
@@ -121,7 +121,7 @@ def _lock(directory: Path, timeout: float) -> int | None:
 
 
 def _lock_holder(descriptor: int) -> str:
-    """Who holds the lock of an open directory, as far as Linux tells."""
+    """The holder of the lock of an open directory, as far as Linux tells."""
     inode = os.fstat(descriptor).st_ino
     with contextlib.suppress(OSError):
         if match := re.search(rf"FLOCK +ADVISORY +WRITE (\d+) \S+:{inode} ", Path("/proc/locks").read_text()):
@@ -130,7 +130,7 @@ def _lock_holder(descriptor: int) -> str:
 
 
 def parse_json(text: bytes) -> Any:
-    """Parses JSON, and refuses what a program can misread: a name that occurs twice, NaN and infinity.
+    """Parses JSON, and refuses what programs read differently: a name that occurs twice, NaN and infinity.
 
     Raises:
         ValueError: The text is not JSON, or is refused.

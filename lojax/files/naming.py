@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str], *, written_as: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Adds ``path`` to an `OSError` that names no file, as that of a full disk does: writing knows no path.
+    """Adds ``path`` to an `OSError` that names no file, such as that of a full disk.
 
     ``written_as``: the temporary name of the file, which is replaced by ``path`` in errors.
 

@@ -58,7 +58,7 @@ MAX_AXES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: bytes ``start`` to ``stop`` of the file."""
+    """The position of one tensor: bytes ``start`` to ``stop`` of the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -102,6 +102,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     with open(path, "rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        # Before the header is read: a length that the file does not have would otherwise be allocated.
         if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
             raise _damaged(path, f"its header claims {length:,} bytes of a file of {size:,}")
         text = stream.read(length)
@@ -143,6 +144,7 @@ def _quoted(value: object) -> str:
 
 def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
     def is_sizes(value: object) -> bool:
+        # `type` and not `isinstance`: JSON's true is an int to Python.
         return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
@@ -165,6 +167,7 @@ def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
     end = base
+    # By stop too: empty tensors start where the next one starts.
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
             raise _damaged(path, f"tensor {_quoted(name)} starts at byte {entry.start:,}, not at {end:,}")
@@ -174,7 +177,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int
 
 
 def _digest_header(header: Mapping[str, Any]) -> str:
-    """The hash of a header but for the hash itself."""
+    """The hash of a header without the hash itself."""
     metadata = {key: value for key, value in header.get("__metadata__", {}).items() if key != HEADER_DIGEST}
     canonical = json.dumps({**header, "__metadata__": metadata}, sort_keys=True, separators=(",", ":"))
     return new_hash(canonical.encode()).hexdigest()
@@ -227,6 +230,7 @@ def write(
         offset = stop
     strings[HEADER_DIGEST] = _digest_header(header)
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The data then starts at a multiple of eight bytes, so that a memory map of the file has aligned tensors.
     text += b" " * (-len(text) % 8)
     with naming(path), open(path, "xb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
@@ -234,6 +238,8 @@ def write(
             array = produce(name)
             if (array.dtype, array.shape) != shapes[name]:
                 raise ValueError(f"{name} was announced as {shapes[name]}, and came as {array.dtype} {array.shape}.")
+            # As bytes, because bfloat16 and float8 have no buffer protocol; flat, because an array without axes has no
+            # such view.
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             del array  # before the next one is made
         stream.flush()
@@ -241,7 +247,7 @@ def write(
 
 
 def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes tensors that are at hand, with a hash of their bytes in the header's metadata."""
+    """Writes tensors that are in memory, with a hash of their bytes in the header's metadata."""
     digest = new_hash()
     for array in tensors.values():
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

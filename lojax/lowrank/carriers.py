@@ -1,6 +1,6 @@
-"""Carriers: what turns one low-rank value into another without materializing the update.
+"""Carriers: functions from one low-rank value to another that do not materialize the update.
 
-Every carrier maps the axes of the value, and each factor follows on the axes that it has.
+Every carrier maps the axes of the value, and does the same to each factor on the axes that it has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Groups = list[tuple[list[int], list[int]]]
 
 
 def map_arrays(value: LowRank, f: Callable[[Array], Array]) -> LowRank:
-    """``f`` of every array: the frozen part, the factors, the gain."""
+    """``f`` of every array of the value: the frozen part, the factors, and the gain."""
     return value.carry(f, lambda x: NamedArray(f(x.array), x.dims))
 
 
@@ -33,7 +33,7 @@ def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
 
 
 def squeeze(value: LowRank, dimensions: Sequence[int]) -> LowRank:
-    """The value without some axes of length one."""
+    """The value without ``dimensions``, axes of length one."""
     removed = {d % value.ndim for d in dimensions}
     names = {old: new for new, old in enumerate(d for d in range(value.ndim) if d not in removed)}
 
@@ -46,6 +46,8 @@ def squeeze(value: LowRank, dimensions: Sequence[int]) -> LowRank:
 def broadcast(value: LowRank, frozen: FrozenWeight, dimensions: Sequence[int]) -> LowRank:
     """Axis ``i`` becomes axis ``dimensions[i]`` of ``frozen``; along the others the value repeats."""
     names = dict(enumerate(dimensions))
+    # A factor repeats along every axis that it lacks, so it drops an axis that the broadcast stretches: nothing of the
+    # broadcast's size is computed.
     stretched = {i for i, d in enumerate(dimensions) if value.shape[i] != frozen.shape[d]}
 
     def follow(x: NamedArray) -> NamedArray:
@@ -57,13 +59,13 @@ def broadcast(value: LowRank, frozen: FrozenWeight, dimensions: Sequence[int]) -
 def slice_axes(
     value: LowRank, f: Callable[[Array], Array], along: Callable[[Array, tuple[int, ...]], Array]
 ) -> LowRank:
-    """A part of the value along its axes.
+    """A slice of the value along its axes.
 
     Args:
         value: The value.
-        f: Takes the part out of the frozen weight.
-        along: ``along(array, axes)`` takes the part out of an array that has these axes of the value; the axis `RANK`
-            is given as -1, and stays whole.
+        f: Slices the frozen weight.
+        along: ``along(array, axes)`` slices an array that has these axes of the value. The axis `RANK` is passed
+            as -1, and must not be sliced.
     """
 
     def follow(x: NamedArray) -> NamedArray:
@@ -73,12 +75,12 @@ def slice_axes(
 
 
 def scale_by_scalar(value: LowRank, frozen: FrozenWeight, factor: Array) -> LowRank:
-    """The value times a scalar, which goes on every ``b``."""
+    """The value times a scalar: every ``b`` is multiplied."""
 
     def scaled(x: NamedArray) -> NamedArray:
         return NamedArray(x.array * factor.astype(x.array.dtype), x.dims)
 
-    # The probe of an axis inference has a factor for each axis: any but the first may take the scalar.
+    # All of a term but its first factor is b. A probe has a factor for each axis, and its values do not matter.
     terms = tuple((first, *map(scaled, rest)) for first, *rest in value.terms)
     return dataclasses.replace(value, frozen=frozen, terms=terms)
 
@@ -89,7 +91,7 @@ def negate(value: LowRank) -> LowRank:
 
 
 def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:
-    """The value in another shape, where no group of axes that merge or split spans two factors."""
+    """The value in another shape. Axes that merge into one, or that one splits into, must be axes of one factor."""
     groups = reshape_groups(value.shape, shape)
     factor_axes = {d for term in value.terms for x in term for d in x.dims}
     arrays = [_reshape_array(value, x, groups, shape, factor_axes) for term in value.terms for x in term]
@@ -104,7 +106,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Groups:
     >>> reshape_groups((512, 8, 64), (512, 512))
     [([0], [0]), ([1, 2], [1])]
     """
-    if 0 in old:
+    if 0 in old:  # every run with that axis has size zero, so equal sizes pair nothing
         raise NotFactored("a reshape of an empty weight")
     groups: Groups = []
     i = j = 0
@@ -112,6 +114,8 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Groups:
         left, right = [], []
         size_left = size_right = 1
         while not (left or right) or size_left != size_right:
+            # The shorter side takes its next axis until the sizes agree. An axis of length one is a group without an
+            # opposite.
             if (size_left <= size_right and i < len(old)) or j >= len(new):
                 left.append(i)
                 size_left *= old[i]
@@ -127,8 +131,8 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Groups:
 def _reshape_array(
     value: LowRank, x: NamedArray, groups: Groups, shape: Sequence[int], taken_axes: set[Name]
 ) -> NamedArray:
-    """``x`` in the new shape. It cannot take on one of ``taken_axes``, another array's; along any other it repeats."""
-    for left, _ in groups:  # axes of length one carry nothing
+    """``x`` in the new shape. It may repeat along axes that it lacks, except ``taken_axes``, those of factors."""
+    for left, _ in groups:  # an axis of length one has no entries to move
         x = x.squeeze([d for d in left if d in x.dims and value.shape[d] == 1])
     order: list[Name] = [RANK] * (RANK in x.dims)
     dims: list[Name] = [RANK] * (RANK in x.dims)
@@ -137,6 +141,8 @@ def _reshape_array(
         absent = [d for d in long_axes if d not in x.dims]
         if not long_axes or len(absent) == len(long_axes):
             continue
+        # The merged axis would run over entries of both factors, and no longer belong to one of them: w[i, j] = a[i]
+        # b[j] as one vector is not low-rank.
         if taken_axes & {*absent} and not value.probe:
             raise NotFactored("a reshape that merges in axes with out axes")
         for d in absent:

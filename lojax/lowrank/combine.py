@@ -25,7 +25,7 @@ def concatenate(values: Sequence[Operand], frozen: FrozenWeight, axis: int) -> L
     """Weights side by side along ``axis``, some of them plain arrays.
 
     The ranks add up: ``x @ [W1 | W2] = x @ [w1 | w2] + (x @ [a1 | a2]) @ diag(b1, b2)``. Along a stack
-    axis, the updates are stacked too, the smaller ranks padded with zeros.
+    axis, the updates are stacked too, and smaller ranks are padded with zeros.
     """
     lows = [v for v in values if isinstance(v, LowRank)]
     if lows[0].probe:
@@ -38,6 +38,10 @@ def concatenate(values: Sequence[Operand], frozen: FrozenWeight, axis: int) -> L
         raise NotFactored("a concatenation of an in axis with an out axis")
     if len({tuple(frozenset(x.dims) for x in pair) for pair in pairs if pair is not None}) != 1:
         raise NotFactored("a concatenation of weights whose updates have different forms")
+    # Each weight has a block of the ranks to itself. In the factor that has ``axis``, the block of one weight is zero
+    # along the entries of the others; the other factor has the blocks side by side, without zeros: a product is zero if
+    # one of its factors is. In a stack each entry has its own two factors, so all blocks start at rank 0, and the
+    # padding of the smaller ones is zero in both.
     ranks = [0 if pair is None else pair[0].size(RANK) for pair in pairs]
     stacked = has_axis[0] == (True, True)
     total = max(ranks) if stacked else sum(ranks)
@@ -53,6 +57,7 @@ def concatenate(values: Sequence[Operand], frozen: FrozenWeight, axis: int) -> L
                 x = cast(pair[i], dtype).transpose_to(dims)
                 blocks.append(_pad_rank(x, start, total) if has_axis[0][i] else x.array)
             elif has_axis[0][i]:
+                # A plain array has no update, and no rank to itself: zeros along its entries.
                 shape = [total if d == RANK else jnp.shape(v)[d] for d in dims]  # type: ignore[call-overload, arg-type]
                 blocks.append(jnp.zeros(shape, dtype))
         return NamedArray(jnp.concatenate(blocks, dims.index(axis if has_axis[0][i] else RANK)), dims)
@@ -61,21 +66,21 @@ def concatenate(values: Sequence[Operand], frozen: FrozenWeight, axis: int) -> L
 
 
 def _with_axis(term: Term, axis: int, shape: Shape) -> Term:
-    """``term``; an ``axis`` of neither factor becomes one of both, a stack."""
+    """``term``, where an ``axis`` that neither factor has becomes a stack: an axis of both."""
     if any(axis in x.dims for x in term):
         return term
     return tuple(x.broadcast_axis(axis, shape[axis]) for x in term)
 
 
 def _pad_rank(x: NamedArray, start: int, total: int) -> Array:
-    """The array of a factor with its ranks at ``start`` of ``total``, zeros elsewhere."""
+    """The array of a factor with ``total`` ranks: its own from ``start`` on, zeros elsewhere."""
     padding = [(0, 0, 0)] * x.array.ndim
     padding[x.axis(RANK)] = (start, total - start - x.size(RANK), 0)
     return lax.pad(x.array, jnp.zeros((), x.array.dtype), padding)
 
 
 def add(left: LowRank, right: LowRank, frozen: FrozenWeight) -> LowRank:
-    """The sum of two weights of one shape: their updates are terms of one."""
+    """The sum of two weights of equal shape: one weight with the updates of both as its terms."""
     if left.probe:
         return _combine_probes([left, right], frozen)
     plain = all(v.dropout is None and v.gain is None and not v.tap for v in (left, right))
@@ -93,12 +98,12 @@ def select(
 ) -> LowRank:
     """One of ``cases``, some of them plain arrays, by an index that varies along ``axes`` of the value only.
 
-    The ranks add up, as in `concatenate`: every update is there, with zeros in one factor where another is picked.
+    The ranks add up, as in `concatenate`: every update is there, with zeros in one factor where another case is picked.
 
     Args:
-        cases: What may be picked.
-        frozen: What the frozen parts give.
-        axes: The axes along which the index varies. One factor must have them all, but for those that neither has.
+        cases: The values to pick from.
+        frozen: The choice among the frozen parts.
+        axes: The axes along which the index varies. One factor must have all of those that either has.
         pick: ``pick(arrays, dims)``, the choice among arrays with axes ``dims``.
     """
     lows = [v for v in cases if isinstance(v, LowRank)]
@@ -120,6 +125,7 @@ def select(
         factors = []
         for j, factor in enumerate(term):
             dims = factor.dims
+            # Only one factor is masked: zeros in it are enough, and the other factor may lack the axes of the index.
             new_axes = [d for d in axes if d not in dims] if j == holder else []
             aligned = [(k, v.terms[t][j].transpose_to(dims)) for k, v in enumerate(cases) if isinstance(v, LowRank)]
             arrays = [mask(k, x, new_axes) if j == holder else x.array for k, x in aligned]
@@ -141,7 +147,7 @@ def select(
 
 
 def scale_by_channel(value: LowRank, frozen: FrozenWeight, by: NamedArray) -> LowRank:
-    """The value times an array that varies along some of its axes, which goes on the factor that has them."""
+    """The value times an array that varies along some of its axes: the factor that has these axes is multiplied."""
     if value.probe:
         return value.with_frozen(frozen)
     axes: list[int] = list(by.dims)  # type: ignore[arg-type]
@@ -164,17 +170,19 @@ def pad(value: LowRank, frozen: FrozenWeight, config: Sequence[tuple[int, int, i
         return NamedArray(lax.pad(x.array, jnp.asarray(fill, x.array.dtype), amounts), x.dims)
 
     def pad_term(term: Term) -> Term:
+        # Where the update repeats along a padded axis, one factor takes the axis on: zeros in one are enough.
         repeated = [] if value.probe else [d for d in padded_axes if not any(d in x.dims for x in term)]
         return tuple(pad_array(x, 0.0, repeated if x is term[-1] else []) for x in term)
 
     gain = value.gain
     if gain is not None:
+        # Padding writes its fill value into the frozen part, and the gain is to leave that as it is.
         gain = pad_array(gain, 1.0, [d for d in padded_axes if d not in gain.dims])
     return dataclasses.replace(value, frozen=frozen, terms=tuple(pad_term(term) for term in value.terms), gain=gain)
 
 
 def _factor_along(term: Term, axes: Sequence[int]) -> int:
-    """Which factor can vary along ``axes`` without taking on an axis of the other."""
+    """The position of a factor that can vary along ``axes`` without an axis that only the other factor has."""
     for i in (1, 0):
         if all(d in term[i].dims or d not in term[1 - i].dims for d in axes):
             return i
@@ -182,7 +190,7 @@ def _factor_along(term: Term, axes: Sequence[int]) -> int:
 
 
 def _form(value: LowRank) -> Hashable:
-    """What two values must have in common for one to stand where the other may."""
+    """What two values must have in common to be cases of one choice."""
     rate = None if value.dropout is None else value.dropout.rate
     return tuple(frozenset(x.dims) for x in value.named_arrays), value.gain is None, rate
 
@@ -198,7 +206,7 @@ def _join_paths(values: Sequence[LowRank]) -> Path:
 
 
 def _combine_probes(probes: Sequence[LowRank], frozen: FrozenWeight) -> LowRank:
-    """Probes whose axes are in the same places, as one probe of all their weights."""
+    """One probe of several weights, whose axes must be in the same positions."""
     if len({tuple(x.dims for term in v.terms for x in term) for v in probes}) > 1:
         raise NotFactored("weights whose axes are in different places")
     factors = [

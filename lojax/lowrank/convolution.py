@@ -1,4 +1,4 @@
-"""`conv_general_dilated` with an adapted kernel: one convolution to ``r`` channels, then one of window 1."""
+"""`conv_general_dilated` with an adapted kernel: a convolution to r channels, then one with a window of one."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ class Convolution:
         if value.gain is not None and value.gain.dims != (out_axis,):
             raise NotFactored("a convolution whose DoRA magnitude is not along the output features")
         value = completed(value)
+        # The factors are told apart by their axes, not by their order: a program may use the kernel with in and out
+        # exchanged.
         inner, outer = sorted(value.terms[0], key=lambda factor: out_axis in factor.dims)
         if out_axis in inner.dims or set(outer.dims) != {RANK, out_axis}:
             raise NotFactored("a convolution whose window or input features are out axes of the adapter")
@@ -82,8 +84,11 @@ class Convolution:
         out_axis, in_axis, *window = self.numbers.rhs_spec
         numbers: Any = self.numbers
         shared = {name: self.options[name] for name in ("precision", "preferred_element_type")}
-        # The first kernel has the rank as its output features, once for each group of input features.
+        # The first kernel has the rank as its output features, once for each group of input features: all groups share
+        # one A, because the in axis of a grouped kernel has the length of one group.
         down = cast(inner, self._kind()).transpose_to([d if d != out_axis else RANK for d in range(like.ndim)]).array
+        # Strides, padding and dilations belong to the window, and the window is in this factor. The second convolution
+        # only mixes channels, position by position.
         middle = lax.conv_general_dilated(
             x.astype(self._kind()),
             jnp.concatenate([down] * self.groups, axis=out_axis) if self.groups > 1 else down,
@@ -102,6 +107,7 @@ class Convolution:
             up,
             [1] * len(window),
             [(0, 0)] * len(window),
+            # Its input is the result of the first one, whose layout may differ from that of x.
             dimension_numbers=numbers._replace(lhs_spec=numbers.out_spec),
             feature_group_count=self.groups,
             **shared,

@@ -23,14 +23,14 @@ class Dot:
 
     Attributes:
         x: The activation.
-        x_dims: The names of its axes: an axis of the weight where the two meet, else ``("x", i)``.
+        x_dims: The names of its axes: the axis of the weight that it is paired with, else ``("x", i)``.
         out: The names of the result's axes.
         bind: ``bind(w, x)``, the product with a plain weight.
         precision: Of the activation and the weight, in this order.
         dtype: The ``preferred_element_type``.
         batch: The axes of the weight that are batch axes of the product.
-        factor_input: ``x`` as the factors are to meet it; None for ``x`` itself.
-        precomputed: The update, where it was computed with those of other weights.
+        factor_input: ``x`` for the products with factors; None for ``x`` itself.
+        precomputed: The update, if it was computed together with those of other weights.
     """
 
     x: Array
@@ -58,7 +58,7 @@ class Dot:
         return value.frozen.product(self.bind, self.x)
 
     def choose(self, value: LowRank, execution: str) -> tuple[Work, Strategy]:
-        """The operations of each way to compute the product, and the way to take."""
+        """The operations of the product, and the strategy to compute it with."""
         update = sum(term_flops(self.named_x, term, self.out) for term in completed(value).terms)
         base = multiply_flops(self.named_x, NamedArray(value.frozen, tuple(range(value.ndim))))
         work = Work(base, update, 2 * value.size * value.terms[0][0].size(RANK))
@@ -70,7 +70,7 @@ class Dot:
     def compute(self, value: LowRank, execution: str) -> Product:
         """The product, with the cost of its update."""
         work, strategy = self.choose(value, execution)
-        # JAX may keep these functions for longer than the trace: they must hold shapes and names only, no tracer.
+        # JAX may cache these functions beyond the trace, so they close over shapes and names only, never over a tracer.
         settings: dict[str, Any] = {"precision": self.precision, "dtype": self.dtype}
         x_dims, out, shape = self.x_dims, self.out, value.shape
 
@@ -82,11 +82,12 @@ class Dot:
         if strategy == "fused":
             in_fused = functools.partial(update, opaque=False)
             y = add_updates(
+                # The base below is frozen part and update in one, so there is no term to add. A gain still applies.
                 value.with_terms(()),
                 self.named_x,
                 self.out,
                 base=lambda x: fused_product(x, value, base=self.bind, update=in_fused),
-                update=lambda x, term, like, tap: like,  # no term is left
+                update=lambda x, term, like, tap: like,  # never called
             )
             return Product(y, work.base, work.materializing, value.size * value.frozen.dtype.itemsize, "fused")
         y = add_updates(
@@ -123,7 +124,7 @@ def dot(
         precision: As in `jax.lax.dot_general`, for the operands in their order.
         dtype: The ``preferred_element_type``.
     """
-    # JAX may number axes by NumPy's integers, which do not compare with the tuples that name other axes.
+    # JAX may number axes by NumPy integers, which do not compare with the tuples that name other axes.
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = (
         tuple(tuple(int(d) for d in dims) for dims in pair) for pair in dimension_numbers
     )

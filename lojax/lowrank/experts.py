@@ -1,4 +1,4 @@
-"""`ragged_dot_general` with adapted experts: every row meets the factors of its own group."""
+"""`ragged_dot_general` with adapted experts: every row is multiplied by the factors of its own group."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Experts:
         if first_axes != set(w_sum) or first_axes & second_axes or not (group in first.dims and group in second.dims):
             raise NotFactored("experts whose group axis is no stack, or whose in axes are not the summed ones")
         free = [d for d in range(value.ndim) if d not in (group, *w_sum)]
-        # The rows of the result: the axis that was ragged moves down by each summed axis before it.
+        # The position of the ragged axis in the result, which lacks the summed axes before it.
         rows = ragged - sum(d < ragged for d in x_sum)
         x_free = self.x.ndim - len(x_sum)
         out: list[Name] = [*(("x", d) for d in range(x_free)), *free]
@@ -77,8 +77,9 @@ class Experts:
             )
 
         gain = value.gain
-        if gain is not None:  # every row takes the gain of its own group
+        if gain is not None:  # [groups, n] to [T, n]: every row takes the gain of its own group
             by_group = gain.transpose_to([group, *free]).array
+            # Group sizes are values, so under jit only `total_repeat_length` tells JAX how many rows there are.
             by_row = jnp.repeat(by_group, self.group_sizes, axis=0, total_repeat_length=self.x.shape[ragged])
             gain = NamedArray(by_row, (("x", rows), *free))
         y = add_updates(

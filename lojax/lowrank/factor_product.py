@@ -2,9 +2,9 @@
 
 The gradient of a factor sums over all tokens, ``x^T g``. JAX writes it as ``(g^T x)^T``, and XLA:CPU then copies
 whichever operand comes first with its axes transposed, or, where it merges the two transposes, multiplies ``x^T`` by a
-narrow ``g``. Either takes a third of the time of ``x W`` (seen with JAX 0.10 to 0.12). So this product is a primitive
-of its own: its transpose rule marks the gradient of a factor, and its lowering for a CPU puts the smaller operand first
-and transposes the small result. On other devices it is `multiply` and nothing else.
+narrow ``g``. Either takes a third of the time of ``x W`` (measured with JAX 0.10 to 0.12). So this product is a
+primitive of its own: its transpose rule marks the gradient of a factor, and its lowering for a CPU puts the smaller
+operand first and transposes the small result. On other devices it is `multiply` and nothing else.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lojax.types import Array, Dtype
 Dims = tuple[Name, ...]
 
 TRANSPOSE_RATIO = 4
-"""The larger operand must have this many times the entries of the result for the other order to pay: the result is
-transposed once, and below that the copies of XLA:CPU cost no more."""
+"""The other order pays where the larger operand has at least this many times the entries of the result. It transposes
+the result; below this ratio, the copies that XLA:CPU makes of an operand cost no more."""
 
 factor_product_p = Primitive("lojax_factor_product")
-"""``multiply(x, y, out)``, with the names of all axes as parameters; ``gradient`` where it is that of a factor."""
+"""``multiply(x, y, out)``, with the names of all axes as parameters. ``gradient``: of a factor."""
 
 
 class FactorTangent(NamedArray):
-    """A factor that is a tangent."""
+    """A factor that is a tangent: the class alone tells `factored.multiply_factor` which product to call."""
 
 
 def factor_product(
@@ -46,7 +46,8 @@ def factor_product(
     dtype: Dtype | None = None,
     like: ShapedArray | None = None,
 ) -> NamedArray:
-    """`multiply` with a `FactorTangent` ``y``; where types carry a mesh, `multiply` itself."""
+    """`multiply` with a `FactorTangent` ``y``; on a mesh that types carry, `multiply` itself."""
+    # The primitive below has no rule for the sharding of its result, nor for axes that vary over a mesh.
     if not jax.typeof(x.array).sharding.mesh.empty:
         return multiply(x, y, out, precision=precision, dtype=dtype, like=like)
     kind = jnp.dtype(dtype if dtype is not None else x.array.dtype)
@@ -62,19 +63,23 @@ def _multiply(x: Array, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, grad
 def _multiply_on_cpu(
     x: Array, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, gradient: bool, **settings: Any
 ) -> Array:
+    # A gradient of a factor is [m, r] or [r, n]. The operand with r is the small one (T r entries), the activation the
+    # large one (T m or T n): small first, the result comes out rank first, and only it is transposed.
     small, large = sorted((NamedArray(x, x_dims), NamedArray(y, y_dims)), key=lambda v: v.array.size)
     length = axis_lengths(small, large)
     if not gradient or large.array.size < TRANSPOSE_RATIO * math.prod(length[d] for d in out):
         return _multiply(x, y, x_dims=x_dims, y_dims=y_dims, out=out, gradient=gradient, **settings)
     batch = [d for d in small.dims if d in large.dims and d in out]
     dims = [*batch, *(d for v in (small, large) for d in v.dims if d in out and d not in batch)]
+    # The operands may have changed places, and a pair of precisions has to follow them.
     if small.dims == y_dims and isinstance(settings["precision"], tuple):
         settings |= {"precision": settings["precision"][::-1]}
     product = multiply(small, large, dims, **settings)
     if product.dims == out or jnp.issubdtype(product.array.dtype, jnp.complexfloating):
         return product.transpose_to(out).array
-    # XLA merges the transpose of a product into the product and copies an operand after all; it does not merge across
-    # an operation, and this one rounds to the precision that the values have. There is none for complex numbers.
+    # XLA merges the transpose of a product into the product and copies an operand after all. It does not merge across
+    # another operation, and this one changes nothing: it rounds to the precision that the values already have. Complex
+    # numbers have no such operation.
     info = jnp.finfo(product.array.dtype)
     rounded = lax.reduce_precision(product.array, info.nexp, info.nmant)
     return NamedArray(rounded, product.dims).transpose_to(out).array
@@ -90,6 +95,7 @@ def _abstract_product(
 def _transpose_x(
     cotangent: Array, x: Any, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, precision: Precision, **_: Any
 ) -> Array:
+    # The cotangent of the activation sums over the rank or n, not over tokens: no order of it needs a transposed copy.
     x_bar = multiply(
         NamedArray(cotangent, out), NamedArray(y, y_dims), x_dims, precision=precision, dtype=cotangent.dtype
     )
@@ -107,6 +113,7 @@ def _transpose_y(
 def _batch(
     operands: Sequence[Array], axes: Sequence[int | None], *, x_dims: Dims, y_dims: Dims, out: Dims, **params: Any
 ) -> tuple[Array, int]:
+    # A vmap around this one has named an axis already, so each takes a name that is not in use.
     taken = {*x_dims, *y_dims, *out}
     name = next(n for i in range(len(taken) + 1) if (n := ("vmap", i)) not in taken)
     x_dims, y_dims = (

@@ -4,10 +4,10 @@
 terms, the gain on the result. What differs between kinds of product is how a term alone is multiplied.
 
 `opaque_product` is what a remat policy sees of an update. A policy decides, primitive by primitive, what
-`jax.checkpoint` keeps for the backward pass. Written out, a factored product is three products, and a policy that
-keeps products (`dots_saveable`, `dots_with_no_batch_dims_saveable`) would keep ``x W0`` *and* ``(x A) B``, twice
-what the frozen net keeps. So the update is one opaque primitive that no policy saves: ``x W0`` is kept, as in the
-frozen net, and the update is computed again, ``2Tr(m + n)`` operations. The sum has a name, for policies that keep it
+`jax.checkpoint` saves for the backward pass. Written out, a factored product is three products, and a policy that
+saves products (`dots_saveable`, `dots_with_no_batch_dims_saveable`) would save ``x W0`` *and* ``(x A) B``, twice
+what it saves of the frozen net. So the update is one opaque primitive that no policy saves: ``x W0`` is saved, as in
+the frozen net, and the update is recomputed, ``2Tr(m + n)`` operations. The sum has a name, for policies that save it
 instead (`lojax.remat`).
 """
 
@@ -34,10 +34,10 @@ from lojax.lowrank.value import LowRank, NotFactored, Term, complete_term, compu
 from lojax.types import Array, Dtype
 
 PRODUCT = "lojax_product"
-"""The name of every product with an adapted weight, update included."""
+"""The name of every product with an adapted weight, including its update."""
 
 Tap = Callable[[Array], Array]
-"""What happens to ``x . a`` before it meets ``b``: the identity, or a probe."""
+"""A function of ``x . a``, applied before the product with ``b``: the identity, or a probe."""
 
 
 def name_product(y: Array) -> Array:
@@ -45,7 +45,7 @@ def name_product(y: Array) -> Array:
     return checkpoint_name(y, PRODUCT)
 
 
-# --- what a variant adds, for every kind of product ---
+# --- variants, for every kind of product ---
 
 
 def add_updates(
@@ -58,7 +58,7 @@ def add_updates(
     factor_input: Array | None = None,
     precomputed: Array | None = None,
 ) -> Array:
-    """The frozen product plus every update, with what the variant of ``value`` adds.
+    """The frozen product plus every update, with the dropout, the tap and the gain of ``value``.
 
     Args:
         value: The adapted weight.
@@ -66,12 +66,12 @@ def add_updates(
         out: The names of the result's axes.
         base: ``base(x)``, the frozen product.
         update: ``update(x, term, like, tap)``, the product with one term alone, in the dtype of ``like``.
-        factor_input: ``x`` as the factors are to meet it, where that is another array (see `rewrite.activations`).
-        precomputed: The sum of all updates, where it was computed with those of other weights.
+        factor_input: ``x`` for the products with factors, if it is another array (see `rewrite.activations`).
+        precomputed: The sum of all updates, if it was computed together with those of other weights.
     """
     dropout, tap, gain = value.dropout, (second_moment_tap if value.tap else _identity), value.gain
     if gain is not None and not set(gain.dims) <= set(out):
-        # The product sums the axes of the gain (a tied head): it goes on the input instead of the result.
+        # The product sums the axes of the gain (a tied head), so the gain goes on the input instead of the result.
         if x is None or not set(gain.dims) <= set(x.dims):
             raise NotFactored("a product that sums some of the axes of a DoRA magnitude")
         factor_input = None if factor_input is None else apply_gain(factor_input, gain, x.dims)
@@ -95,13 +95,15 @@ def _identity(inner: Array) -> Array:
 
 def apply_gain(y: Array, gain: NamedArray, dims: Sequence[Name]) -> Array:
     """``y``, with axes called ``dims``, times ``gain`` (DoRA): in float32 or wider, rounded once."""
+    # The magnitude starts at the norm, so the gain starts near 1, where bfloat16 has steps of 1/128: rounded to it,
+    # training would move the gain in jumps.
     wide = at_least_float32(y.dtype)
     return (y.astype(wide) * reshard_like(gain.broadcastable(dims), y).astype(wide)).astype(y.dtype)
 
 
 def drop_out(x: Array, key: Array, rate: float) -> Array:
     """``x`` with inverted dropout (Srivastava et al. 2014)."""
-    for axis in varying_axes(x):  # under shard_map, a mask of its own for every shard of x
+    for axis in varying_axes(x):  # under shard_map the key is the same everywhere, so each shard folds in its index
         key = jax.random.fold_in(key, lax.axis_index(axis))
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
@@ -121,23 +123,25 @@ def apply_term(
     tap: Tap = _identity,
     opaque: bool = True,
 ) -> NamedArray:
-    """``(x . first) . second`` summed over the axes of ``x`` that are not in ``out``, axes in the order ``out``.
+    """``(x . first) . second``: the axes of ``x`` that are not in ``out`` are summed; the result has the axes ``out``.
 
     Args:
         x: The activation.
-        term: Two factors that have every axis of the weight. The first is the one that sums away the most.
+        term: Two factors that together have every axis of the weight; `contraction_order` says which comes first.
         out: The names of the result's axes.
         precision: As in `jax.lax.dot_general`, for the activation and a factor.
         dtype: The dtype in which the sums are accumulated.
         like: The type of an array whose dtype and sharding the result takes.
-        tap: What happens between the factors.
-        opaque: Whether the two products are one to remat policies (see `opaque_product`).
+        tap: What is applied between the two products.
+        opaque: Whether remat policies see the two products as one primitive (see `opaque_product`).
     """
     first, second, summed = contraction_order(x, term, out)
     kind = compute_dtype(x.array, dtype)
     middle = [d for d in dict.fromkeys((*x.dims, *first.dims)) if d not in summed and d != RANK] + [RANK]
     settings: dict[str, Any] = {"precision": precision, "dtype": dtype}
-    x_dims = x.dims  # JAX may keep these two functions for longer than the trace: they must hold no tracer
+    # JAX may cache these two functions beyond the trace, so they must close over no tracer (`jax.checking_leaks`): over
+    # the names of x and not over x.
+    x_dims = x.dims
 
     def project_down(x: Array, factors: Sequence[NamedArray]) -> list[Array]:
         return [multiply_factor(NamedArray(x, x_dims), factors[0], middle, kind, **settings)]
@@ -167,12 +171,14 @@ def multiply_factor(
 
 
 def contraction_order(x: NamedArray, term: Term, out: Sequence[Name]) -> tuple[NamedArray, NamedArray, list[Name]]:
-    """The factor that meets ``x`` first, the other one, and the axes that the first product sums away."""
+    """The factor that multiplies ``x`` first, the other factor, and the axes that the first product sums."""
     summed = [d for d in x.dims if d not in out]
     own_axes = [[d for d in summed if d in term[i].dims and d not in term[1 - i].dims] for i in (0, 1)]
     if not any(own_axes):
         raise NotFactored("the product sums no axis that one factor has alone")
     sizes = [math.prod(term[i].size(d) for d in own_axes[i]) for i in (0, 1)]
+    # Where either factor could be first (both ends of the weight are summed), the one that sums more entries leaves the
+    # smaller array between the two products.
     i = 0 if sizes[0] >= sizes[1] else 1
     return term[i], term[1 - i], own_axes[i]
 
@@ -186,7 +192,7 @@ def term_flops(x: NamedArray, term: Term, out: Sequence[Name]) -> int:
 
 
 def term_bytes(x: NamedArray, term: Term, out: Sequence[Name], y: Array) -> int:
-    """The bytes that `apply_term` makes for the result ``y``: the product with one factor, and the update."""
+    """The bytes of the arrays that `apply_term` computes for the result ``y``: ``x . first``, and the update."""
     first, _, summed = contraction_order(x, term, out)
     length = axis_lengths(x, first)
     inner = math.prod(length[d] for d in {*x.dims, *first.dims} if d not in summed)
@@ -194,48 +200,58 @@ def term_bytes(x: NamedArray, term: Term, out: Sequence[Name], y: Array) -> int:
 
 
 def completed(value: LowRank) -> LowRank:
-    """``value`` with every one of its axes in some factor of each term."""
+    """``value`` where the factors of each term have every axis of it."""
     return value.with_terms(tuple(complete_term(term, value.shape) for term in value.terms))
 
 
-# --- what a remat policy sees ---
+# --- one primitive to remat policies ---
 
 
 def opaque_product(
     down: Callable[[Array, Sequence[NamedArray]], list[Array]], up: Sequence[Callable[[Array, NamedArray], Array]]
 ) -> Callable[..., list[Array]]:
-    """``[up_i(down(x, a)_i, b_i)]``, with nothing inside for a policy to keep but what its derivative asks for.
+    """``[up_i(down(x, a)_i, b_i)]`` as one primitive: a policy sees nothing of it but what its derivative needs.
 
     Args:
-        down: ``down(x, a)``, linear in x and in all of the factors a together, whatever the order of their axes.
-        up: For each result, a function of ``down(x, a)_i`` and the other factor, linear in either.
+        down: ``down(x, a)``, linear in x, and linear in the list of factors a as a whole.
+        up: For each result, a function of ``down(x, a)_i`` and the other factor, linear in each of the two.
     """
 
     def project_up(inner: Sequence[Array], b: Sequence[NamedArray]) -> list[Array]:
         return [f(u, v) for f, u, v in zip(up, inner, b, strict=True)]
 
-    # A rule for tangents and not for cotangents: jvp, vmap, scan, remat and second derivatives follow from it.
+    # A rule for tangents and not for cotangents: jvp, vmap, scan, remat and second derivatives follow from it, while
+    # a `custom_vjp` has no forward derivative.
     @jax.custom_jvp
     def product(x: Array, a: Sequence[NamedArray], b: Sequence[NamedArray]) -> list[Array]:
         return project_up(down(x, a), b)
 
+    # Symbolic zeros, because an array of zeros would be multiplied like any other. Where x has no tangent (a first
+    # layer) there is no ``down(dx, a)``; with a frozen a (LoRA-FA) no ``down(x, da)``, whose transpose alone would save
+    # x.
     @functools.partial(product.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
         (x, a, b), (dx, da, db) = primals, tangents
+        # In the open, unlike the output: db needs x . a in the backward pass. It has the size of the rank.
         inner = down(x, a)
         inner_tangents: list[list[Array]] = [] if _is_zero(dx) else [down(dx, a)]
         if not all(_is_zero(d.array) for d in da):
+            # `down` takes all factors at once (those of a group are joined along the rank), so a factor without a
+            # tangent has zeros here. Where none has one, there is no product at all.
             moved = [
                 NamedArray(jnp.zeros_like(v.array), v.dims) if _is_zero(d.array) else d
                 for v, d in zip(a, da, strict=True)
             ]
             inner_tangents.append(down(x, [FactorTangent(d.array, d.dims) for d in moved]))
+        # `product` and not `project_up(inner, b)`, which a policy would see and save.
         outputs = product(x, a, b)
         terms: list[list[Array]] = [
             [] if _is_zero(d.array) else [f(u, FactorTangent(d.array, d.dims))]
             for f, u, d in zip(up, inner, db, strict=True)
         ]
         if inner_tangents:
+            # dx . a + x . da is summed before the product with b, not after: one product instead of two, and in the
+            # transpose one product dy . b^T, of the size of the rank, which serves the gradients of x and of a.
             sums = [functools.reduce(jnp.add, u) for u in zip(*inner_tangents, strict=True)]
             terms = [[y, *more] for y, more in zip(project_up(sums, b), terms, strict=True)]
         return outputs, [

@@ -1,8 +1,8 @@
-"""The frozen weight ``W0``: the one protocol through which every product and every carrier meets it.
+"""The frozen weight ``W0``: the one protocol through which every product and every carrier uses it.
 
-An adapted weight holds its ``W0`` as a `FrozenWeight` and never as a bare array. Today there is one kind,
-`DenseWeight`. A weight that is stored in another form (quantized, or computed again from other leaves) is one more
-class with the same five members: nothing else in the engine would change.
+The ``W0`` of an adapted weight is a `FrozenWeight`, never a bare array. Today there is one class, `DenseWeight`. A
+weight that is stored in another form (quantized, or computed from other leaves) would be one more class with the same
+five members; nothing else in the engine would change.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class FrozenWeight(Protocol):
         ...
 
     def map(self, f: Callable[[Array], Array]) -> Self:
-        """The weight ``f(value)``, for what moves, casts or cuts the value: a *carrier*."""
+        """The weight ``f(value)``, for an ``f`` that moves, casts or slices the value: a *carrier*."""
         ...
 
     def product(self, f: Callable[..., Array], *operands: Array) -> Array:
-        """``f(value, *operands)``, for what multiplies the value with an activation.
+        """``f(value, *operands)``, for an ``f`` that multiplies the value with an activation.
 
-        A weight that is stored in another form runs ``f`` on its dense value for the moment, and again in the
-        backward pass: only what is stored is kept.
+        A weight that is stored in another form materializes its value as a temporary, once here and once more in the
+        backward pass, so that only the stored form is saved.
         """
         ...
 
@@ -49,7 +49,7 @@ class FrozenWeight(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseWeight:
-    """A frozen weight that is stored as it is used: an array."""
+    """A frozen weight that is stored as an array."""
 
     array: Any  # an array; in the specs of a shard_map a PartitionSpec
 

@@ -1,15 +1,15 @@
-"""The fused product ``x . (w + a b)``: the weight materialized for the moment, and no gradient of it.
+"""The fused product ``x . (w + a b)``: the weight is materialized as a temporary, and has no gradient.
 
 The product is one `dot_general` with ``w + a b``. Its derivative is written out by hand, as a rule for
 tangents:
 
-    dy = dx . (w + a b) + (x . da) . b + (x . a) . db
+    dy = dx . (w + a b) + (x . da) . b + (x . a) . db        x [T, m], w [m, n], a [m, r], b [r, n], y [T, n]
 
 which is linear in ``dx``, ``da`` and ``db``, so JAX transposes it to
 
     dx = dy . (w + a b)^T        da = x^T (dy . b^T)        db = (x . a)^T dy
 
-and nothing of the weight's size is ever a gradient (Hu et al. 2021, arXiv:2106.09685, eq. 3; the order of the
+and no gradient has the size of the weight (Hu et al. 2021, arXiv:2106.09685, eq. 3; the order of the
 products is that of RunLoRA, Cherniuk et al. 2023, arXiv:2312.03415). As it is a rule for tangents, `jvp`, `vmap`,
 `scan`, `remat` and second derivatives follow.
 """
@@ -46,7 +46,7 @@ def fused_product(x: Array, value: LowRank, *, base: Base, update: Update) -> Ar
         update: The product with the term alone, factored, linear in either factor.
 
     Returns:
-        The product, as ``base`` gives it.
+        The product, as ``base`` returns it.
     """
 
     path = value.path
@@ -65,21 +65,25 @@ def fused_product(x: Array, value: LowRank, *, base: Base, update: Update) -> Ar
     @functools.partial(product.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
         x, *weight = primals
-        y = base(materialize(*weight), x)  # in the open, so that a policy that saves products saves this one
+        y = base(materialize(*weight), x)  # not `product`: a policy that saves products is to see and save this one
         x_dot, w_dot, a_dot, b_dot = tangents
         moving = {"x": x_dot, "w": w_dot, "a": a_dot, "b": b_dot}
         moving = {name: dot for name, dot in moving.items() if not _is_zero(dot)}
 
-        # What needs ``w + a b`` or ``x . a`` is under `jax.checkpoint`: both are made again where they are needed, and
-        # only x, w, a and b are kept. The barrier that `jax.checkpoint` sets is needed: without it XLA keeps the weight
-        # of every layer of an unrolled net for the backward pass (four 4096 x 4096 layers compiled for a v5e with JAX
-        # 0.10: 417 MiB of temporaries instead of 290).
+        # What needs ``w + a b`` or ``x . a`` is under `jax.checkpoint`: both are recomputed where they are needed, and
+        # only x, w, a and b are saved. The barrier that `jax.checkpoint` sets is needed: without it XLA saves the
+        # weight of every layer of an unrolled net for the backward pass (four 4096 x 4096 layers compiled for a v5e
+        # with JAX 0.10: 417 MiB of temporaries instead of 290).
         @jax.checkpoint
         def tangent(primals: Any, moving: dict[str, Any]) -> Array:
             x, w, a, b = primals
+            # One function for each operand, called below for those that have a tangent: the weight is materialized a
+            # second time only where dx is asked for. lojax never asks for dw, since W0 has no gradient.
             summands = {
                 "x": lambda dx: base(materialize(w, a, b), dx),
                 "w": lambda dw: base(dw.dense(), x),
+                # `FactorTangent` marks the sums over tokens, which a CPU computes in another order (see
+                # `factor_product`).
                 "a": lambda da: update(x, (FactorTangent(da.array, da.dims), b), y),
                 "b": lambda db: update(x, (a, FactorTangent(db.array, db.dims)), y),
             }

@@ -1,4 +1,4 @@
-"""A look-up in an adapted weight (`gather`): an embedding, or the choice of entries of a stack."""
+"""A look-up in an adapted weight (`gather`): the rows of an embedding, or the entries of a stack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lojax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A look-up. Where only stack axes are addressed the result is again an adapted weight.
+    """A look-up. If it indexes stack axes only, the result is again an adapted weight.
 
     Otherwise the rows of one factor are looked up and multiplied by the other.
 
@@ -43,22 +43,23 @@ class Lookup:
         return [("i", j) for j in range(self.indices.ndim - 1)]
 
     def addressed(self, value: LowRank) -> set[int]:
-        """The axes along which the look-up chooses: not those taken whole, unless they may be out of bounds."""
+        """The axes that the look-up indexes. An axis taken in full counts only if its index may be out of bounds."""
         strict = self.options["mode"] == lax.GatherScatterMode.FILL_OR_DROP
         return {d for d in self.numbers.start_index_map if strict or self.slice_sizes[d] != value.shape[d]}
 
     def picks_entries(self, value: LowRank) -> bool:
-        """Whether the result is again an adapted weight: only stack axes are addressed."""
+        """Whether the result is again an adapted weight: only stack axes are indexed."""
         addressed = self.addressed(value)
         if not value.probe:
             return all(addressed <= {*x.dims} for term in value.terms for x in term)
-        # A probe does not know yet which axes are a stack: they are, where two or more other axes remain.
+        # A probe does not know yet which axes are a stack. The indexed ones are, if two or more other axes remain: the
+        # entry is then a matrix. If one remains, the entry is a row of an embedding.
         shared = {*addressed, *self.numbers.operand_batching_dims}
         remaining = [f for f in value.terms[0] if any(d != RANK and f.size(d) > 1 for d in f.dims)]
         return sum(not shared & {*f.dims} for f in remaining) > 1
 
     def contracted_axes(self, value: LowRank) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The last axis addressed is like a summed one; others addressed and those batched are a stack."""
+        """The last indexed axis is an in axis (a look-up is a product with one-hot rows), the others a stack."""
         addressed = sorted(self.addressed(value))
         return tuple(addressed[-1:]), (*addressed[:-1], *sorted(self.numbers.operand_batching_dims))
 
@@ -67,7 +68,7 @@ class Lookup:
         return value.frozen.product(self.bind)
 
     def compute(self, value: LowRank, execution: str) -> Product:
-        """The rows that are looked up, with the cost of their update."""
+        """The rows that are looked up, with the cost of their update. Always factored, whatever ``execution`` is."""
         rows = self.pick(value)
         y = rows.frozen.dense()
         axes = range(y.ndim)
@@ -83,7 +84,7 @@ class Lookup:
         return Product(result, 0, sum(multiply_flops(a, b) for a, b in terms), made)
 
     def pick(self, value: LowRank) -> LowRank:
-        """The look-up itself, in the frozen part and in each factor that has an axis that it addresses."""
+        """The look-up in the frozen part, and in each factor that has an indexed axis."""
         frozen = value.frozen.map(self.bind)
         names = self._result_axes(value, len(frozen.shape))
         addressed = self.addressed(value)
@@ -96,7 +97,7 @@ class Lookup:
         return self._pick_filled(value, frozen, addressed, follow)
 
     def _result_axes(self, value: LowRank, ndim: int) -> dict[Name, Name]:
-        """Where each axis of the weight, and each batch axis of the indices, is in the result."""
+        """The position in the result of each axis of the weight and of each batch axis of the indices."""
         removed = {*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims}
         weight_axes = iter(d for d in range(value.ndim) if d not in removed)
         batch_axes = iter(self.batch)
@@ -106,19 +107,24 @@ class Lookup:
         }
 
     def _fills(self) -> bool:
-        """Whether entries out of bounds become a number of their own: not NaN, to which nothing can be added."""
+        """Whether entries out of bounds become a number. NaN does not count: NaN plus any update is NaN."""
         fill = self.options.get("fill_value")
+        # ``fill == fill`` is False for NaN alone.
         return self.options["mode"] == lax.GatherScatterMode.FILL_OR_DROP and fill is not None and fill == fill
 
     def _pick_filled(
         self, value: LowRank, frozen: FrozenWeight, addressed: set[int], follow: Callable[[NamedArray], NamedArray]
     ) -> LowRank:
         """A look-up that fills: out of bounds, the update is zero and the gain one."""
+        # An update that repeats along an indexed axis has nothing that the look-up could set to zero out of bounds, so
+        # a factor takes that axis on first.
         terms = tuple(
             tuple(follow(x) for x in complete_term(term, value.shape, sorted(addressed))) for term in value.terms
         )
         gain = value.gain
         if gain is not None:
+            # The same look-up in an array of ones says which entries are in bounds, for every mode and layout of the
+            # indices.
             ones = jnp.ones([value.shape[d] for d in sorted(addressed)], gain.array.dtype)
             inside = follow(NamedArray(ones, tuple(sorted(addressed))))
             gain = follow(gain)
@@ -135,15 +141,20 @@ class Lookup:
             zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
         )
         sliced = [d for d in x.dims if d != RANK and d not in batching and sizes[d] != x.size(d)]
+        # Nothing is indexed here: the array keeps its entries, and its batching axes become those of the indices.
         if not columns and not sliced:
             names = {d: batch[axis] for d, axis in batching.items()}
             return x.squeeze([d for d in x.dims if d in numbers.collapsed_slice_dims]).rename(names)
+        # `gather` returns the offset axes in the order of its operand, so the operand has them in the order of the
+        # weight.
         x = x.transpose_to([*sorted(d for d in x.dims if d != RANK), *[RANK] * (RANK in x.dims)])  # type: ignore[type-var]
         collapsed = [d for d in x.dims if d in numbers.collapsed_slice_dims]
         batched = [d for d in x.dims if d in batching]
         offset = [d for d in x.dims if d not in (*collapsed, *batched)]
+        # Out of bounds the frozen part is already the fill value: the update to add to it is zero.
         fill: dict[str, Any] = {} if self.options.get("fill_value") is None else {"fill_value": 0}
         indices = self.indices
+        # An index along an axis that this array does not have says nothing about it.
         if len(columns) < indices.shape[-1]:
             indices = jnp.take(indices, jnp.asarray(columns), axis=-1)
         array = lax.gather(

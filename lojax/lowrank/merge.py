@@ -1,7 +1,7 @@
 """Merging an adapter into its weights and taking it out again.
 
-The update is added in float32 (or wider) and cast once. In bfloat16 a merge still loses what falls
-below the weight's own rounding: train factored on a low-precision base, and keep ``frozen``.
+The update is added in float32 (or wider) and cast once. In bfloat16 a merge still loses the part of the update that
+is smaller than the rounding of the weight: train factored on a low-precision base, and keep ``frozen``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lojax.types import Array, Leaf, Params, Path
 def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: bool = False) -> Params:
     """Plain parameters for the net: ``W0 + scale * a @ b`` at every adapted weight.
 
-    A `tree_map` of a jitted sum, float32 accumulation, one cast to the dtype of ``W0``: weights follow one another, so
-    that only one float32 update is there at a time, and weights that are alike are compiled once.
+    A `tree_map` of a jitted sum, accumulated in float32 and cast once to the dtype of ``W0``. Weights are merged one
+    after another, so only one float32 update exists at a time, and weights of equal shapes are compiled once.
 
     Args:
         frozen: The frozen tree.
         lora: The adapters and the parameters trained in full.
         donate: Reuse the buffers of ``frozen`` for the result; neither ``frozen`` nor the ``params`` it
             came from is then usable any more.
-        check_finite: Raise if a merged parameter holds NaN or infinity, naming its path. Reads values,
+        check_finite: Raise if a merged parameter has NaN or infinity, naming its path. Reads values,
             so not under `jit`.
 
     Returns:
@@ -47,7 +47,7 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
     [[1.5, 1.5], [1.5, 1.5]]
     """
     check_pair(frozen, lora)
-    if check_finite:  # before the only copy may be given away
+    if check_finite:  # before `donate` gives up the only copy
         _refuse_nonfinite(_finite_merge(frozen, lora))
     return _merge(frozen, lora, _sum_donated if donate else _sum)
 
@@ -55,7 +55,7 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
 def unmerge(params: Params, lora: Params, *, donate: bool = False) -> Params:
     """The ``frozen`` tree that `merge` would turn into ``params``: ``W - scale * a @ b``.
 
-    Exact to the rounding of the weight's dtype; where the base is at hand, keep it instead.
+    Exact up to the rounding of the weight's dtype. If you still have the base, use it instead.
 
     Args:
         params: Merged parameters.
@@ -104,16 +104,16 @@ def _add_update(weight: Array, adapter: Adapter) -> Array:
     return from_adapter("", weight, adapter).dense()
 
 
+# At module level, so that the compiled sums outlive a call: merging again compiles nothing.
 _sum = jax.jit(_add_update)
 _sum_donated = jax.jit(_add_update, donate_argnums=0)
 
 
 @jax.jit
 def _finite_merge(frozen: Params, lora: Params) -> dict[Path, Array]:
-    """Whether each merged parameter is finite, by path; no merged copy outlives the call."""
-    params = {
-        path: unbox(leaf) for path, leaf in flatten(_merge(frozen, lora, _add_update)).items() if leaf is not None
-    }
+    """Whether each merged parameter is finite, by path. One jit, so that no merged copy leaves it."""
+    leaves = flatten(_merge(frozen, lora, _add_update))
+    params = {path: unbox(leaf) for path, leaf in leaves.items() if leaf is not None}
     return {path: jnp.isfinite(x).all() for path, x in params.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
 
 

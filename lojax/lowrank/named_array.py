@@ -1,4 +1,13 @@
-"""Arrays whose axes have names, and the product of two of them."""
+"""Arrays whose axes have names, and the product of two of them.
+
+Names stand where other code has shapes by position. With T tokens, m in, n out, r rank, and S a stack, the product of
+an activation with an update is two calls of `multiply`:
+
+    x [T, m] . a [m, r] -> [T, r]            [T, r] . b [r, n] -> [T, n]
+
+and with a stack, ``[S, T, m] . [S, m, r] -> [S, T, r]``: S is in both operands and in the result, a batch axis.
+An axis of a weight is named by its position in the weight, the rank axis `RANK`, the axes T by ``("x", i)``.
+"""
 
 from __future__ import annotations
 
@@ -47,19 +56,20 @@ class NamedArray:
     def transpose_to(self, dims: Sequence[Name]) -> NamedArray:
         """The same array with its axes in the order ``dims``."""
         dims = tuple(dims)
+        # A transpose to the same order would be an equation of the user's program that does nothing.
         if dims == self.dims:
             return self
         return NamedArray(lax.transpose(self.array, [self.axis(d) for d in dims]), dims)
 
     def squeeze(self, names: Sequence[Name]) -> NamedArray:
-        """The array without the axes called ``names``, all of length one."""
+        """The array without the axes called ``names``, each of which has length one."""
         axes = [self.axis(d) for d in names]
         if not axes:
             return self
         return NamedArray(lax.squeeze(self.array, axes), tuple(d for d in self.dims if d not in names))
 
     def broadcastable(self, dims: Sequence[Name]) -> Array:
-        """The array with its axes in the order ``dims``, of length one where it has no axis of that name."""
+        """The array with an axis for each of ``dims``, in this order: of length one where it has none so named."""
         own = [d for d in dims if d in self.dims]
         return jnp.expand_dims(self.transpose_to(own).array, [i for i, d in enumerate(dims) if d not in self.dims])
 
@@ -85,12 +95,13 @@ def multiply(
 ) -> NamedArray:
     """The product of ``x`` and ``y`` summed over every shared axis that is not in ``out``.
 
-    An einsum by name, as one `dot_general`: a transpose is added only where ``out`` asks for an order
-    that `dot_general` cannot give.
+    An einsum by name, as one `dot_general`: ``[S, T, m] . [S, m, n] -> [S, T, n]``, where S are the shared axes in
+    ``out``, m those that are not, and T and n the axes of one operand. A transpose is added only where ``out`` asks for
+    another order than S, T, n.
 
     Args:
         x: Any axes.
-        y: Any axes; those called as in ``x`` have the same length.
+        y: Any axes; those with the name of an axis of ``x`` have the same length.
         out: The names of the result, in order. Axes of only one operand must be among them.
         precision: As in `jax.lax.dot_general`, for ``(x, y)``.
         dtype: The dtype in which the sums are accumulated and returned.
@@ -117,12 +128,15 @@ def multiply(
 def _explicit_sharding(
     x: NamedArray, y: NamedArray, dims: Sequence[Name], out: Sequence[Name], like: ShapedArray | None
 ) -> Sharding | None:
-    """On a mesh of explicit axes, the sharding of a product: each axis is sharded as in the operand that has it."""
+    """The sharding of a product on a mesh of explicit axes (each axis as in the operand that has it), else None."""
     shardings = [jax.typeof(z.array).sharding for z in (x, y)]
     mesh = next((s.mesh for s in shardings if not s.mesh.empty), None)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return None
     entries: dict[Name, Any] = {}
+    # JAX refuses to contract axes that are sharded over explicit mesh axes unless it is told the sharding of the
+    # result. For an axis of both operands, the entry of x replaces that of y unless it is None, and that of ``like``
+    # replaces any.
     for z, sharding in zip((y, x), shardings[::-1], strict=True):
         entries |= {d: e for d, e in zip(z.dims, sharding.spec, strict=True) if e is not None or d not in entries}
     if like is not None:
@@ -130,7 +144,7 @@ def _explicit_sharding(
     used: set[str] = set()
     spec = []
     for d in dims:
-        # A mesh axis may shard one axis of an array only: the first that asks for it.
+        # A mesh axis may shard only one axis of an array: the first that names it.
         names = entries[d] if isinstance(entries[d], tuple) else (entries[d],)
         spec.append(None if used & {*names} else entries[d])
         used |= {n for n in names if n is not None}
@@ -143,7 +157,7 @@ def has_explicit_sharding(x: Array) -> bool:
 
 
 def reshard_like(x: Array, y: Array) -> Array:
-    """``x``, whose axes are as long as those of ``y`` or one, sharded like ``y`` on a mesh of explicit axes."""
+    """``x``, whose axes have the lengths of those of ``y`` or one, sharded like ``y`` on a mesh of explicit axes."""
     if not has_explicit_sharding(y):
         return x
     sharding = jax.typeof(y).sharding

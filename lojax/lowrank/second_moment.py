@@ -18,13 +18,15 @@ from lojax.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SecondMomentProbe(Adapter):
-    """An adapter with ``b = 0`` that leaves the net as it is, and whose gradient for ``a`` is ``x^T x a``."""
+    """An adapter with ``b = 0``, which does not change the net, and whose gradient for ``a`` is ``x^T x a``."""
 
 
 @jax.custom_vjp
 def second_moment_tap(inner: Array) -> Array:
-    """``inner = x a`` itself. Its cotangent is its own value, whatever cotangent comes in."""
+    """``inner = x a``, unchanged. Its cotangent is its own value, whatever cotangent comes in."""
     return inner
 
 
+# A rule for cotangents, because no rule for tangents has this transpose: it ignores the cotangent that comes in, which
+# with b = 0 would be zero.
 second_moment_tap.defvjp(lambda inner: (inner, inner), lambda inner, _: (inner,))

@@ -1,4 +1,4 @@
-"""The cost model: which way a product with an adapted weight is computed, decided in one place for each use.
+"""The cost model: which strategy computes a product with an adapted weight, decided in one place for each use.
 
 T tokens, m in, n out, rank r. Floating-point operations, forward and backward with dA, dB and dx together:
 
@@ -8,14 +8,15 @@ T tokens, m in, n out, rank r. Floating-point operations, forward and backward w
 | fused         | 4Tmn + 4Tr(m + n) + 4mnr       | one array of the size of the weight          |
 | materialize   | 6Tmn + 6mnr                    | two of the size of the weight: it, its grad. |
 
-``"auto"`` takes the fused product where it is as exact and costs less, the factored one otherwise. As exact means:
-weight, activation and result in float32 or wider *and* products in float32, which a GPU or a TPU only
-does at `jax.lax.Precision.HIGHEST`. In bfloat16 the sum ``W0 + s A B`` loses most of a small update (78 % of
-the entries do not change where the update is a thousandth of the weight). Costs less means: fewer operations,
-``T > 2mn / (m + n)``, with a margin for the room and the time that materializing the weight takes.
+An `execution` is what the user asks for, a strategy what is chosen for one use. ``execution="auto"`` chooses the fused
+product where it is as exact and costs less, and the factored one otherwise. As exact means: weight, activation and
+result are in float32 or wider *and* products are computed in float32, which a GPU or a TPU only does at
+`jax.lax.Precision.HIGHEST`. In bfloat16 the sum ``W0 + s A B`` loses most of a small update (78 % of the entries do not
+change where the update is a thousandth of the weight). Costs less means: fewer operations, ``T > 2mn / (m + n)``, with
+a margin for the memory and the time that materializing the weight takes.
 
-Everything is read off static shapes. What `jax.vmap` adds around the program is not seen: to run many adapters on
-one input, ask for ``"factored"``.
+All of it is computed from static shapes. The axes that `jax.vmap` adds around the program are not visible: to run many
+adapters on one input, ask for ``"factored"``.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from lojax.types import Array, Dtype
 
 Strategy = Literal["factored", "fused", "materialize"]
 EXECUTIONS = ("auto", "factored", "fused", "materialize")
-"""What a user may ask for."""
+"""What a user may pass as ``execution``."""
 
 MARGIN = 1.25
-"""The fused product must save this many times the operations that materializing the weight takes: operations on a
-weight-sized array run at the speed of memory and not of the matrix units (`benchmarks/layer_cost.py`)."""
+"""The fused product must save this many times the operations that materializing the weight takes, because those run at
+the speed of memory and not at that of the matrix units (`benchmarks/layer_cost.py`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Work:
         """Forward and backward, with the gradients of both factors and of the activation.
 
         >>> layer = dense_layer(8192, 4096, 4096, 16)
-        >>> [round(layer.flops(way) / (2 * layer.base), 3) for way in ("factored", "fused", "materialize")]
+        >>> [round(layer.flops(s) / (2 * layer.base), 3) for s in ("factored", "fused", "materialize")]
         [1.012, 1.01, 1.503]
         """
         if strategy == "factored":
@@ -70,14 +71,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product with an adapted weight: its value, and what the update added to its cost.
+    """A product with an adapted weight: its value, and what its update costs.
 
     Attributes:
         value: The product.
         flops: Floating-point operations of the frozen product.
         extra_flops: Floating-point operations that the update added.
-        extra_bytes: Bytes of the arrays that the update made on the way.
-        strategy: How it was computed.
+        extra_bytes: Bytes of the intermediate arrays of the update.
+        strategy: The strategy that computed it.
     """
 
     value: Array
@@ -109,10 +110,10 @@ def check_execution(execution: str, strict: bool) -> str:
 
 
 def choose_strategy(execution: str, work: Work, *, dtypes: tuple[Dtype, ...], precision: Precision) -> Strategy:
-    """The way to compute a product that can be computed either way.
+    """The strategy for a product that can be factored or fused.
 
     Args:
-        execution: What the user asked for; ``"materialize"`` is not decided here.
+        execution: What the user asked for, other than ``"materialize"``, which the interpreter handles.
         work: The size of the product.
         dtypes: Those of the weight, the activation and the result.
         precision: As in `jax.lax.dot_general`.
@@ -121,6 +122,7 @@ def choose_strategy(execution: str, work: Work, *, dtypes: tuple[Dtype, ...], pr
         return "fused" if execution == "fused" else "factored"
     if not exact(dtypes, precision, jax.default_backend()):
         return "factored"
+    # fused < factored is 4mnr < 2Tr(m + n) by the table above: 2 materializing < low_rank.
     return "fused" if work.low_rank >= 2 * MARGIN * work.materializing else "factored"
 
 
@@ -132,6 +134,7 @@ def exact(dtypes: tuple[Dtype, ...], precision: Precision, platform: str) -> boo
     """
     if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
         return False
+    # Float64 products run in float64 everywhere; below float32 the sum W0 + s A B is rounded too coarsely.
     bits = min(jnp.finfo(dtype).bits for dtype in dtypes)
     if bits != 32:
         return bits > 32

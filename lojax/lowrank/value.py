@@ -1,8 +1,13 @@
-"""A weight and its update, kept apart: the value that flows where an adapted weight would.
+"""A weight and its update as separate arrays: the value that stands for an adapted weight in a program.
 
-`LowRank` stands for ``w + sum_r a[..., r] b[r, ...]``. Each axis of the value is an axis of ``a``, of ``b``, or of both
-(a stack); along an axis of neither the update repeats. `carriers` and `combine` turn such values into others without
-materializing the update; `dot`, `lookup`, `convolution` and `experts` multiply them.
+`LowRank` stands for ``w + sum_r a[..., r] b[r, ...]``. The letters here: S stack axes, m in axes, n out axes, r rank,
+T tokens of an activation; each but r may be several axes, and S none. As `from_adapter` makes it, the value is
+
+    w [*S, *m, *n]      a [*S, *m, r]      b [*S, r, *n]      gain [*S, *n] (DoRA)
+
+Each axis of the value is an axis of ``a``, of ``b``, or of both (a stack); along an axis of neither the update
+repeats. `carriers` and `combine` make other values of it without materializing the update; `dot`, `lookup`,
+`convolution` and `experts` multiply them with an activation, ``[T, m] -> [T, n]``.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ PATH_SEPARATOR = " | "
 """Joins the paths of weights that a program combined into one."""
 
 Term = tuple[NamedArray, ...]
-"""One update: its two factors ``a, b``, each with an axis `RANK`. (A probe has a factor for each axis instead.)"""
+"""One update: its two factors ``a`` and ``b``, each with an axis `RANK`. A probe has a factor for each axis instead."""
 
 
 class NotFactored(Exception):
@@ -44,7 +49,7 @@ class Dropout:
     rate: float = dataclasses.field(metadata={"static": True})
 
     def fold_in(self, data: int | Array) -> Dropout:
-        """The same rate with a key of its own."""
+        """The same rate with another key."""
         return Dropout(jax.random.fold_in(self.key, data), self.rate)
 
     def split(self, count: int) -> Dropout:
@@ -57,18 +62,18 @@ class Dropout:
 class LowRank:
     """A frozen weight plus a low-rank update.
 
-    What a variant adds to the plain update is here: `dropout` on its input, `tap` between its factors, `gain` on the
-    sum. `factored.add_updates` applies all of them, for every kind of product.
+    A variant of LoRA adds `dropout` on the input of the update, `tap` between its factors, or `gain` on the sum.
+    `factored.add_updates` applies all of them, for every kind of product.
 
     Attributes:
         frozen: The frozen part ``w``, of the value's shape and dtype.
-        terms: The updates, mostly one; a sum of two where a program made one (a tangent, token rows).
+        terms: The updates. There is one, except for the sum of two that a program makes, a tangent, or token rows.
         path: The path of the weight, for reports and errors.
         dropout: The dropout on the input of the update, or None.
-        gain: A factor on the sum of both, over some of the axes of the value (DoRA); None for one.
+        gain: What multiplies the sum of frozen part and update, along some axes of the value (DoRA); None for 1.
         probe: Whether the value only shows how the weight is used (see `lojax.rewrite.axis_inference`).
-        fusible: Whether materializing ``w + a b`` for a product may pay: not where ``a`` is frozen, since it keeps the
-            activation for the backward pass, which the factored product need not.
+        fusible: Whether a product may be fused. Not where ``a`` is frozen: the fused product saves the activation for
+            the backward pass, and the factored one then does not.
         tap: Whether the gradient of the first factor is to be the second moment of its input.
     """
 
@@ -125,7 +130,7 @@ class LowRank:
         return self.with_frozen(self.frozen.map(f))
 
     def carry(self, f: Callable[[Array], Array], follow: Callable[[NamedArray], NamedArray]) -> LowRank:
-        """``f`` of the frozen part, with every other array brought along by ``follow``."""
+        """``f`` of the frozen part, and ``follow`` of every other array."""
         return self.map_frozen(f).with_named_arrays([follow(x) for x in self.named_arrays])
 
     def dense(self) -> Array:
@@ -138,6 +143,8 @@ class LowRank:
         total = w.astype(wide)
         for term in self.terms:
             a, b = (cast(x, wide) for x in complete_term(term, self.shape))
+            # HIGHEST: by default a TPU multiplies float32 in bfloat16 and a GPU may in TF32, and the update would be
+            # rounded before it is added.
             total = total + multiply(a, b, range(w.ndim), precision=lax.Precision.HIGHEST, dtype=wide).array
         if self.gain is not None:
             total = total * cast(self.gain, wide).broadcastable(range(w.ndim))
@@ -145,21 +152,23 @@ class LowRank:
 
 
 def complete_term(term: Term, shape: Shape, axes: Iterable[int] | None = None) -> Term:
-    """``term`` with every axis of a value of this shape, or each of ``axes``, in some factor."""
+    """``term`` whose factors have every axis of a value of this shape, or each of ``axes``."""
     first, *rest = term
     present = {d for x in term for d in x.dims}
     for axis in range(len(shape)) if axes is None else axes:
         if axis not in present:
+            # One factor takes the axis on and the other repeats along it. On both, the axis would be a stack, which no
+            # product can sum before the rank.
             first = first.broadcast_axis(axis, shape[axis])
     return first, *rest
 
 
 def from_adapter(path: Path, w: Array, adapter: Adapter, *, key: Key | None = None) -> LowRank:
-    """The value of an adapted weight: ``a`` ``[*stack, *in, r]`` and ``scale * b`` ``[*stack, r, *out]``.
+    """The value of an adapted weight: ``a`` ``[*S, *m, r]`` and ``scale * b`` ``[*S, r, *n]``, letters as above.
 
     Args:
         path: The path of the weight.
-        w: The frozen weight.
+        w: The frozen weight ``[*S, *m, *n]``, its axes in any order.
         adapter: Its adapter.
         key: The key for dropout on the adapter's input; None for no dropout.
     """
@@ -168,15 +177,19 @@ def from_adapter(path: Path, w: Array, adapter: Adapter, *, key: Key | None = No
     if adapter.a is not None:
         a, b = unbox(adapter.a), unbox(adapter.b)
         if adapter.frozen_a:
+            # LoRA-FA (arXiv:2308.03303): without a tangent of a, nothing needs x in the backward pass (see
+            # `opaque_product`).
             a = lax.stop_gradient(a)
         if adapter.scale != 1:
-            # The scale goes on b once and before any loop: that touches the fewest numbers, and no product has to keep
-            # a scaled copy of its activation for the backward pass.
+            # The scale goes on b once and before any loop: that touches the fewest numbers, and no product has to save
+            # a scaled copy of its activation for the backward pass. It does so in float32, so that a sum with W0 in
+            # float32 sees no rounding of the scaled b.
             b = b.astype(at_least_float32(b.dtype))
             b = b * _broadcast_scale(adapter, b)
         terms.append((NamedArray(a, (*stack, *ins, RANK)), NamedArray(b, (*stack, RANK, *outs))))
     if adapter.tokens is not None:
-        # Token rows are an update of rank k whose first factor picks the k rows.
+        # Token rows are an update of rank k whose first factor picks the k rows. As one more term it needs no rule of
+        # its own: products, look-ups and merges treat it like any other.
         rows = unbox(adapter.rows)
         picks = jax.nn.one_hot(jnp.array(adapter.tokens), w.shape[ins[0]], dtype=rows.dtype, axis=0)
         terms.append((NamedArray(picks, (*ins, RANK)), NamedArray(rows, (RANK, *outs))))
@@ -192,14 +205,17 @@ def from_adapter(path: Path, w: Array, adapter: Adapter, *, key: Key | None = No
     if adapter.magnitude is None:
         return value
     dims = (*stack, *outs)
+    # The DoRA paper takes the norm as a constant of the backward pass (arXiv:2402.09353, eq. 11).
     norm = lax.stop_gradient(_column_norm(w, value.terms[0], adapter.axes, dims))
     magnitude = unbox(adapter.magnitude).astype(norm.dtype)
+    # A column of zeros has no direction, and its gain is 1. The inner `where` matters too: magnitude / 0 would make the
+    # gradient of the magnitude NaN, since the derivative of the outer one multiplies it by zero.
     gain = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
     return dataclasses.replace(value, gain=NamedArray(gain, dims))
 
 
 def _broadcast_scale(adapter: Adapter, b: Array) -> Array:
-    """The scale in a shape that multiplies ``b`` ``[*stack, r, *out]``."""
+    """The scale in a shape that multiplies ``b`` ``[*S, r, *n]``: ``[]``, or ``[*S, 1, *1]``."""
     scale = jnp.asarray(adapter.scale, b.dtype)
     if not isinstance(adapter.scale, tuple):
         return scale
@@ -208,7 +224,7 @@ def _broadcast_scale(adapter: Adapter, b: Array) -> Array:
 
 
 def _column_norm(weight: Array, term: Term, axes: Axes, dims: Sequence[Name]) -> Array:
-    """The length of each column of ``w + a b``, ``dims`` being its stack and out axes, without materializing it.
+    """The length ``[*S, *n]`` of each column of ``w + a b``, without materializing it; ``dims`` are its axes.
 
     ``|w|^2 + 2 <w, a b> + |a b|^2`` by column, with ``<w, a b> = <w^T a, b>`` and ``|a b|^2 = <(a^T a) b, b>``
     (Liu et al. 2024, arXiv:2402.09353, eq. 5). The products run in the dtype of the weight, the sums in float32.
@@ -223,6 +239,7 @@ def _column_norm(weight: Array, term: Term, axes: Axes, dims: Sequence[Name]) ->
     gram = multiply(_with_other_rank(a), a, [*stack, "other", RANK], dtype=wide)
     gram_b = multiply(gram, _with_other_rank(b), b.dims, dtype=wide)
     update = jnp.sum((2 * w_a.array + gram_b.array) * b.array, axis=b.axis(RANK))
+    # The three summands may cancel, and their rounding then leave a small negative number, whose root is NaN.
     return jnp.sqrt(jnp.maximum(squares + update, 0))
 
 
@@ -231,7 +248,8 @@ def _with_other_rank(x: NamedArray) -> NamedArray:
 
 
 def compute_dtype(x: Array, accumulated: Dtype | None) -> Dtype:
-    """The dtype in which the factors meet ``x``: that of ``x``, but never less than 16 bits."""
+    """The dtype of the products of ``x`` with factors: that of ``x``, but never less than 16 bits."""
+    # Float8 has two or three bits of mantissa: too few for trained factors.
     if jnp.dtype(x.dtype).itemsize >= 2:
         return x.dtype
     return accumulated if accumulated is not None else jnp.bfloat16

@@ -7,9 +7,7 @@ import dataclasses
 import numpy as np
 
 from lojax.adapters.adapter import is_adapter
-from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
 from lojax.report.table import html_table, table
 from lojax.types import Params, Path, Shape
@@ -114,8 +112,6 @@ def summary(frozen: Params, lora: Params) -> Summary:
     kernel     (30, 50)     2        160  1,660
     trainable params: 160 || all params: 1,710 || trainable%: 9.3567
     """
-    for path, leaf in flatten(frozen).items():
-        check_leaf(path, leaf, "frozen")
     frozen_leaves, lora_leaves = check_pair(frozen, lora)
     rows = []
     for path in frozen_leaves:
@@ -125,7 +121,6 @@ def summary(frozen: Params, lora: Params) -> Summary:
             shape = np.shape(weight)
             rows.append(Row(path, shape, trained.rank, size, size + np.size(weight), trained.requested_rank))
             continue
-        check_leaf(path, trained, "lora")
         if trained is not None:
             rows.append(Row(path, np.shape(trained), None, np.size(trained), np.size(trained)))
         elif weight is not None:

@@ -1,13 +1,13 @@
-"""Activations as the factors meet them: separate from the same activations as the frozen weights meet them.
+"""Activations for the products with factors: other values than the same activations for the frozen products.
 
-Where several adapted weights meet one activation (q, k and v; gate and up), its cotangent is a sum of frozen terms
-and of terms of the updates, in the order of the program. Summed in that order, every frozen term is a reduction of
-its own on a mesh whose tensor axis shards the weights: three of the size of the activation for q, k and v, where the
-net without adapters has one. Kept separate, the terms of the updates are summed by themselves and join last; the
-frozen ones are adjacent, and one reduction carries their sum.
+If several adapted weights multiply one activation (q, k and v; gate and up), its cotangent is a sum of terms of frozen
+products and terms of updates, in the order of the program. Summed in that order, on a mesh whose tensor axis shards
+the weights, every frozen term is reduced separately: three reductions of the size of the activation for q, k and v,
+where the net without adapters has one. With a separate value for the factors, the terms of the updates are summed by
+themselves and added last; the frozen ones are adjacent, and one reduction suffices for their sum.
 
-An activation that a sharding constraint moves (gathers, mostly) meets the factors as it was sharded before. What is
-then gathered for the update has the size of the rank, and no device repeats the work of another.
+An activation that a sharding constraint moves (mostly, gathers) is multiplied with the factors as it was sharded
+before. What is then gathered for the update has the size of the rank, and no device repeats the work of another.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Activations:
     """The activations of one run of a program, by variable.
 
     Attributes:
-        readers: What reads a variable.
-        unconstrained: Of a variable that a sharding constraint made, the value before and the sharding.
-        inputs: What the factors met so far.
+        readers: The equations that read each variable; the end of the program is a reader, None.
+        unconstrained: For each result of a sharding constraint, the operand of the constraint and its sharding.
+        inputs: The values for the factors so far.
     """
 
     readers: Mapping[Any, Sequence[Eqn | None]]
@@ -40,36 +40,38 @@ class Activations:
     inputs: dict[Any, Array] = dataclasses.field(default_factory=dict)
 
     def record_constraint(self, eqn: Eqn, operand: Array) -> None:
-        """Notes a sharding constraint on ``operand``."""
+        """Records a sharding constraint on ``operand``."""
+        # In a chain of constraints, the value before the first one.
         before = self.unconstrained.get(eqn.invars[0], (operand, eqn.params["sharding"]))
         self.unconstrained[eqn.outvars[0]] = before
 
     def get(self, var: Var, x: Array) -> Array:
         """``x``, the value of ``var``, for the factors: the same array for all of them."""
-        if isinstance(var, Literal):
+        if isinstance(var, Literal):  # a constant has no cotangent
             return x
         if var not in self.inputs:
             if var in self.unconstrained:
                 self.inputs[var] = separate_cotangents(release_constraint(*self.unconstrained[var]))
-            else:  # what one equation reads has one cotangent: there is nothing to sum
+            else:  # an activation with one reader has one cotangent: there is nothing to sum
                 self.inputs[var] = separate_cotangents(x) if len(self.readers[var]) > 1 else x
         return self.inputs[var]
 
     def drop(self, var: Any) -> None:
-        """Forgets a variable that nothing reads any more."""
+        """Forgets a variable that no later equation reads."""
         self.unconstrained.pop(var, None)
         self.inputs.pop(var, None)
 
 
 def release_constraint(x: Array, sharding: Sharding) -> Array:
-    """``x``, which a constraint to ``sharding`` takes, free to be sharded in another way than that constraint says.
+    """``x``, the operand of a constraint to ``sharding``, which the partitioner may then shard differently.
 
-    The partitioner shards what a constraint takes as the constraint wants it (Shardy's apply-sharding-constraints),
-    and the factors would meet it gathered after all. It does not where a second constraint takes the same value: one
-    that leaves every axis open asks for nothing.
+    The partitioner gives the operand of a constraint the sharding of its result (Shardy's apply-sharding-constraints),
+    so the products with factors would get it gathered after all. It does not do so if a second constraint has the same
+    operand. The one here leaves every axis open, so it asks for nothing.
     """
     if not isinstance(x, Tracer) or not isinstance(sharding, NamedSharding):
         return x
+    # On explicit axes, the sharding is part of the type of x and nothing is left to the partitioner.
     if any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
         return x
     anywhere = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * x.ndim)
@@ -77,7 +79,8 @@ def release_constraint(x: Array, sharding: Sharding) -> Array:
 
 
 def separate_cotangents(x: Array) -> Array:
-    """``x``, whose cotangents are summed before they join those of other uses of ``x``."""
+    """A copy of ``x`` whose cotangents are summed by themselves, and then added to those of other uses of ``x``."""
+    # Outside of a trace nothing is differentiated or partitioned, and integers have no cotangents.
     traced = isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.floating)
     return _identity(x) if traced else x
 
@@ -89,5 +92,6 @@ def _identity(x: Array) -> Array:
 
 @_identity.defjvp
 def _identity_tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # The primal is x itself, so that nothing is kept twice. A copy is an equation, which has cotangents of its own.
+    # The primal is x itself, so that it is not saved twice. The tangent needs an equation, here a copy: without one,
+    # JAX adds all cotangents to those of x, one by one. The transpose of the copy passes their sum on.
     return primals[0], jnp.copy(tangents[0])

@@ -1,9 +1,9 @@
-"""Which axes of a weight are inputs, outputs or a stack, read off the program that uses it.
+"""Which axes of a weight are inputs, outputs or a stack, inferred from the program that uses it.
 
 The program is traced once, on shapes, with a *probe* in place of each targeted weight: a `LowRank`
-with one factor for every axis of the weight. The carriers move the factors along, so at each product
-it is plain which axes of the weight are summed (in), free (out), or shared with a batch (stack). An
-axis of which only one entry is left, as when a scan or an index picks a layer, is a stack as well.
+with one factor for every axis of the weight. The carriers move these factors with the axes, so at each product the
+factors tell which axes of the weight are summed (in), free (out), or shared with a batch (stack). An
+axis of which only one entry remains, as when a scan or an index picks a layer, is a stack as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lojax.types import Array, Params, Path, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """One product with a weight, as roles of its axes, and how much work it is."""
+    """One product with a weight: the roles of its axes, and the size of the result as a measure of its work."""
 
     axes: Axes
     work: int
@@ -40,12 +40,14 @@ def infer_axes(
 ) -> dict[Path, Axes]:
     """The axes of the weights at ``paths`` as ``f(params, *args, **kwargs)`` uses them.
 
-    Arrays may be `jax.ShapeDtypeStruct`. A weight that takes part in no product is left out.
+    Arrays may be `jax.ShapeDtypeStruct`. A weight without a product is not in the result.
     """
     observations: dict[Path, list[Observation]] = {}
 
     def observe(probe: LowRank, summed: Sequence[int], batch: Sequence[int], work: int) -> None:
         axes = _roles(probe, summed, batch)
+        # A product without in or out axes (a sum, a scale) says nothing about the two ends of a matrix. Weights that
+        # the program concatenated share a probe: what it shows holds for each of them.
         if "in" in axes and "out" in axes:
             for path in probe.path.split(PATH_SEPARATOR):
                 observations.setdefault(path, []).append(Observation(axes, work))
@@ -62,6 +64,8 @@ def infer_axes(
 
 
 def _probe(path: Path, w: Array) -> LowRank:
+    # One factor for each axis, so that every axis can be followed to where it ends, whatever reshapes merge or split.
+    # The ones are never computed: the trace is abstract.
     factors = tuple(NamedArray(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
     return LowRank(DenseWeight(w), (factors,), path, probe=True)
 
@@ -73,16 +77,18 @@ def _roles(probe: LowRank, summed: Sequence[int], batch: Sequence[int]) -> Axes:
         axes = [d for d in factor.dims if d != RANK]
         if any(d in summed for d in axes):
             return "in"
+        # Summed wins: a reshape may have merged this axis with others, so its factor can have several axes.
         return "stack" if all(factor.size(d) == 1 or d in batch for d in axes) else "out"
 
     return tuple(role(factor) for factor in probe.terms[0])
 
 
 def _most_work(observations: Sequence[Observation]) -> Axes:
-    """The roles that keep the most work factored; of two orientations, the one seen first.
+    """The roles that let the most work stay factored; of two orientations, the one that the program uses first.
 
     ``x @ w`` and ``x @ w.T`` agree: either end of a factored weight can be summed first.
     """
+    # An adapter has one set of axes. Uses that need another one may be materialized, so the most work decides.
     work: Counter[Hashable] = Counter()
     for observation in observations:
         work[_partition(observation.axes)] += observation.work

@@ -1,4 +1,4 @@
-"""A warning for a base that a jitted function captures, and that so becomes constants of the compiled program."""
+"""A warning for base weights that a jitted function captures: JAX makes them constants of the compiled program."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def warn_if_frozen_is_constant(frozen: Params, lora: Params) -> None:
 
 
 def _is_staging() -> bool:
-    # Every operation inside of a jit is staged into its program, also on constants. Outside, grad and vmap compute with
-    # constants at once (omnistaging, JEP 4410). No public function asks for that, so
-    # this looks at a result. It adds one dead equation to a program that is about to hold 64 MiB of constants.
+    # Every operation inside of a jit is staged into its program, even on constants. Outside, grad and vmap compute with
+    # constants at once (omnistaging, JEP 4410). No public function tells which of the two it is, so this looks at a
+    # result. The price is one dead equation in a program that is about to have 64 MiB of constants.
     return isinstance(jax.lax.stop_gradient(np.float32(0)), Tracer)

@@ -1,7 +1,7 @@
 """The evaluator: runs a jaxpr with low-rank values where its adapted weights were.
 
-An equation none of whose operands is low-rank is bound as it stands. For the others one table maps the primitive to a
-rule (see `rules`); where there is no rule, or the rule finds no factored form, that one use is materialized.
+An equation without a low-rank operand is bound unchanged. For the others, one table maps the primitive to a rule (see
+`rules`); where there is no rule, or the rule finds no factored form, that one use is materialized.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lojax.rewrite.recorder import Recorder, Use
 from lojax.types import Array, Eqn, Jaxpr, PyTree, Var
 
 Value: TypeAlias = Any
-"""What a variable holds: an array or a `LowRank`."""
+"""The value of a variable: an array or a `LowRank`."""
 EquationRule = Callable[["Interpreter", Eqn, list[Value]], Any]
 """``rule(interpreter, equation, operands)``: the result, or a list of them. May raise `NotFactored`."""
 
 MULTIPLICATIONS = ("dot_general", "gather", "conv_general_dilated", "ragged_dot_general")
 """The primitives that multiply with the weight."""
 MOVERS = ("convert_element_type", "reshape", "transpose", "squeeze", "copy", "name", "sharding_constraint")
-"""Primitives of one operand that move, cast or place a weight: they may run ahead of their turn."""
+"""Primitives of one operand that move, cast or place a weight. They may be evaluated early (see `value_ahead`)."""
 
 
 class AdaptedProduct(Protocol):
@@ -51,26 +51,27 @@ class AdaptedProduct(Protocol):
 
 
 Observer = Callable[[LowRank, Sequence[int], Sequence[int], int], None]
-"""``observer(probe, summed, batch, flops)``: told of each product of a probe, see `axis_inference`."""
+"""``observer(probe, summed, batch, work)`` is called for each product with a probe, see `axis_inference`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One run of one jaxpr. Only the interpreter looks inside.
+    """One run of one jaxpr. Only the interpreter uses it.
 
     Attributes:
         env: The value of each variable so far.
         producers: The equation that makes each variable.
         readers: The equations that read each variable; the end of the program is a reader, None.
-        activations: The activations as the factors meet them.
-        done: The equations that ran, by id.
-        precomputed: What an earlier equation computed for a later one, by the id of the later (see `shared_pass`).
+        activations: The inputs of the products with factors.
+        done: The ids of the equations that ran.
+        precomputed: Results for equations that did not run yet, by the id of the equation (see `shared_pass`).
     """
 
     env: dict[Any, Value]
     producers: Mapping[Any, Eqn]
     readers: Mapping[Any, Sequence[Eqn | None]]
     activations: Activations
+    # The jaxpr owns its equations for the whole run, so no two of them can have one id.
     done: set[int] = dataclasses.field(default_factory=set)
     precomputed: dict[int, Any] = dataclasses.field(default_factory=dict)
 
@@ -85,10 +86,10 @@ class Interpreter:
 
     Attributes:
         rules: The rule of each primitive, by its name.
-        execution: How products are to be computed, see `lowrank.strategy`.
-        recorder: What keeps account of uses.
-        observer: What is told of the products of probes.
-        naming: Whether products get their name for remat policies; values that are tangents cannot have one.
+        execution: What the user asked for, see `lowrank.strategy`.
+        recorder: The record of uses.
+        observer: Called for each product with a probe.
+        naming: Whether products get their name for remat policies. JAX cannot transpose a named tangent.
     """
 
     rules: Mapping[str, EquationRule]
@@ -106,11 +107,14 @@ class Interpreter:
         env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
         readers = _readers(jaxpr)
         producers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        # Rules run bodies while their own equation is evaluated, so frames nest.
         outer, frame = self._frame, Frame(env, producers, readers, Activations(readers))
         self._frame = frame
         try:
             for eqn, dead_vars in zip(jaxpr.eqns, _last_uses(jaxpr), strict=True):
                 self._evaluate_once(eqn)
+                # Outside of jit each value is an array in memory: it is dropped after its last use, as when f runs
+                # alone.
                 for var in dead_vars:
                     env.pop(var, None)
                     frame.activations.drop(var)
@@ -125,12 +129,16 @@ class Interpreter:
         return self._frame
 
     def _evaluate_once(self, eqn: Eqn) -> None:
-        """Evaluates an equation of the current jaxpr, unless it ran ahead of its turn."""
+        """Evaluates an equation of the current jaxpr, unless it was evaluated early."""
         frame = self.frame
         if id(eqn) in frame.done:
             return
+        # Before the equation is evaluated: a shared pass then looks for readers that did not run, and must not find
+        # this.
         frame.done.add(id(eqn))
         operands = [frame.read(v) for v in eqn.invars]
+        # Errors and profiles then show the user's line and scopes, and the equation sees the settings under which the
+        # user wrote it (`jax.default_matmul_precision` and the like are in its context).
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
             results = self.evaluate(eqn, operands)
@@ -155,7 +163,7 @@ class Interpreter:
         return results if isinstance(results, list) else [results]
 
     def multiply(self, eqn: Eqn, value: LowRank, product: AdaptedProduct) -> Array:
-        """The value of a product with an adapted weight, noted as a use of it; for a probe, that of the frozen net."""
+        """The value of a product with an adapted weight, recorded as a use; for a probe, the frozen product."""
         if value.probe:
             y = product.frozen(value)
             if self.observer is not None:
@@ -166,36 +174,39 @@ class Interpreter:
         return name_product(result.value) if self.naming else result.value
 
     def dense(self, value: Value, eqn: Eqn | str, reason: str) -> Array:
-        """``value`` as an array; a low-rank one is materialized, which the recorder notes or refuses."""
+        """``value`` as an array. A low-rank one is materialized, which the recorder records or, if strict, refuses."""
         return self.recorder.materialize(value, eqn, reason) if isinstance(value, LowRank) else value
 
     def dense_outputs(self, outputs: list[Value], may_stay: Sequence[bool] | None = None) -> list[Value]:
-        """``outputs`` of a body, the low-rank ones materialized but for those that may stay (None: none may)."""
+        """``outputs`` of a body, the low-rank ones materialized except those that may stay (None: none may)."""
         reason = "it leaves a control-flow body where a dense value is carried"
         stays = [False] * len(outputs) if may_stay is None else may_stay
         return [v if stay else self.dense(v, "output", reason) for v, stay in zip(outputs, stays, strict=True)]
 
     def _with_own_dropout(self, value: Value) -> Value:
-        """``value`` with a dropout key of its own, so that no two uses of a weight drop the same entries."""
+        """``value`` with another dropout key for each use, so that no two uses of a weight drop the same entries."""
         if not isinstance(value, LowRank) or value.dropout is None:
             return value
+        # A counter of the trace, which is the same in every trace of one program. Calls draw as well as products: two
+        # calls of one function share its rewritten body, with the draws inside, and differ by the draw of the call
+        # alone.
         self._dropout_draws += 1
         return dataclasses.replace(value, dropout=value.dropout.fold_in(self._dropout_draws))
 
-    # --- what a rule may ask of the program around its equation ---
+    # --- questions of a rule about the program around its equation ---
 
     def producer(self, var: Var) -> Eqn | None:
         """The equation that makes ``var``; None for an input or a literal."""
         return None if isinstance(var, Literal) else self.frame.producers.get(var)
 
     def pending_readers(self, var: Var) -> list[Eqn]:
-        """The equations that read ``var`` and did not run yet."""
+        """The equations that read ``var`` and have not run."""
         if isinstance(var, Literal):
             return []
         return [e for e in self.frame.readers[var] if e is not None and id(e) not in self.frame.done]
 
     def value_ahead(self, var: Var) -> Value | None:
-        """The value of ``var`` if it is low-rank, now or after operations of one operand, which then run; else None."""
+        """The value of ``var`` if it is low-rank, after evaluating the `MOVERS` that make it; else None."""
         frame, chain, root = self.frame, [], var
         while not isinstance(root, Literal) and root not in frame.env:
             eqn = frame.producers.get(root)
@@ -203,6 +214,7 @@ class Interpreter:
                 return None
             chain.append(eqn)
             root = eqn.invars[0]
+        # Nothing is evaluated early for a dense value: the chain is followed to its root first.
         if not isinstance(frame.read(root), LowRank):
             return None
         for eqn in reversed(chain):
@@ -210,15 +222,15 @@ class Interpreter:
         return frame.read(var)
 
     def factor_input(self, var: Var, x: Array) -> Array:
-        """``x``, the value of ``var``, as the factors of all weights that meet it have it (see `activations`)."""
+        """``x``, the value of ``var``, for products with factors: one array for all of them (see `activations`)."""
         return self.frame.activations.get(var, x)
 
     def precompute(self, eqn: Eqn, result: Any) -> None:
-        """Keeps ``result`` for a later equation."""
+        """Stores ``result`` for a later equation."""
         self.frame.precomputed[id(eqn)] = result
 
     def take_precomputed(self, eqn: Eqn) -> Any:
-        """What an earlier equation computed for this one, or None."""
+        """The result that an earlier equation computed for this one, or None."""
         return self.frame.precomputed.pop(id(eqn), None)
 
     # --- bodies ---
@@ -226,7 +238,7 @@ class Interpreter:
     def rewrite(
         self, jaxpr: Jaxpr, values: Sequence[Value], may_stay: Sequence[bool] | None = None
     ) -> tuple[Jaxpr, PyTree]:
-        """``jaxpr`` over the leaves of ``values``, and the tree of its outputs. Traced once for each form.
+        """``jaxpr`` over the leaves of ``values``, and the tree of its outputs. Traced once for each structure of them.
 
         Args:
             jaxpr: A closed jaxpr over dense values.
@@ -235,7 +247,8 @@ class Interpreter:
         """
         leaves, tree = jax.tree.flatten(list(values))
         avals = tuple(jax.typeof(x) for x in leaves)
-        # An id is safe as a key: the entry holds the jaxpr, so that no other object can get its id.
+        # An id is safe as a key, because the entry refers to the jaxpr: no other object can get its id. So the calls of
+        # one jitted function share one rewritten body.
         key = (id(jaxpr), tree, avals, None if may_stay is None else tuple(may_stay))
         if key not in self._rewritten:
             uses: list[Use] = []
@@ -246,23 +259,27 @@ class Interpreter:
                 with self.recorder.collect(uses):
                     outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
                     outputs = outputs if may_stay is None else self.dense_outputs(outputs, may_stay)
+                # A trace returns arrays only: the structure of the outputs leaves it by `nonlocal`.
                 flat, out_tree = jax.tree.flatten(outputs)
                 return flat
 
             self._rewritten[key] = (jaxpr, jax.make_jaxpr(body)(*avals), out_tree, uses)
         _, closed, out_tree, uses = self._rewritten[key]
+        # Here and not in the trace: a body that is traced once is used at every call.
         self.recorder.replay(uses)
         return closed, out_tree
 
 
 def bind(eqn: Eqn, operands: Sequence[Array]) -> list[Array]:
-    """The results of the equation as it stands, on dense operands."""
+    """The results of the unchanged equation on dense operands."""
+    # An equation of a `custom_jvp` or `custom_vjp` stores jaxprs where `bind` takes functions; `get_bind_params` makes
+    # them.
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
 
 
 def bind_one(eqn: Eqn, *operands: Array) -> Array:
-    """The only result of the equation as it stands, on dense operands."""
+    """The only result of the unchanged equation on dense operands."""
     return bind(eqn, operands)[0]
 
 
@@ -270,13 +287,14 @@ def _readers(jaxpr: Any) -> dict[Any, list[Eqn | None]]:
     """The equations that read each variable; the end of the program is one reader, None."""
     readers: dict[Any, list[Eqn | None]] = defaultdict(list)
     for reader, variables in (*((eqn, eqn.invars) for eqn in jaxpr.eqns), (None, jaxpr.outvars)):
+        # A set, because ``x * x`` is one reader of x.
         for v in {v for v in variables if not isinstance(v, Literal)}:
             readers[v].append(reader)
     return readers
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:
-    """For each equation, the variables that nothing after it reads."""
+    """For each equation, the variables that it reads or makes and that nothing after it reads."""
     read_later = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     dying: list[list[Any]] = []
     for eqn in reversed(jaxpr.eqns):

@@ -1,4 +1,4 @@
-"""What the engine did with each use of an adapted weight: uses, the record of them, and strict mode."""
+"""The record of uses of adapted weights: what the engine did with each of them, and strict mode."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Use:
         how: ``"factored"``, ``"fused"`` or ``"materialized"``.
         flops: Floating-point operations of the frozen product, all trips of enclosing scans together.
         extra_flops: Floating-point operations that the update added, likewise.
-        extra_bytes: Bytes of the arrays that the update made on the way, likewise: the activation at rank size and the
-            update of the result where it is factored, the weight where it is fused or materialized.
+        extra_bytes: Bytes of the intermediate arrays of the update, likewise: ``x A`` and the update of the result
+            for a factored use, the weight for a fused or materialized one.
         reason: Why it was materialized, or "".
         where: The user's source line, as ``file:line (function)``, or "".
     """
@@ -40,11 +40,11 @@ class Use:
 
 
 COUNTS = ("flops", "extra_flops", "extra_bytes")
-"""What of a `Use` adds up over trips, and is shared by weights that were combined into one."""
+"""The fields of a `Use` that add up over trips, and that weights share if they were combined into one."""
 
 
 class MaterializedError(ValueError):
-    """Strict mode met a use that has no factored form."""
+    """In strict mode, a use that has no factored form."""
 
     def __init__(self, use: Use, shape: Shape):
         at = f" at {use.where}" if use.where else ""
@@ -61,14 +61,14 @@ class Recorder:
 
     Attributes:
         strict: Whether a materialized use is an error.
-        uses: The uses so far; None to keep no record.
+        uses: The uses so far; None for no record.
     """
 
     strict: bool = False
     uses: list[Use] | None = None
 
     def product(self, value: LowRank, eqn: Eqn, product: Product) -> None:
-        """Notes a product that was not materialized."""
+        """Records a product with a weight that was not materialized."""
         use = Use(
             value.path,
             eqn.primitive.name,
@@ -81,11 +81,11 @@ class Recorder:
         self._add(use)
 
     def materialize(self, value: LowRank, eqn: Eqn | str, reason: str) -> Array:
-        """The dense array of ``value``, noted as a materialized use, or refused if strict.
+        """The dense array of ``value``, recorded as a materialized use, or refused if strict.
 
         Args:
-            value: The value; a probe is not noted.
-            eqn: The equation that consumes it, or what it is called where there is none.
+            value: The value; uses of a probe are not recorded.
+            eqn: The equation that consumes it, or a name where there is none.
             reason: Why it has no factored form.
 
         Raises:
@@ -101,7 +101,7 @@ class Recorder:
         return value.dense()
 
     def _add(self, use: Use) -> None:
-        """Adds ``use``, shared among the weights that were combined into one."""
+        """Adds ``use``. Weights that were combined into one get equal shares of its counts."""
         if self.uses is None:
             return
         paths = use.path.split(PATH_SEPARATOR)
@@ -110,19 +110,20 @@ class Recorder:
 
     @contextmanager
     def collect(self, into: list[Use]) -> Iterator[None]:
-        """Uses noted inside go to ``into`` and nowhere else, in place of what an earlier tracing left there.
+        """Uses recorded inside go to ``into`` alone, and replace what is there.
 
-        JAX may trace the body of a loop or of a branch more than once; `replay` then counts the last tracing.
+        JAX may trace the body of a loop or of a branch more than once; `replay` then counts the last trace.
         """
         outer, self.uses = self.uses, None if self.uses is None else []
         try:
             yield
         finally:
+            # In place: the caller has the list already, and reads it after JAX has traced the body for the last time.
             into[:] = self.uses or []
             self.uses = outer
 
     def replay(self, uses: Sequence[Use], trips: int = 1) -> None:
-        """Notes the collected uses of a body that runs ``trips`` times."""
+        """Records the collected uses of a body that runs ``trips`` times."""
         if self.uses is not None:
             self.uses += [dataclasses.replace(u, **{name: getattr(u, name) * trips for name in COUNTS}) for u in uses]
 

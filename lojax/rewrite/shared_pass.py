@@ -1,11 +1,11 @@
-"""Weights that meet one activation (q, k and v; gate and up) share the pass over it.
+"""Weights that multiply one activation (q, k and v; gate and up) share the pass over it.
 
 ``x A_q``, ``x A_k`` and ``x A_v`` are one product with the A's side by side, ``x [A_q | A_k | A_v]``, whose result is
-split. The activation is then read once for all of them, in the backward pass too, where the cotangent that the updates
-send to it is one product as well. Measured by `benchmarks/shared_pass.py`.
+split. The activation is then read once for all of them. The same holds in the backward pass, where the cotangent of
+the activation from all these updates is one product. Measured by `benchmarks/shared_pass.py`.
 
-At the first of such products the program is searched for the others. Their weights must be available, or need only
-operations of one operand (a cast, a reshape), which are then evaluated ahead of their turn.
+At the first of these products, the program is searched for the others. Their weights must be available, or need only
+operations of one operand (a cast, a reshape), which are then evaluated early.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Member:
     Attributes:
         eqn: Its equation.
         product: The product.
-        first: The factor that meets the activation, its axes called like those of the activation ``("x", i)``, `RANK`
-            last.
+        first: The factor that multiplies the activation. Its axes have the names of the axes of the activation,
+            ``("x", i)``, and `RANK` is last.
         second: The other factor.
-        key: What must be equal for two products to share a pass.
+        key: Products share a pass if their keys are equal.
     """
 
     eqn: Eqn
@@ -60,7 +60,7 @@ def read_dot_general(eqn: Eqn, x: Array, value: LowRank, *, weight_on_left: bool
 
 
 def shared_update(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot, *, weight_on_left: bool) -> Array | None:
-    """The update of a product with an adapted weight, computed with those of its group; None if it has none.
+    """The update of a product with an adapted weight, computed with those of its group; None without a group.
 
     Args:
         interp: The interpreter, at ``eqn``.
@@ -88,7 +88,7 @@ def shared_update(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot, *
 
 
 def _later_member(interp: Interpreter, eqn: Eqn, var: Var, x: Array) -> Member | None:
-    """The product of a later equation, if it is one that can share a pass over ``x``, the value of ``var``."""
+    """A later equation as a member of a group over ``x``, the value of ``var``, or None."""
     if eqn.primitive.name != "dot_general":
         return None
     weight_on_left = eqn.invars[1] is var
@@ -103,9 +103,11 @@ def _later_member(interp: Interpreter, eqn: Eqn, var: Var, x: Array) -> Member |
 
 
 def _member(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot) -> Member | None:
-    """``product`` as a member of a group, if it can share a pass over its activation."""
+    """``product`` as a member of a group, or None if it cannot share the pass over its activation."""
+    # One variable on both sides does not say which side the weight is on.
     if eqn.invars[0] is eqn.invars[1] or has_explicit_sharding(product.x):
         return None
+    # Under dropout each weight drops other entries of x, so there is no one input to share.
     if value.probe or value.tap or value.dropout is not None or len(value.terms) != 1:
         return None
     try:
@@ -113,11 +115,13 @@ def _member(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot) -> Memb
     except NotFactored:
         return None
     contracted = [d for d in product.x_dims if not isinstance(d, tuple)]
+    # First factors are joined along r, so each must be [m, r]: no stack, and every axis of m summed.
     plain = {*first.dims} == {*summed, RANK} and {*contracted} == {*summed}
     complete = {*first.dims, *second.dims} >= {*range(value.ndim)}
+    # A gain on summed axes multiplies the input instead of the result (`factored.add_updates`), so x is not shared.
     if not (plain and complete) or (value.gain is not None and not {*value.gain.dims} <= {*product.out}):
         return None
-    if product.choose(value, interp.execution)[1] == "fused":
+    if product.choose(value, interp.execution)[1] == "fused":  # it never computes x A alone
         return None
     names: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(product.x_dims) if d in contracted}
     first = first.transpose_to([*contracted, RANK]).rename(names)
@@ -139,13 +143,15 @@ def multiply_group(x: Array, group: Sequence[Member]) -> list[Array]:
 
     def project_down(x: Array, factors: Sequence[NamedArray]) -> list[Array]:
         axis = factors[0].axis(RANK)
+        # The ranks may differ: only the rank axis is joined, and the result is split at the same places.
         joined = jnp.concatenate([cast(factor, kind).array for factor in factors], axis)
-        # `replace` keeps the class, which says whether the factors are tangents.
+        # `replace` returns an object of the same class, `FactorTangent` for tangents.
         factor = dataclasses.replace(factors[0], array=joined)
         inner = multiply_factor(NamedArray(x, dims), factor, middle, kind, **settings)
         return list(lax.split(inner, [factor.size(RANK) for factor in factors], axis=inner.ndim - 1))
 
     def project_up(member: Member) -> Callable[[Array, NamedArray], Array]:
+        # The closures below refer to types and names only: JAX may cache them beyond the trace.
         result: Any = member.eqn.outvars[0].aval
         out = member.product.out
 

@@ -36,11 +36,11 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
 
     Args:
         f: A function whose first argument is a parameter tree.
-        strict: Raise where a use would have to form the weight, instead of forming it.
+        strict: Raise if a use would materialize the weight, instead of materializing it.
         execution: How products with the weights are computed. ``"factored"``: ``x W0 + (x A) B``, no weight-sized
-            temporary. ``"fused"``: ``x (W0 + s A B)``, the sum rounded to the dtype of ``W0`` and built again in the
+            temporary. ``"fused"``: ``x (W0 + s A B)``, the sum rounded to the dtype of ``W0`` and recomputed in the
             backward pass, no weight-sized gradient; fewer operations and less memory traffic for many tokens;
-            only for `dot_general` without dropout, what else there is stays factored. ``"auto"``: fused where it
+            only for `dot_general` without dropout, all other uses stay factored. ``"auto"``: fused where it
             is as exact and costs less, factored otherwise (see `lojax.lowrank.strategy`). ``"materialize"``: plain
             automatic differentiation through ``W0 + s A B``.
 
@@ -83,7 +83,7 @@ def trace_uses(
     *,
     execution: str = "auto",
 ) -> list[Use]:
-    """What the engine does with each use of each adapted weight in ``f``, without computing anything."""
+    """The uses of each adapted weight in ``f``, without computing anything."""
     uses: list[Use] = []
     interpreter = Interpreter(RULES, execution, Recorder(uses=uses))
 
@@ -95,7 +95,7 @@ def trace_uses(
 
 
 def trace_abstractly(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:
-    """Runs ``f(*trees)`` on shapes only. What is not an array (flags, strings, None) is passed as it is."""
+    """Runs ``f(*trees)`` on shapes only. Leaves that are not arrays (flags, strings, None) are passed unchanged."""
     leaves, tree = jax.tree.flatten(trees)
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
 
@@ -112,6 +112,7 @@ def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Par
     def join(path: Path, weight: Leaf, trained: Leaf) -> Leaf:
         if is_adapter(trained):
             key = key_for(dropout_key, path) if trained.dropout and dropout_key is not None else None
+            # Before the value is made: the norm of DoRA and every product then see a W0 without a tangent.
             w = jax.lax.stop_gradient(unbox(weight))
             return rebox(weight, from_adapter(path, w, trained, key=key))
         if trained is not None:
@@ -132,6 +133,8 @@ def evaluate(
 
     ``args`` and ``kwargs`` are closed over: only the parameters are traced.
     """
+    # Closed over, because they may be what a trace does not take: flags, strings, modules, numbers to branch on.
+    # Tracers of a jit, grad or vmap around this call become constants of the jaxpr, and are bound like any other value.
     values, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, LowRank))
     avals = [jax.typeof(v.frozen.dense() if isinstance(v, LowRank) else v) for v in values]
     out_tree: Any = None
@@ -143,13 +146,15 @@ def evaluate(
         return [_check_output(keys, leaf) for keys, leaf in paths_and_leaves]
 
     flat.__name__ = flat.__qualname__ = getattr(f, "__name__", type(f).__name__)  # for JAX's errors and profiles
+    # The interpreter binds every equation, so a dead one would cost time outside of jit, count as a use in reports, and
+    # might raise in strict mode.
     outputs = interpreter.run(remove_dead_equations(jax.make_jaxpr(flat)(*avals)), values)
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)
 
 
 def _check_output(keys: tuple[Any, ...], leaf: Any) -> Any:
-    """``leaf``, an output of the net, or an error that says where it is unless it is an array."""
+    """``leaf``, an output of the net; raises unless it is an array."""
     try:
         jax.typeof(leaf)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Checks that every process holds the same adapters. A process with another seed or file is named."""
+"""A check that all processes have the same adapters. It names the processes with another seed or file."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ Gather = Callable[[bytes], Sequence[bytes]]
 
 
 def check_agreement(lora: Params, *, gather: Gather | None = None) -> None:
-    """Raises unless every process holds the same adapters. Every process must call it.
+    """Raises unless all processes have the same adapters. Every process must call it.
 
-    It compares paths, shapes, dtypes, scales and axes, and the values of every array of which a process holds all.
+    It compares paths, shapes, dtypes, scales and axes, and the values of every array of which a process has all shards.
 
     Args:
         lora: The trained tree of this process.
         gather: How bytes reach the other processes; the default is JAX's own runtime.
 
     Raises:
-        ValueError: Some differ. The message names the path, the processes, and what each holds.
+        ValueError: Some differ. The message names the path, the processes, and what each has.
 
     >>> check_agreement({"w": np.ones(3)})
     """
+    # A few bytes for each array, not the array: every process gets the texts of all the others.
     description = json.dumps(_describe(lora)).encode()
     processes = [json.loads(text) for text in (gather or _gather)(description)]
     for path in dict.fromkeys(path for leaves in processes for path in leaves):

@@ -62,14 +62,14 @@ def shardings(
             logical axes), else from the array itself. A weight without any of these is replicated.
         lora: The trained tree.
         opt_state: The state of any optax optimizer over ``lora``, or over a tree that holds it. Moments are sharded
-            like their parameters, factored moments along the axes that they keep; counters are replicated.
+            like their parameters, factored moments along the axes that they have; counters are replicated.
         mesh: The mesh; by default that of the arrays.
         specs: A tree of `PartitionSpec` or `NamedSharding` with the structure of the parameters, or of its upper
             levels; or an NNX module or state whose variables carry their sharding.
         rules: What Flax's logical axis names mean on this mesh.
         spread: Shard each factor over the mesh axes that its weight does not use as well, where they divide it.
             Each device then holds a smaller part of adapters and moments; a step gathers the factors, which are small.
-        memory_kind: Where the frozen weights live, such as ``"pinned_host"``; None for the device.
+        memory_kind: The memory of the frozen weights, such as ``"pinned_host"``; None for the device.
 
     Returns:
         The `Shardings`.
@@ -130,7 +130,7 @@ class Placement:
         """The entries of the spec of one array of an adapter: those of the weight axes that it stands for."""
         weight_spec = self.specs[path]
         entries = [None if d is None else weight_spec[d] for d in array_axes(adapter.axes)[name]]
-        leading = len(unbox(getattr(adapter, name)).shape) - len(entries)  # several adapters are a leading axis
+        leading = len(unbox(getattr(adapter, name)).shape) - len(entries)  # several adapters are stacked along it
         return [None] * leading + entries
 
     def shard_array(self, shape: Shape, entries: Sequence[Any]) -> NamedSharding:
@@ -142,6 +142,7 @@ class Placement:
         sizes = self.mesh.shape
         names_by_axis = [mesh_axes(entry) for entry in entries]
         used = {name for names in names_by_axis for name in names}
+        # The largest mesh axis first, as it saves the most memory. A smaller one may still divide what remains.
         for name in sorted(sizes, key=lambda n: -sizes[n]):
             lengths = [n // math.prod(sizes[m] for m in names) for n, names in zip(shape, names_by_axis, strict=True)]
             divisible = [axis for axis, length in enumerate(lengths) if length % sizes[name] == 0]
@@ -157,7 +158,7 @@ def state_shardings(opt_state: PyTree, lora: Params, lora_shardings: PyTree, mes
     """The sharding of every leaf of an optimizer's state.
 
     A leaf whose path ends with that of a trained array is a moment of it, and is sharded like it. One with fewer axes
-    (a factored moment) is sharded like the axes that it keeps.
+    (a factored moment) is sharded like the axes that it has.
     """
     arrays, _ = jax.tree_util.tree_flatten_with_path(lora)
     trained = {_names(keys): (x.shape, s) for (keys, x), s in zip(arrays, jax.tree.leaves(lora_shardings), strict=True)}
@@ -185,6 +186,8 @@ def _reduced_spec(shape: Shape, reduced: Shape, spec: PartitionSpec) -> Partitio
     """The spec of an array that has some of the axes of ``shape``, in order; None where it is ambiguous."""
     entries = (*spec, *[None] * (len(shape) - len(spec)))
     subsets = itertools.combinations(range(len(shape)), len(reduced))
+    # Shapes alone do not tell which axes a factored moment has: a square weight has two answers. They are one if both
+    # are sharded alike, and otherwise the moment, which is small, is replicated.
     candidates = {tuple(entries[i] for i in axes) for axes in subsets if tuple(shape[i] for i in axes) == reduced}
     return PartitionSpec(*candidates.pop()) if len(candidates) == 1 else None
 
@@ -208,7 +211,7 @@ def init_sharded(
     spread: bool = False,
     **kwargs: Any,
 ) -> tuple[Params, Params]:
-    """``model.init`` that creates every adapter in its shards: no device ever holds a whole one, and no weight moves.
+    """``model.init`` that creates every adapter in its shards: no device ever has all of one, and no weight moves.
 
     Args:
         model: What `lojax.wrap` returned.
@@ -233,7 +236,7 @@ def init_sharded(
     placed = shardings(*shapes, mesh=mesh, specs=specs, rules=rules, spread=spread)
     out_shardings, treedef = jax.tree.flatten((placed.frozen, placed.lora))
     inputs = jax.tree.leaves((key, params))
-    # A jit copies an input that it returns. So outputs that are inputs are taken from the jaxpr, outside of the jit.
+    # A jit copies an input that it returns, here the frozen weights. So outputs that are inputs bypass it.
     unchanged = _unchanged_inputs(jaxpr, inputs)
     computed = [i for i in range(len(out_shardings)) if i not in unchanged]
 

@@ -282,8 +282,8 @@ def test_a_tree_that_is_one_array_says_so():
 def test_a_leaf_that_is_not_an_array_is_named(leaf):
     text = message(TypeError, assign_rules, PARAMS | {"params/name": leaf}, [lora("**/query/kernel")])
     assert text == (
-        f"params/name is a {type(leaf).__name__} ({leaf!r:.40}), not an array. Take it out of the parameters, or pass "
-        "it to the net another way."
+        f"params/name: params holds {leaf!r} ({type(leaf).__name__}), which is neither an array nor a number. Take it "
+        "out of the tree."
     )
 
 

@@ -18,6 +18,8 @@ from lojax.adapters.paths import map_paths
 from tests.nets.zoo import Case
 from tests.nets.zoo.transformers import BERT, GPT2, IMAGES, T5, VIT, build, row
 
+pytestmark = pytest.mark.optimized(False)  # FLOPs are counted before the optimizations that this leaves out
+
 WIDE = BERT | {"hidden_size": 256, "intermediate_size": 1024}
 IDS = jnp.zeros((8, 16), jnp.int32)
 NETS = (

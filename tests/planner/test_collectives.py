@@ -10,6 +10,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lojax.planner.collectives import Collective, Traffic, traffic
 
+pytestmark = pytest.mark.optimized(False)  # collectives are placed before the optimizations that this leaves out
+
 
 def test_loops_count_their_trips():
     def f(x):

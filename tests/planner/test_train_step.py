@@ -21,6 +21,8 @@ from lojax.planner.decoder_config import PRESETS
 from lojax.planner.train_step import full_step, lora_step, value_then_grad
 from tests.planner.frozen_step import frozen_step
 
+pytestmark = pytest.mark.optimized(False)  # collectives are placed before the optimizations that this leaves out
+
 
 def grouped_loss(w):
     """A loss that is computed again for its gradient, as the decoder's is."""

@@ -287,8 +287,6 @@ PROGRAMS: dict[str, Program] = {
         {"w": (8, 6)},
         (X,),
         "io",
-        materialized=2,
-        uses=2,
     ),
     "barrier": Program(lambda p, x: x @ lax.optimization_barrier(p["w"]), {"w": (8, 6)}, (X,), "io"),
     "units": Program(lambda p, x: x @ p["w"][None, :, None].squeeze((0, 2)), {"w": (8, 6)}, (X,), "io"),

@@ -14,6 +14,8 @@ import lojax
 from lojax.planner.collectives import traffic
 from lojax.sharding.shardings import Placement, init_sharded, shardings
 
+pytestmark = pytest.mark.optimized(False)  # collectives are placed before the optimizations that this leaves out
+
 P = PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 

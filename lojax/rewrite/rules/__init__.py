@@ -1,4 +1,4 @@
-"""One rule for each primitive that can meet an adapted weight. A primitive without a rule materializes the weight."""
+"""One rule for each primitive that can take an adapted weight. A primitive without a rule materializes the weight."""
 
 from collections.abc import Mapping
 

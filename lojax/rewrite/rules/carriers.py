@@ -22,7 +22,7 @@ RULES: Table = {}
 rule = registrar(RULES)
 
 Axes = tuple[int, ...]
-"""Axes of a value that an array has; -1 for its rank (see `carriers.slice_axes`)."""
+"""The axes of a value that an array has; -1 for its rank axis (see `carriers.slice_axes`)."""
 
 
 def _bind_frozen(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight:
@@ -56,11 +56,11 @@ def _broadcast_in_dim(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> L
 
 
 def _broadcast_axes(eqn: Eqn) -> Axes:
-    """Where each axis of a broadcast goes. JAX may say so in NumPy's integers, which do not compare with tuples."""
+    """The new position of each axis of a broadcast. JAX may use NumPy integers, which do not compare with tuples."""
     return tuple(int(d) for d in eqn.params["broadcast_dimensions"])
 
 
-# --- parts ---
+# --- slices ---
 
 
 @rule("slice")
@@ -84,6 +84,7 @@ def _dynamic_slice(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowR
     sizes = eqn.params["slice_sizes"]
 
     def along(array: Array, axes: Axes) -> Array:
+        # `dynamic_slice` wants all its indices in one dtype, so the zero of the rank axis takes that of the others.
         start = [jnp.zeros_like(starts[0]) if d < 0 else starts[d] for d in axes]
         return lax.dynamic_slice(array, start, [array.shape[i] if d < 0 else sizes[d] for i, d in enumerate(axes)])
 
@@ -139,7 +140,7 @@ def _all_gather(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank
     return carriers.slice_axes(value, lambda w: bind_one(eqn, w), along)
 
 
-# --- several arrays ---
+# --- combinations with other arrays ---
 
 
 @rule("pad")
@@ -184,14 +185,18 @@ def _select_n(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
 
 
 def _along_axes(array: Array, axes: Axes) -> Array:
-    """An array that repeats along all axes but ``axes``, with those alone."""
-    if has_explicit_sharding(array):  # JAX slices no axis that is sharded over an explicit mesh axis
+    """One copy of an array that repeats along all axes but ``axes``: an array with these axes only."""
+    # All entries along these axes are equal, so any of them will do, and so will their maximum: JAX does not slice an
+    # axis that is sharded over an explicit mesh axis, but reduces it.
+    if has_explicit_sharding(array):
         return jnp.max(array, [d for d in range(array.ndim) if d not in axes])
     return array[tuple(slice(None) if d in axes else 0 for d in range(array.ndim))]
 
 
 def _varying_axes(interp: Interpreter, var: Var, array: Array) -> Axes:
-    """The axes along which an array may vary, by the equation that made it: a broadcast varies along few."""
+    """The axes along which an array may vary. If a broadcast made it, those of the broadcast's operand only."""
+    # jnp broadcasts a scale or a predicate to the shape of the weight before the equation. By its shape alone it would
+    # differ from element to element, for which there is no factored form.
     producer = interp.producer(var)
     axes = tuple(d for d, n in enumerate(array.shape) if n != 1)
     if producer is None or producer.primitive.name != "broadcast_in_dim":
@@ -217,6 +222,7 @@ def _div(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     value, factor = operands
     if not isinstance(value, LowRank) or isinstance(factor, LowRank):
         raise NotFactored("a division by the weight")
+    # The reciprocal is for the update alone: the frozen part is divided, so the base is exact to the last bit.
     return _scale(interp, value, _bind_frozen(eqn, operands), eqn.invars[1], 1 / jnp.asarray(factor))
 
 
@@ -229,7 +235,7 @@ def _scale(interp: Interpreter, value: LowRank, frozen: FrozenWeight, var: Var, 
 
 
 def _broadcast_like(value: LowRank, frozen: FrozenWeight) -> LowRank:
-    """``value`` in the shape of ``frozen``: axes of length one met longer ones, or a scalar an array."""
+    """``value`` in the shape of ``frozen``, if the other operand stretched an axis of length one, or a scalar."""
     if value.shape == frozen.shape:
         return value
     return carriers.broadcast(value, frozen, range(len(frozen.shape)) if value.ndim else [])
@@ -247,6 +253,7 @@ def _add(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
         right_term = carriers.negate(right) if eqn.primitive.name == "sub" else right
         return combine.add(left, right_term, _bind_frozen(eqn, operands))
     value = left if isinstance(left, LowRank) else right
+    # The gain multiplies frozen part and update, but not what the program adds to them.
     if value.gain is not None:
         raise NotFactored("a sum with a weight under DoRA")
     frozen = _bind_frozen(eqn, operands)
@@ -262,6 +269,7 @@ def _add(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
 def _convert(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise NotFactored(f"a cast to {eqn.params['new_dtype']}")
+    # The factors keep their dtype: they are cast when they are multiplied, to the dtype of the activation.
     return operands[0].map_frozen(lambda w: bind_one(eqn, w))
 
 
@@ -278,6 +286,7 @@ def _constrain(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     if value.probe or not isinstance(sharding, NamedSharding):
         return value.map_frozen(lambda w: bind_one(eqn, w))
     constrain = lax.with_sharding_constraint if eqn.primitive.name == "sharding_constraint" else jax.sharding.reshard
+    # A spec may be shorter than the shape, and axes that the user left open must stay open.
     unconstrained = eqn.params.get("unconstrained_dims") or ()
     spec = [*sharding.spec, *[None] * (value.ndim - len(sharding.spec))]
 

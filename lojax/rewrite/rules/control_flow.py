@@ -1,4 +1,4 @@
-"""Rules for control flow and calls: bodies are rewritten inside, their settings stay."""
+"""Rules for control flow and calls: bodies are rewritten, and the settings of the equation stay."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ def _jit(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     unspecified = unspecified_sharding()
 
     def per_array(settings: Sequence[Any], values: Sequence[Value], other: Any) -> tuple[Any, ...]:
-        """One setting for each array: the frozen weight keeps its own, the factors take ``other``."""
+        """One setting for each array: that of the weight for its frozen part, ``other`` for the rest of a value."""
         return tuple(
             s
             for setting, v in zip(settings, values, strict=True)
             for s in (setting, *[other] * (len(jax.tree.leaves(v)) - 1))
         )
 
+    # Shardings and layouts are for arrays of the shape of the weight, so they cannot be those of a factor. Nor is a
+    # factor donated with its weight: another use may still read it.
     p |= {
         "jaxpr": closed,
         "in_shardings": per_array(p["in_shardings"], operands, unspecified),
@@ -68,6 +70,7 @@ def _call(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 @rule("remat2", "checkpoint", "remat")
 def _remat(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     p = eqn.params
+    # JAX may have one flag for each operand, and the values have more leaves than the equation has operands.
     prevent_cse = p["prevent_cse"] if isinstance(p["prevent_cse"], bool) else any(p["prevent_cse"])
 
     uses: list[Use] = []
@@ -93,6 +96,7 @@ def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Arr
         specs = value.with_named_arrays(
             [NamedArray(PartitionSpec(*(entries.get(d) for d in x.dims)), x.dims) for x in value.named_arrays]
         )
+        # The key is replicated: `drop_out` folds the index of the shard in.
         dropout = value.dropout and dataclasses.replace(value.dropout, key=PartitionSpec())
         return dataclasses.replace(specs, frozen=jax.tree.map(lambda _: spec, value.frozen), dropout=dropout)
 
@@ -122,7 +126,9 @@ def _cond(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     index = interp.dense(index, eqn, "a branch is chosen by the weight")
     branches = eqn.params["branches"]
     may_stay = [True] * len(opened(branches[0])[0].outvars)
-    with interp.recorder.collect([]):  # a trial, to see which outputs all branches leave in one low-rank form
+    # All branches must return one structure. So they are rewritten twice: once with every output free to stay low-rank,
+    # to see where they agree, and once with the other outputs dense. The uses of the trial are not counted.
+    with interp.recorder.collect([]):
         forms = [interp.rewrite(branch, values, may_stay) for branch in branches]
     outputs = [tree.unflatten(closed.out_avals) for closed, tree in forms]
     may_stay = [len({_form(v) for v in same_output}) == 1 for same_output in zip(*outputs, strict=True)]
@@ -133,6 +139,7 @@ def _cond(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 
 def _form(value: Value) -> Hashable:
     leaves, tree = jax.tree.flatten(value)
+    # The leaves are abstract values, so equal means equal in shape and dtype too.
     return tree, tuple(leaves)
 
 
@@ -141,11 +148,11 @@ def _form(value: Value) -> Hashable:
 
 @dataclasses.dataclass(frozen=True)
 class _LoopOperand:
-    """An operand of a loop, split into what every trip shares and what each trip has of its own.
+    """An operand of a loop, split into arrays that all trips share and arrays with one entry for each trip.
 
     Attributes:
-        shared: What every trip shares.
-        own: Arrays of which every trip gets one entry.
+        shared: Arrays that all trips share.
+        own: Arrays of which each trip gets one entry.
         join: ``join(shared, own)``: the operand of one trip.
     """
 
@@ -155,11 +162,14 @@ class _LoopOperand:
 
 
 def _constant_operand(value: Value, length: int | None) -> _LoopOperand:
-    """A constant of a loop; under dropout every trip draws its own key."""
+    """A constant of a loop. Under dropout, every trip gets another key."""
     if not isinstance(value, LowRank) or value.dropout is None or length is None:
         return _LoopOperand(value, None, lambda shared, own: shared)
     return _LoopOperand(
-        value, value.dropout.split(length), lambda shared, own: dataclasses.replace(shared, dropout=own)
+        # The body is traced once, so a fold inside of it would be the same in all trips: the keys come in from outside.
+        value,
+        value.dropout.split(length),
+        lambda shared, own: dataclasses.replace(shared, dropout=own),
     )
 
 
@@ -170,6 +180,7 @@ def _sliced_operand(value: Value, length: int) -> _LoopOperand:
     names = {d: d - 1 for d in range(1, value.ndim)}
     arrays = value.named_arrays
     dropout = None if value.dropout is None else value.dropout.split(length)
+    # An array without the first axis repeats along it: it is shared, not copied once for each trip.
     sliced = [x.transpose_to([0, *(d for d in x.dims if d != 0)]).array if 0 in x.dims else None for x in arrays]
     shared = [None if 0 in x.dims else x.array for x in arrays]
     dims = [tuple(names.get(d, d) for d in x.dims if d != 0) for x in arrays]  # type: ignore[call-overload]
@@ -203,8 +214,8 @@ def _settle_carries(
 ) -> tuple[list[bool], list[Value]]:
     """Which carries the body never changes, and the carries with every unstable low-rank one dense.
 
-    A low-rank carry is stable where the body returns it in the form in which it came. To make one dense may change the
-    form of another, so this goes on until all are stable: at most one round for each carry.
+    A low-rank carry is stable if the body returns it with an unchanged structure. A carry that is made dense may change
+    the structure of another, so this repeats until all are stable: at most once for each carry.
 
     Args:
         interp: The interpreter.
@@ -212,9 +223,11 @@ def _settle_carries(
         body: Its body.
         carries: The initial carries.
         first: The position of the first carry among the body's inputs.
-        trial: The body's carries out, as shapes, for given carries in.
+        trial: Returns the carries after one trip, as shapes, for the carries before it.
     """
     opened_body, _ = opened(body)
+    # One variable that comes in and goes out is unchanged for sure. Such a carry becomes a constant of the loop, so a
+    # weight that a `fori_loop` carries along needs no stability and stays low-rank.
     unchanged = [opened_body.outvars[i] is opened_body.invars[first + i] for i in range(len(carries))]
     while any(_is_low_rank(v) and not same for v, same in zip(carries, unchanged, strict=True)):
         carries_out = trial(carries)
@@ -231,7 +244,7 @@ def _settle_carries(
 
 
 def _changing_carries(carries: list[Value], unchanged: list[bool], body: Jaxpr, first: int) -> list[Value]:
-    """The carries that change, those that are Python scalars as arrays of the body's dtype."""
+    """The carries that change. A Python scalar becomes an array of the dtype that the body expects."""
     opened_body, _ = opened(body)
     avals = [v.aval for v in opened_body.invars[first : first + len(carries)]]
     return [
@@ -260,6 +273,7 @@ def _scan(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 
     def trial(carry: list[Value]) -> list[Any]:
         with interp.recorder.collect([]):
+            # Shapes only, and no uses: the real trace below counts them. `x[0]` stands for the entries of any trip.
             return jax.eval_shape(lambda c, o: run(c, jax.tree.map(lambda x: x[0], o))[:num_carry], carry, owns)
 
     unchanged, carries = _settle_carries(interp, eqn, jaxpr, carries, num_consts, trial)
@@ -324,15 +338,17 @@ def _while(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
         return trip if trip is None else trip + 1, new
 
     drops = any(isinstance(v, LowRank) and v.dropout is not None for v in (*body_consts, *carries))
+    # The number of trips is unknown, so keys cannot be split: each trip folds in its number. Without dropout the
+    # counter is None, an empty tree, and the loop carries what the user's loop carries.
     first_trip = jnp.zeros((), jnp.uint32) if drops else None
     start = (first_trip, _changing_carries(carries, unchanged, p["body_jaxpr"], num_body))
     _, changing = jax.lax.while_loop(cond, body, start)
-    interp.recorder.replay([*cond_uses, *body_uses])  # how many trips there are is not known: one stands for all
+    interp.recorder.replay([*cond_uses, *body_uses])  # as one trip: the number of trips is unknown
     return all_carries(changing)
 
 
 def _with_trip_dropout(value: Value, trip: Array | None) -> Value:
-    """A low-rank value under dropout with a key for this trip of a loop."""
+    """``value``; if it is under dropout, with another key for each trip of a loop."""
     if trip is None or not isinstance(value, LowRank) or value.dropout is None:
         return value
     return dataclasses.replace(value, dropout=value.dropout.fold_in(trip))

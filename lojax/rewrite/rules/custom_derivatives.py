@@ -1,8 +1,8 @@
-"""Rules for functions that bring their own derivative (`custom_jvp`, `custom_vjp`).
+"""Rules for functions with a derivative written by the user (`custom_jvp`, `custom_vjp`).
 
-The user's derivative is used, with the low-rank value going through it: the program that `jax.jvp` or
-`jax.vjp` makes of the function is itself evaluated by the interpreter. A tangent of ``w + a b`` is
-``dw + da b + a db``, a sum of two updates. A cotangent of the whole weight, which only
+The user's derivative is used, and evaluated with the low-rank value: the program that `jax.jvp` or
+`jax.vjp` makes of the function is itself run by the interpreter. A tangent of ``w + a b`` is
+``dw + da b + a db``, a sum of two updates. A cotangent of the dense weight, which only
 the user's rule of a `custom_vjp` can ask for, is pulled back to ``a`` and ``b`` at the end.
 """
 
@@ -39,10 +39,13 @@ def _has_dropout(values: Sequence[Value]) -> bool:
 
 @rule("custom_jvp_call")
 def _custom_jvp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    # The function and its derivative are two programs for the interpreter, which would draw two masks.
     if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
+    # The tangent of g (w + a b) has a term dg (w + a b), which is not low-rank.
     if any(v.gain is not None for v in operands if isinstance(v, LowRank)):
         raise NotFactored("DoRA inside a function with its own forward derivative")
+    # `jax.jvp` below takes tangents for floats; indices and keys are closed over.
     floats = [i for i, v in enumerate(operands) if _is_float(v)]
 
     uses: list[Use] = []
@@ -68,7 +71,7 @@ def _custom_jvp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
             return jax.jvp(user, tuple(operands[i] for i in floats), dense_dots)
 
         traced = jax.make_jaxpr(user_jvp)(*(jax.typeof(_frozen_part(v)) for v in (*values, *dots)))
-        # Some of these values are tangents, and JAX cannot transpose a name.
+        # Some of these values are tangents, and JAX cannot transpose the name of a product.
         outer, interp.naming = interp.naming, False
         try:
             outputs = interp.dense_outputs(interp.run(traced, [*values, *dots]))
@@ -96,7 +99,7 @@ def _tangent(value: Value, dot: Value) -> Value:
 def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
-    # The first operands are what the user's function closes over: its rule has no cotangent for them.
+    # The first operands are the arrays that the user's function closes over: its rule returns no cotangent for them.
     num_consts = eqn.params.get("num_consts", 0)
     if any(isinstance(v, LowRank) for v in operands[:num_consts]):
         raise NotFactored("a function with its own derivative closes over the weight")
@@ -112,7 +115,8 @@ def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
 
     def forward(values: list[Value]) -> Any:
         def with_pullback(*dense: Array) -> tuple[list[Array], list[Array]]:
-            # The pullback is a pytree: its arrays leave the trace as outputs, its structure by `nonlocal`.
+            # The pullback is a pytree: its arrays leave the trace as outputs, its structure by `nonlocal`. `backward`
+            # puts the two together, in another trace.
             nonlocal pullback
             consts, arguments = dense[:num_consts], dense[num_consts:]
             outputs, back = jax.vjp(lambda *x: bind(eqn, [*consts, *x]), *arguments)
@@ -133,6 +137,7 @@ def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
         shapes = [jax.typeof(_frozen_part(r)) for r in residuals], [jax.typeof(c) for c in cotangents]
         traced = jax.make_jaxpr(pull)(*shapes)
         grads = interp.dense_outputs(interp.run(traced, [*residuals, *cotangents]))
+        # To JAX, None is a cotangent of zeros, of whatever structure the value has.
         cotangents_in: list[Any] = [None] * len(values)
         for i, grad in zip(floats, grads, strict=True):
             cotangents_in[i] = _pull_back(values[i], grad)
@@ -145,7 +150,7 @@ def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
 
 
 def _pull_back(value: Value, cotangent: Array) -> Value:
-    """The cotangents of ``w``, ``a`` and ``b`` for the cotangent of the whole value."""
+    """The cotangents of ``w``, ``a`` and ``b`` for the cotangent of the dense value."""
     if not isinstance(value, LowRank):
         return cotangent
     return jax.vjp(lambda v: v.dense(), value)[1](cotangent)[0]

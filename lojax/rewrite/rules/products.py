@@ -1,4 +1,4 @@
-"""Rules for products: each reads an equation and says which product of `lojax.lowrank` it is."""
+"""Rules for products: each translates an equation to a product of `lojax.lowrank`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ rule = registrar(RULES)
 def _dot_general(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
     lhs, rhs = operands
     if isinstance(lhs, LowRank) and isinstance(rhs, LowRank):
+        # (w1 + a1 b1)(w2 + a2 b2) is bilinear, and one factored form covers one weight only.
         lhs = interp.dense(lhs, eqn, "a product of two adapted weights: the left one is materialized")
     on_left = isinstance(lhs, LowRank)
     value: LowRank = lhs if on_left else rhs
@@ -41,7 +42,7 @@ def _dot_general(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
 
 @rule("reduce_sum")
 def _reduce_sum(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
-    """A sum over axes of the weight is its product with ones."""
+    """A sum over axes of the weight is a product of the weight with ones."""
     value, axes = operands[0], tuple(int(d) for d in eqn.params["axes"])
     if value.dropout is not None:
         raise NotFactored("a sum over axes of the weight under dropout, which is for an input")
@@ -54,7 +55,7 @@ def _reduce_sum(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
         weight_on_left=False,
         bind=lambda w, _: bind_one(eqn, w),
     )
-    # Fused would materialize a weight of which one sum is wanted.
+    # Fused, it would materialize the weight to sum it once.
     return interp.multiply(eqn, dataclasses.replace(value, fusible=False), product)
 
 

@@ -1,4 +1,4 @@
-"""How a rule enters its table."""
+"""Tables of rules, and the decorator that adds a rule to one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Table = dict[str, EquationRule]
 
 
 def registrar(table: Table) -> Callable[..., Callable[[EquationRule], EquationRule]]:
-    """A decorator factory: ``@rule("name", ...)`` makes a function the rule of these primitives in ``table``."""
+    """A decorator ``@rule("name", ...)`` that adds a function to ``table`` as the rule of the named primitives."""
 
     def rule(*names: str) -> Callable[[EquationRule], EquationRule]:
         def register(f: EquationRule) -> EquationRule:
