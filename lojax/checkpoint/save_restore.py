@@ -158,6 +158,10 @@ def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
             "lora holds none. Leave it out."
         )
     check_same_structure(start, lora, name="start")
+    leaves = flatten(start)
+    for path in sorted(moved):
+        if not is_adapter(leaves[path]):
+            raise ValueError(f"{path}: start holds no adapter there. Pass the lora tree as init returned it.")
 
     def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
         return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf

@@ -210,9 +210,13 @@ def test_a_moved_base_that_nobody_recorded(tmp_path):
 
 def test_start_must_be_what_init_returned(tmp_path):
     _, frozen, start, lora = _moved("pissa")
-    assert "start and lora have different structure" in message(
-        ValueError, lojax.save, tmp_path, lora, frozen=frozen, start={"w": start["w"]}
-    )
+    for other, reason in (
+        ({"w": start["w"]}, "start and lora have different structure"),
+        ({**start, "w": None}, "w: start holds no adapter there"),
+        (frozen, "w: start holds no adapter there"),
+    ):
+        text = message(ValueError, lojax.save, tmp_path, lora, frozen=frozen, start=other)
+        assert reason in text
     frozen, plain = cases.pair()
     text = message(ValueError, lojax.save, tmp_path, plain, frozen=frozen, start=plain)
     assert "lora holds none. Leave it out." in text
