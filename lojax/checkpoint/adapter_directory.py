@@ -56,6 +56,7 @@ def as_local_path(path: str | os.PathLike[str]) -> Path:
 
 def next_number(directory: Path) -> int:
     """A number for a folder of new arrays, above that of any in ``directory``, finished or not."""
+    # Also above an unfinished one: a saver that was killed may have left files that orbax would mistake for its own.
     numbers = [int(match[1]) for name in os.listdir(directory) if (match := _FOLDER.match(name))]
     return max(numbers, default=0) + 1
 
@@ -91,6 +92,7 @@ def check_inventory(folder: Path, files: Mapping[str, StoredFile]) -> None:
         file = folder / name
         if file.is_symlink() or not file.is_file():
             raise FileNotFoundError(f"{file}: missing from the checkpoint. {_REMEDY}")
+        # Sizes first: a file that was cut short is told without reading what is left of it.
         size = file.stat().st_size
         if size != expected.bytes:
             raise ValueError(f"{file}: {size} bytes, expected {expected.bytes}: cut short or overwritten. {_REMEDY}")
@@ -103,6 +105,7 @@ def commit(directory: Path, manifest: Mapping[str, Any]) -> None:
 
     A checksum of the rest is added, so that a byte that flips in the file itself is noticed.
     """
+    # Flushed before the rename, and the directory after it: a power cut leaves the old manifest or the whole new one.
     file = directory / f"{MANIFEST}.tmp"
     with open(file, "w", encoding="utf-8") as stream:
         stream.write(format_json({**manifest, "checksum": _checksum(manifest)}))
@@ -123,6 +126,7 @@ def read_json(directory: Path) -> dict[str, Any]:
     file = directory / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found, so {directory} holds no adapter checkpoint.{_hint(directory)}")
+    # A hostile file must not fill the memory before it is judged.
     if file.stat().st_size > _MANIFEST_LIMIT:
         raise ValueError(f"{file}: {file.stat().st_size} bytes; no {MANIFEST} is longer than {_MANIFEST_LIMIT}.")
     try:

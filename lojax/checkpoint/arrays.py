@@ -78,6 +78,7 @@ def read(
         _check(folder, not_empty, dict(getattr(metadata, "tree", metadata)))
         restore_args = {name: _restore_args(array, shardings.get(name)) for name, array in not_empty.items()}
         values = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    # orbax refuses empty arrays: none was written, and their shape says all there is to know.
     empty = {name: np.zeros(array.shape, jnp.dtype(array.dtype)) for name, array in arrays.items() if not array.bytes}
     return values | empty
 

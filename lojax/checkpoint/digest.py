@@ -50,6 +50,8 @@ def digests(arrays: Mapping[str, ArrayLike]) -> dict[str, str]:
     """
     results = {name: value for name, array in arrays.items() if (value := _recall(array))}
     partial_sums = {name: _start(array) for name, array in arrays.items() if name not in results}
+    # Sums modulo 2**32 can be added in any order, so every sharding of an array, over any number of processes, has the
+    # digest of the whole array.
     sums = {name: np.sum(np.asarray(jax.device_get(parts)), axis=0) for name, parts in partial_sums.items()}
     if shared := [name for name in sums if not _is_local(arrays[name])]:  # each process has summed its own shards
         gathered = multihost_utils.process_allgather(np.stack([sums[name] for name in shared]).astype(np.uint32))
@@ -80,6 +82,7 @@ def _start(array: ArrayLike) -> list[ArrayLike]:
     if not isinstance(array, jax.Array):
         return [host_sums(np.asarray(array))]
     shards = array.addressable_shards
+    # Each element is counted once: of the replicas of a shard the first one, on whichever process it is.
     shards = shards[:1] if array.is_fully_replicated else [shard for shard in shards if shard.replica_id == 0]
     return [_shard_sums(shard.data, shard.index, array.shape) for shard in shards] or [np.zeros(2, np.uint64)]
 
@@ -110,6 +113,7 @@ def _words_per_element(dtype: np.dtype) -> int:
 def _words(array: np.ndarray) -> np.ndarray:
     """The bits of ``array`` ``[*shape]`` as unsigned words ``[*shape, words per element]``, lowest word first."""
     array = np.ascontiguousarray(array).reshape(*array.shape, 1)
+    # Little-endian whatever the machine, so that a digest means the same everywhere.
     words = array.view(f"<u{min(array.dtype.itemsize, 4)}")
     return words & np.uint8(2 ** _bits(array.dtype) - 1) if _bits(array.dtype) < 8 else words
 
@@ -163,6 +167,8 @@ def _sum_blocks(blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     buffers = [np.empty(_BLOCK, np.uint32) for _ in range(3)]  # reused: fresh ones would leave the cache
     for words, starts in blocks:
         k, h, shifted = (buffer[: words.size].reshape(words.shape) for buffer in buffers)
+        # The position enters a word before it is mixed, so equal words in two places hash differently. The second sum
+        # weighs each hash by its position: it changes where two words change places.
         np.add(starts[:, None], line[: words.shape[1]], out=k)
         np.multiply(k, np.uint32(_GOLDEN), out=h)
         np.add(h, words, out=h)
@@ -186,6 +192,7 @@ def device_sums(array: Array, offset: ArrayLike, *, strides: tuple[int, ...]) ->
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag], axis=-1)
     words = lax.bitcast_convert_type(array, jnp.dtype(f"uint{min(array.dtype.itemsize, 4) * 8}")).astype(jnp.uint32)
+    # An element of 64 bits became two words along a new last axis, lowest first, as `_words` has them.
     words = words.reshape(*words.shape[: len(strides)], per_element)
     k = jnp.uint32(offset)
     for axis, stride in enumerate([*(stride * per_element for stride in strides), 1]):

@@ -111,6 +111,7 @@ def save(
     moved = {path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base}
     if start is not None:
         lora = _subtract_start(lora, start, moved)
+    # Whatever can be refused is refused before a byte is written.
     leaves, keys = flatten_with_keys(lora)
     arrays = collect_arrays(leaves)
     _wait_for_pending(directory)
@@ -121,6 +122,7 @@ def save(
     manifest = Manifest(
         metadata=metadata, adapters=adapters, full=full, other=other, keys=keys, base=base, arrays="", files={}
     )
+    # Copies, taken before this returns: the caller may donate or update its arrays while the disk is written.
     steps = _write(directory, snapshot(arrays), manifest, overwrite)
     if wait or jax.process_count() > 1:  # JAX's barriers between devices belong to the main thread
         next(steps)
@@ -196,6 +198,7 @@ def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest,
         yield
         try:
             finish_write()
+            # The manifest comes last and names these arrays. Until it is there, the old one names the old arrays.
             if multihost.is_primary_host(0):
                 inventory = files.take_inventory(folder)
                 files.commit(directory, dataclasses.replace(manifest, arrays=folder.name, files=inventory).to_json())
