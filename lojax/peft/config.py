@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what each field means for the maths, honored or refused by name."""
+"""``adapter_config.json``: what each field means for the computation; each is honored, or refused by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED = {
     "monteclora_config": "it samples its factors",
     "velora_config": "it compresses activations",
 }
-"""Fields that change the maths in a way that lojax does not compute, and how."""
+"""Fields that change the computation in a way that lojax does not support, and how."""
 
 HARMLESS = (
     "auto_mapping",
@@ -144,7 +144,7 @@ class Config:
         match = next((match for pattern in self._layers if (match := pattern.match(module))), None)
         return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
-    def maths(self) -> dict[str, Any]:
+    def computation(self) -> dict[str, Any]:
         """The fields that decide what the adapter computes."""
         return {name: self[name] for name in sorted({*HONORED, "peft_version"})}  # which decides the axes of experts
 
@@ -192,7 +192,7 @@ def _missing_text(directory: Path) -> str:
 
 
 def check_config(fields: Mapping[str, Any], where: str) -> Config:
-    """The config; raises where ``fields`` cannot be honored, and warns of truthy fields that nobody here knows."""
+    """The config; raises where ``fields`` cannot be honored, and warns about unknown fields that are set."""
 
     def quoted(name: str) -> str:
         return printable(repr(fields.get(name)))

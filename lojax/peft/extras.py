@@ -34,7 +34,7 @@ class Extra(abc.ABC):
     Attributes:
         suffix: What its keys end with.
         field: The field of `Adapter` that holds it.
-        needs_factors: Whether it stands beside A and B, or in their place.
+        needs_factors: Whether a module has it beside A and B, or instead of them.
     """
 
     suffix: ClassVar[str]
@@ -43,7 +43,7 @@ class Extra(abc.ABC):
 
     @abc.abstractmethod
     def misfit(self, weight: TorchParameter, config: Config) -> str | None:
-        """Why a weight cannot have this tensor; None where the config promises it."""
+        """Why a weight cannot have this tensor; None if the config asks for it."""
 
     def missing(
         self, weights: Iterable[TorchParameter], present: Collection[TorchParameter], config: Config
@@ -70,7 +70,7 @@ class Extra(abc.ABC):
 
     @abc.abstractmethod
     def config_fields(self, adapters: Mapping[Path, Adapter], modules: Mapping[Path, str]) -> dict[str, Any]:
-        """What the config says of it; raises where PEFT has no word for these adapters together."""
+        """What the config says of it; raises if PEFT cannot express these adapters together."""
 
 
 class _Magnitude(Extra):
@@ -167,9 +167,9 @@ def _column_lengths(leaf: Leaf, axes: Axes) -> np.ndarray | None:
 
 
 class _TokenRows(Extra):
-    """Trained rows of an embedding: PEFT stores the new rows (though it calls them ``delta``), we what is added.
+    """Trained rows of an embedding: PEFT stores the new rows (and calls them ``delta``), an adapter what is added.
 
-    They stand in the place of A and B, ``[k, *out]`` in an adapter.
+    An embedding has them instead of A and B. In an adapter they are ``[k, *out]``.
     """
 
     suffix = ".token_adapter.trainable_tokens_delta"

@@ -65,7 +65,7 @@ class Update:
         return w[block].astype(dtype) + update
 
     def _gain(self, w: np.ndarray) -> Callable[[Block], np.ndarray | float]:
-        """What DoRA multiplies a block with: the magnitude over the length, which needs a pass of its own."""
+        """What DoRA multiplies a block by: the magnitude over the length, which takes a first pass over the weight."""
         if self.magnitude is None:
             return lambda block: 1.0
         squares = np.zeros(self.magnitude.shape, np.float32)
@@ -124,7 +124,7 @@ def _line(problem: str) -> str:
 
 
 class Patcher:
-    """The adapter file, and how its factors lie in the tensors of the base. Its methods return what has no place."""
+    """Finds the tensor of the base that each tensor of an adapter changes. Its methods return problems, as text."""
 
     def __init__(self, file: safetensors.File, config: Config, base: Specs, keys: Keys, experts: str | None) -> None:
         self.file, self.config, self.base, self.keys = file, config, base, keys
@@ -140,7 +140,7 @@ class Patcher:
         self.patches: Patches = {}
 
     def place_all(self) -> Iterator[str]:
-        """Finds the place of every tensor of the adapter; yields what has none."""
+        """Places every tensor of the adapter; yields the problems."""
         for key, reason in self.keys.unexpected.items():
             yield f"unexpected: {key} {reason}"
         for module, pairs in self.modules.items():
@@ -155,7 +155,7 @@ class Patcher:
                 yield from self._place_rows(key.key, key.module, self.rename(key.module) + ".weight")
 
     def _vote(self) -> bool:
-        """Whether square weights are ``[in, out]``: as the others are; only without others as the config says."""
+        """Whether square weights are ``[in, out]``: if the other weights are; if there are none, the config says."""
         votes = set()
         for pair in self.keys.pairs:
             a, b = self._shapes(pair)

@@ -1,4 +1,4 @@
-"""Regular expressions out of a config, which a stranger wrote: those that could take hours to match are refused."""
+"""Regular expressions from a config, which may be hostile: those that could take hours to match are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKEN = re.compile(
 
 
 def compile_pattern(template: str, *patterns: str) -> re.Pattern[str]:
-    """The regular expression ``template``, with ``{}`` in the place of ``patterns``, any of which may match.
+    """Compiles ``template``, with an alternation of ``patterns`` for its ``{}``.
 
     Raises:
         ValueError: One of the patterns is not a regular expression, or could take hours to match.
@@ -42,7 +42,7 @@ def compile_pattern(template: str, *patterns: str) -> re.Pattern[str]:
                 "or chooses, such as (a+)+ or (a|b)*, and with few of .* and the like."
             )
         if ")" in pattern:
-            _compile(pattern, pattern)  # "a)(b" is none, though the template around it makes it one
+            _compile(pattern, pattern)  # "a)(b" is not a pattern, but becomes one inside the template
     joined = "|".join(patterns)
     return _compile(template.format(joined), joined)
 

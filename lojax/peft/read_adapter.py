@@ -98,11 +98,11 @@ def open_adapter(directory: pathlib.Path) -> tuple[Config, safetensors.File]:
 
 
 def _check_unchanged(config: Config, file: safetensors.File, path: pathlib.Path) -> None:
-    """Raises where the config is not the one whose maths `save` left in the metadata of the weights."""
+    """Raises if the config differs from the copy that `save` put into the metadata of the weights."""
     try:
-        fields = dict(json.loads(file.metadata.get(tensor_keys.MATHS, "{}")))
+        fields = dict(json.loads(file.metadata.get(tensor_keys.CONFIG_RECORD, "{}")))
     except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{file.path}: {tensor_keys.MATHS} in its metadata is not a JSON object.") from None
+        raise ValueError(f"{file.path}: {tensor_keys.CONFIG_RECORD} in its metadata is not a JSON object.") from None
     changed = [name for name, value in fields.items() if config[name] != value]
     if changed:
         name = changed[0]

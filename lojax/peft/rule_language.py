@@ -128,7 +128,7 @@ def parse_rule(line: str) -> NameRule:
     axes = None if bracket is None else tuple(_axis(line, text) for text in _split(bracket))
     leaf = re.split(r"[/)]", path.strip())[-1]
     if kind and kind not in KINDS:
-        raise _syntax_error(line, f"kind {kind!r} is none of {', '.join(KINDS)}")
+        raise _syntax_error(line, f"kind {kind!r} is not one of {', '.join(KINDS)}")
     pattern, torch_spelling = _pattern(line, path.strip())
     template = _template(right)
     for k, (jax, torch) in enumerate(zip(_OPTIONAL.findall(path), _OPTIONAL.findall(right), strict=False)):
@@ -157,7 +157,7 @@ def _axis(line: str, text: str) -> Axis:
     match = re.fullmatch(r"\{(\w+)(?::([^}]*))?\}(?:\*(in|out))?", text)
     if match is None:
         raise _syntax_error(
-            line, f"axis {text!r} is none of in, out, in*, out*, expert, {{i}}, {{p:a,b}}, {{p:a,b}}*out"
+            line, f"axis {text!r} is not one of in, out, in*, out*, expert, {{i}}, {{p:a,b}}, {{p:a,b}}*out"
         )
     var, names, role = match.groups()
     if role and not names:
@@ -209,9 +209,9 @@ def _template(right: str) -> str:
 
 
 def _check_holes(line: str, pattern: re.Pattern[str], axes: tuple[Axis, ...] | None, template: str) -> None:
-    left = set(pattern.groupindex) - {"leaf"} | {axis.var for axis in axes or () if axis.var}
-    right = set(re.findall(r"\{(\w+)\}", template))
-    for var in sorted(left ^ right):
-        side, other = ("left", "right") if var in left else ("right", "left")
+    path_holes = set(pattern.groupindex) - {"leaf"} | {axis.var for axis in axes or () if axis.var}
+    name_holes = set(re.findall(r"\{(\w+)\}", template))
+    for var in sorted(path_holes ^ name_holes):
+        side, other = ("left", "right") if var in path_holes else ("right", "left")
         what = "an optional (...)" if var.startswith("opt") else f"placeholder {{{var}}}"
         raise _syntax_error(line, f"{what} is on the {side} but not on the {other}")

@@ -17,8 +17,8 @@ from lojax.types import Shape
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
-MATHS = "lojax_config"
-"""The metadata key under which lojax leaves what the config says of the maths: a changed digit there is noticed."""
+CONFIG_RECORD = "lojax_config"
+"""The metadata key of a copy of the config fields that decide the computation, so that a changed digit is noticed."""
 WRAPPER = ".base_layer"
 """What PEFT puts between a module and its parameters when it wraps the module."""
 
@@ -38,7 +38,7 @@ UNSUPPORTED = {
 
 
 MAX_LENGTH = 1000
-"""Of a key: longer ones are hostile, and patterns of the config are tried on what they name."""
+"""Of a key. No real key is longer, and the patterns of the config are matched against what keys name."""
 
 Shapes = tuple[Shape, Shape]
 """Of A and B."""
@@ -74,7 +74,7 @@ class Keys:
         pairs: Those of factors that have a partner.
         extras: Those of tensors besides the factors.
         full: The keys of parameters saved in full, by the name of the parameter.
-        unexpected: The others, and what is wrong with each.
+        unexpected: All other keys, and what is wrong with each.
     """
 
     pairs: list[FactorPair]
@@ -189,7 +189,7 @@ def match_factors(
         modules.setdefault(pair.module, []).append(pair)
     matched, unexpected = [], []
     for module, nested in modules.items():
-        # PEFT wraps the parameters of a module in the order in which torch registers them: the first lies innermost
+        # PEFT wraps the parameters of a module in the order in which torch registers them: the first is innermost
         nested.sort(key=lambda pair: -pair.depth)
         for parameter, pair in itertools.zip_longest(_order(weights.get(module, ()), nested, shapes, config), nested):
             is_embedding = parameter is not None and parameter.kind == "embedding"

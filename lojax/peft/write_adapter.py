@@ -28,7 +28,7 @@ from lojax.peft.factors import TorchUpdate
 from lojax.peft.full_parameters import full_to_torch
 from lojax.peft.model_families import name_map as find_map
 from lojax.peft.name_map import NameMap, Table, TorchParameter, group_by
-from lojax.peft.tensor_keys import MATHS, PREFIX, WEIGHTS, WRAPPER, extra_key, factor_keys
+from lojax.peft.tensor_keys import CONFIG_RECORD, PREFIX, WEIGHTS, WRAPPER, extra_key, factor_keys
 from lojax.types import Leaf, Params, Path
 
 Updates = Mapping[str, tuple[TorchParameter, TorchUpdate]]
@@ -93,9 +93,9 @@ def save(
     fields["task_type"] = task_type or fields.get("task_type")
     if Config(fields).exchanges_experts:
         fields["peft_version"] = "0.19.0"  # the first whose layout of experts is the one written here
-    maths = json.dumps(check_config(fields, "config=").maths())
+    record = json.dumps(check_config(fields, "config=").computation())
     with atomic_directory(target, overwrite=overwrite) as fresh:
-        safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", MATHS: maths})
+        safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", CONFIG_RECORD: record})
         (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -231,7 +231,7 @@ def _fields(
     *,
     use_rslora: bool,
 ) -> dict[str, Any]:
-    """The fields of the config that the maths decides."""
+    """The config fields that follow from the adapters."""
     settings: dict[str, tuple[int, float]] = {}
     for parameter, update in updates.values():
         alpha = update.scale * (math.sqrt(update.rank) if use_rslora else update.rank)
@@ -281,6 +281,6 @@ def _target_modules(table: Table, adapted: set[str]) -> list[str]:
     """The adapted modules: by last name where the tree has no other module of that name, else in full."""
     others = {parameter.module for parameter in table.parameters.values() if parameter.is_weight} - adapted
     taken = {module.rpartition(".")[2] for module in others}
-    knows_base = len(table.parameters) > len(adapted)  # without frozen, nothing is known of the others
+    knows_base = len(table.parameters) > len(adapted)  # without frozen, the table has the trained weights only
     last = {module: module.rpartition(".")[2] for module in adapted}
     return sorted({name if knows_base and name not in taken and not name.isdigit() else m for m, name in last.items()})

@@ -15,10 +15,10 @@ from lojax.peft.rule_language import parse_rule
         ("a/{i}/kernel <-> b", "placeholder {i} is on the left but not on the right"),
         ("a/kernel <-> b.{i}", "placeholder {i} is on the right but not on the left"),
         ("(x/)a/kernel <-> b", "an optional (...) is on the left but not on the right"),
-        ("a/kernel[in, sideways] <-> b", "axis 'sideways' is none of in, out"),
+        ("a/kernel[in, sideways] <-> b", "axis 'sideways' is not one of in, out"),
         ("a/kernel[in, {m:q=x}*out] <-> {m}", "sizes are numbers"),
         ("a/kernel[in, {m}*out] <-> {m}", "needs the names of its parts, as in {p:a,b}*out"),
-        ("a/kernel <-> b : lstm", "kind 'lstm' is none of linear, conv1d, embedding, conv"),
+        ("a/kernel <-> b : lstm", "kind 'lstm' is not one of linear, conv1d, embedding, conv"),
         ("{i}/{i}/kernel <-> {i}", "the path does not parse"),
     ],
 )
