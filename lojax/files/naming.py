@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str], *, written_as: str | os.PathLike[str] | None = None) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Adds ``path`` to an `OSError` that names no file, such as that of a full disk.
-
-    ``written_as``: the temporary name of the file, which is replaced by ``path`` in errors.
 
     >>> with naming("model.safetensors"):
     ...     raise OSError(28, "No space left on device")
@@ -22,7 +20,6 @@ def naming(path: str | os.PathLike[str], *, written_as: str | os.PathLike[str] |
     try:
         yield
     except OSError as error:
-        names_another = error.filename is not None and error.filename != os.fspath(written_as or "")
-        if names_another or error.errno is None:
+        if error.filename is not None or error.errno is None:
             raise
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from error

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -266,18 +266,30 @@ def estimate(config: DecoderConfig, axes: Mapping[str, int], program: StepProgra
         reductions = 2 * trained * (replicas - 1) // replicas
     else:
         reductions = gathers // 2 + 2 * trained * (axes["data"] > 1)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.args)
     return StepCost(
         weights=argument_bytes["weights"],
         adapters=adapters,
         optimizer=argument_bytes["optimizer"],
         saved_activations=c.layers * hidden // tensor,
         temporaries=trained + layer_temporaries + max(logits, scores),
-        flops=count_flops(program.step, *shapes) // math.prod(axes.values()),
+        flops=_count_step_flops(config, program) // math.prod(axes.values()),
         bytes_received=gathers + exchanges + reductions,
         collectives={},
         compiled=False,
     )
+
+
+_step_flops: dict[Hashable, int] = {}  # by model and arguments: `search` asks for the same step on every mesh
+
+
+def _count_step_flops(config: DecoderConfig, program: StepProgram) -> int:
+    """The operations of a step on all devices together. They do not depend on the mesh, and to trace takes seconds."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.args)
+    leaves, tree = jax.tree.flatten(shapes)
+    key = (config, tree, tuple((x.shape, x.dtype) for x in leaves))
+    if key not in _step_flops:
+        _step_flops[key] = count_flops(program.step, *shapes)
+    return _step_flops[key]
 
 
 def candidates(config: DecoderConfig, chip: str, batch: int, seq: int) -> Iterator[tuple[Topology, dict[str, int]]]:

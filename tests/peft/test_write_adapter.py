@@ -312,7 +312,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
             text = message(OSError, lojax.peft.save, tmp_path / "out", lora, frozen, LAYOUTS["flat"].names, config=big)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert f"{tmp_path / 'out'} could not be written: File too large. Nothing was written." in text
+        assert "File too large" in text and str(tmp_path / "out") in text
         assert not list(tmp_path.iterdir())
 
 
