@@ -153,7 +153,7 @@ def test_no_file_above_450_lines_and_no_function_body_above_60(module):
 MOST_ANY = 0.10
 """The largest share of the arguments of functions that may be annotated with a bare `Any`."""
 LEAST_COMMENTS = dict.fromkeys(("lowrank", "rewrite", "checkpoint", "files", "sharding"), 0.05)
-"""The least share of lines with a comment in the rooms whose code is full of tricks. The aim is 0.05 in each."""
+"""The least share of lines with a comment in the rooms whose code is full of tricks."""
 
 
 def argument_annotations(tree: ast.Module) -> list[str]:

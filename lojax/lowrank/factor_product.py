@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -35,6 +36,12 @@ factor_product_p = Primitive("lojax_factor_product")
 
 class FactorTangent(NamedArray):
     """A factor that is a tangent: the class alone tells `factored.multiply_factor` which product to call."""
+
+
+def is_symbolic_zero(tangent: Any) -> bool:
+    """Whether every array of a tangent is a symbolic zero: nothing moves it."""
+    leaves = jax.tree.leaves(tangent, is_leaf=lambda node: isinstance(node, SymbolicZero))
+    return all(isinstance(leaf, SymbolicZero) for leaf in leaves)
 
 
 def factor_product(

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
-from jax.custom_derivatives import SymbolicZero
 
 from lojax.adapters.matrices import at_least_float32
 from lojax.compat import varying_axes
-from lojax.lowrank.factor_product import FactorTangent, factor_product
+from lojax.lowrank.factor_product import FactorTangent, factor_product, is_symbolic_zero
 from lojax.lowrank.named_array import RANK, Name, NamedArray, Precision, axis_lengths, cast, multiply, reshard_like
 from lojax.lowrank.second_moment import second_moment_tap
 from lojax.lowrank.value import LowRank, NotFactored, Term, complete_term, compute_dtype
@@ -234,19 +233,19 @@ def opaque_product(
         (x, a, b), (dx, da, db) = primals, tangents
         # In the open, unlike the output: db needs x . a in the backward pass. It has the size of the rank.
         inner = down(x, a)
-        inner_tangents: list[list[Array]] = [] if _is_zero(dx) else [down(dx, a)]
-        if not all(_is_zero(d.array) for d in da):
+        inner_tangents: list[list[Array]] = [] if is_symbolic_zero(dx) else [down(dx, a)]
+        if not all(is_symbolic_zero(d.array) for d in da):
             # `down` takes all factors at once (those of a group are joined along the rank), so a factor without a
             # tangent has zeros here. Where none has one, there is no product at all.
             moved = [
-                NamedArray(jnp.zeros_like(v.array), v.dims) if _is_zero(d.array) else d
+                NamedArray(jnp.zeros_like(v.array), v.dims) if is_symbolic_zero(d.array) else d
                 for v, d in zip(a, da, strict=True)
             ]
             inner_tangents.append(down(x, [FactorTangent(d.array, d.dims) for d in moved]))
         # `product` and not `project_up(inner, b)`, which a policy would see and save.
         outputs = product(x, a, b)
         terms: list[list[Array]] = [
-            [] if _is_zero(d.array) else [f(u, FactorTangent(d.array, d.dims))]
+            [] if is_symbolic_zero(d.array) else [f(u, FactorTangent(d.array, d.dims))]
             for f, u, d in zip(up, inner, db, strict=True)
         ]
         if inner_tangents:
@@ -260,7 +259,3 @@ def opaque_product(
         ]
 
     return product
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, SymbolicZero)

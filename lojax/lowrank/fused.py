@@ -22,9 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from lojax.lowrank.factor_product import FactorTangent
+from lojax.lowrank.factor_product import FactorTangent, is_symbolic_zero
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import NamedArray
 from lojax.lowrank.value import LowRank, Term
@@ -68,7 +67,7 @@ def fused_product(x: Array, value: LowRank, *, base: Base, update: Update) -> Ar
         y = base(materialize(*weight), x)  # not `product`: a policy that saves products is to see and save this one
         x_dot, w_dot, a_dot, b_dot = tangents
         moving = {"x": x_dot, "w": w_dot, "a": a_dot, "b": b_dot}
-        moving = {name: dot for name, dot in moving.items() if not _is_zero(dot)}
+        moving = {name: dot for name, dot in moving.items() if not is_symbolic_zero(dot)}
 
         # What needs ``w + a b`` or ``x . a`` is under `jax.checkpoint`: both are recomputed where they are needed, and
         # only x, w, a and b are saved. The barrier that `jax.checkpoint` sets is needed: without it XLA saves the
@@ -93,11 +92,3 @@ def fused_product(x: Array, value: LowRank, *, base: Base, update: Update) -> Ar
         return y, tangent(primals, moving)
 
     return product(x, value.frozen, *value.terms[0])
-
-
-def _is_zero(tangent: Any) -> bool:
-    """Whether every array of a tangent is a symbolic zero."""
-    return all(
-        isinstance(leaf, SymbolicZero)
-        for leaf in jax.tree.leaves(tangent, is_leaf=lambda node: isinstance(node, SymbolicZero))
-    )
