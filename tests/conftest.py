@@ -1,11 +1,17 @@
 """Every test runs on eight CPU devices, with strict dtype promotion, and compiles quickly unless it must not."""
 
 import functools
+import importlib.metadata
 import os
 import re
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Jaxlib 0.10 has a quicker way to generate code for a CPU, with the same results: half the time of all tests.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    + ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

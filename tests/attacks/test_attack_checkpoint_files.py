@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import time
@@ -76,11 +77,11 @@ def damage_json(rng: random.Random, node: Any) -> None:
             continue
         kind = rng.choice(["replace", "replace", "remove", "add", "swap"])
         if kind == "replace":
-            node[key] = rng.choice(VALUES)
+            node[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind == "remove":
             del node[key]
         elif kind == "add" and isinstance(node, dict):
-            node[rng.choice(["x", "a", "", "tokens", "rows", "../x"])] = rng.choice(VALUES)
+            node[rng.choice(["x", "a", "", "tokens", "rows", "../x"])] = copy.deepcopy(rng.choice(VALUES))
         else:
             other = rng.choice(keys)
             node[key], node[other] = node[other], node[key]

@@ -6,6 +6,7 @@ numbers. The command line prints nothing that a terminal would obey.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
@@ -140,7 +141,7 @@ def test_hostile_configs(case, tmp_path, capsys):
         for _ in range(rng.choice([1, 1, 1, 2, 4])):
             kind = rng.choice(["hostile", "hostile", "json"])
             if kind == "hostile":
-                fields[rng.choice([*fields])] = rng.choice(HOSTILE)
+                fields[rng.choice([*fields])] = copy.deepcopy(rng.choice(HOSTILE))
             else:
                 damage_json(rng, fields)
         text = json.dumps(fields).encode("utf-8", "surrogatepass")

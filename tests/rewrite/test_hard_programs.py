@@ -90,6 +90,22 @@ def test_a_sum_of_two_weights_stays_factored():
     assert {use.how for weight in model.report(frozen, lora, X).weights for use in weight.uses} == {"factored"}
 
 
+def double_where_positive(params, x):
+    """Layers under vmap, each of which chooses its product by the row, also under vmap: the predicate, which has one
+    axis, is broadcast twice, and cast between."""
+
+    def row(x, w):
+        return lax.cond(x.sum() > 0, lambda: x @ w, lambda: 2 * x @ w) + x @ (w * jnp.sign(x.sum()).astype(w.dtype))
+
+    return jax.vmap(jax.vmap(row, (0, None)), (None, 0))(x, jnp.stack([params["w"], params["w"]]))
+
+
+def test_a_choice_by_the_row_stays_factored():
+    model, frozen, lora = prepared(double_where_positive)
+    uses = [use.how for weight in model.report(frozen, lora, X).weights for use in weight.uses]
+    assert uses and set(uses) <= {"factored", "fused"}
+
+
 def grow(params, x):
     """A loop whose condition uses one weight and whose body uses another."""
 

@@ -66,6 +66,22 @@ def second(f):
     return jax.grad(steepness)
 
 
+def ill_conditioned(f, v, x, values) -> bool:
+    """Whether rounding alone moves the values of ``f(v, x)`` by a hundredth of what is asked of them, or more.
+
+    Products that feed a sine can grow until a last bit of the input decides everything: one draw in ten thousand. Such
+    a program says nothing about how it was computed.
+    """
+    tilted = jax.tree.map(lambda y: y * (1 + 2.0**-51 * np.cos(np.arange(y.size)).reshape(y.shape)), (v, x))
+    return not agree(jax.jit(f)(*tilted), values, 0.01)
+
+
+def agree(one, two, share: float = 1.0) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    scales = [(a, b, max(1.0, float(np.max(np.abs(b), initial=0)))) for a, b in pairs]
+    return all(np.allclose(a, b, share * 1e-7, share * 1e-9 * scale, equal_nan=True) for a, b, scale in scales)
+
+
 def check(drawn: Drawn, execution: str, variant: str, transform, spec: PartitionSpec | None = None) -> None:
     rng = np.random.default_rng(0)
     w, x = jnp.asarray(rng.normal(size=drawn.shape)), jnp.asarray(drawn.x)
@@ -75,7 +91,15 @@ def check(drawn: Drawn, execution: str, variant: str, transform, spec: Partition
     except Exception:  # JAX has no such derivative of the program itself, or cannot tell where its results lie
         reject()
     model = lojax.wrap(
-        drawn.f, "w", rank=drawn.rank, alpha=3, axes=drawn.axes, dtype=jnp.float64, execution=execution, variant=variant
+        drawn.f,
+        "w",
+        rank=drawn.rank,
+        alpha=3,
+        axes=drawn.axes,
+        init=lambda key, shape, dtype, **sizes: jnp.zeros(shape, dtype),  # replaced by noise below
+        dtype=jnp.float64,
+        execution=execution,
+        variant=variant,
     )
     frozen, fresh = model.init(jax.random.key(0), {"w": placed}, x)
     noise = jax.tree.map(lambda v: rng.normal(size=v.shape), fresh)
@@ -83,9 +107,10 @@ def check(drawn: Drawn, execution: str, variant: str, transform, spec: Partition
     oracle = transform(lambda v, x: drawn.f(lojax.merge({"w": w}, v), x))
     expected = jax.jit(oracle)(jax.tree.map(jnp.asarray, noise), x)
     actual = jax.jit(transform(lambda v, x: model.apply(frozen, v, x)))(lora, x)
-    for one, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        scale = max(1.0, float(np.max(np.abs(right), initial=0)))
-        np.testing.assert_allclose(one, right, rtol=1e-7, atol=1e-9 * scale)
+    if not agree(actual, expected):
+        if ill_conditioned(oracle, jax.tree.map(jnp.asarray, noise), x, expected):
+            reject()
+        raise AssertionError(f"got\n{actual}\nexpected\n{expected}")
     for use in model.report(frozen, lora, x).weights[0].uses:
         allowed = NO_FACTORED_FORM + UNDER_DORA * (variant == "dora")
         assert use.how in ("factored", "fused") or use.reason in allowed, use

@@ -16,7 +16,7 @@ from lojax.lowrank.named_array import RANK, Name, NamedArray, has_explicit_shard
 from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.interpreter import Interpreter, Value, bind, bind_one
 from lojax.rewrite.rules.table import Table, registrar
-from lojax.types import Array, Eqn, Var
+from lojax.types import Array, Eqn, Shape, Var
 
 RULES: Table = {}
 rule = registrar(RULES)
@@ -175,7 +175,7 @@ def _select_n(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     index, *cases = operands
     if isinstance(index, LowRank):
         raise NotFactored("a choice by the weight")
-    axes = _varying_axes(interp, eqn.invars[0], index)
+    axes = _varying_axes(interp, eqn.invars[0])
     compact = NamedArray(_along_axes(index, axes), axes)
 
     def pick(arrays: Sequence[Array], dims: Sequence[Name]) -> Array:
@@ -193,16 +193,24 @@ def _along_axes(array: Array, axes: Axes) -> Array:
     return array[tuple(slice(None) if d in axes else 0 for d in range(array.ndim))]
 
 
-def _varying_axes(interp: Interpreter, var: Var, array: Array) -> Axes:
-    """The axes along which an array may vary. If a broadcast made it, those of the broadcast's operand only."""
-    # jnp broadcasts a scale or a predicate to the shape of the weight before the equation. By its shape alone it would
-    # differ from element to element, for which there is no factored form.
+def _varying_axes(interp: Interpreter, var: Var) -> Axes:
+    """The axes along which an array may vary. If broadcasts and casts made it, those of what they began with only."""
+    # jnp broadcasts a scale or a predicate to the shape of the weight before the equation, and vmap broadcasts it once
+    # more. By its shape alone it would differ from element to element, for which there is no factored form.
+    shape = _shape(var)
     producer = interp.producer(var)
-    axes = tuple(d for d, n in enumerate(array.shape) if n != 1)
-    if producer is None or producer.primitive.name != "broadcast_in_dim":
-        return axes
-    old: Any = producer.invars[0].aval
-    return tuple(d for i, d in enumerate(_broadcast_axes(producer)) if old.shape[i] == array.shape[d] and d in axes)
+    made_by = None if producer is None else producer.primitive.name
+    if producer is not None and made_by == "convert_element_type":
+        return _varying_axes(interp, producer.invars[0])
+    if producer is None or made_by != "broadcast_in_dim":
+        return tuple(d for d, n in enumerate(shape) if n != 1)
+    operand = producer.invars[0]
+    varying, old = _varying_axes(interp, operand), _shape(operand)
+    return tuple(d for i, d in enumerate(_broadcast_axes(producer)) if i in varying and old[i] == shape[d])
+
+
+def _shape(var: Var) -> Shape:
+    return var.aval.shape  # type: ignore[attr-defined]  # AbstractValue does not declare it
 
 
 # --- arithmetic that is linear in the weight ---
@@ -230,7 +238,7 @@ def _scale(interp: Interpreter, value: LowRank, frozen: FrozenWeight, var: Var, 
     value = _broadcast_like(value, frozen)
     if by.size == 1:
         return carriers.scale_by_scalar(value, frozen, by.reshape(()))
-    axes = _varying_axes(interp, var, by)
+    axes = _varying_axes(interp, var)
     return combine.scale_by_channel(value, frozen, NamedArray(_along_axes(by, axes), axes))
 
 
