@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from lojax.lowrank import steps
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray
 from lojax.lowrank.value import LowRank, NotFactored
@@ -29,7 +30,7 @@ def map_arrays(value: LowRank, f: Callable[[Array], Array]) -> LowRank:
 def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
     """The axes in another order."""
     names = {old: new for new, old in enumerate(permutation)}
-    return value.carry(lambda w: lax.transpose(w, permutation), lambda x: x.rename(names))
+    return value.carry(steps.transpose(permutation), lambda x: x.rename(names))
 
 
 def squeeze(value: LowRank, dimensions: Sequence[int]) -> LowRank:
@@ -40,7 +41,7 @@ def squeeze(value: LowRank, dimensions: Sequence[int]) -> LowRank:
     def follow(x: NamedArray) -> NamedArray:
         return x.squeeze([d for d in x.dims if d in removed]).rename(names)
 
-    return value.carry(lambda w: lax.squeeze(w, sorted(removed)), follow)
+    return value.carry(steps.squeeze(sorted(removed)), follow)
 
 
 def broadcast(value: LowRank, frozen: FrozenWeight, dimensions: Sequence[int]) -> LowRank:
@@ -97,7 +98,7 @@ def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:
     arrays = [_reshape_array(value, x, groups, shape, factor_axes) for term in value.terms for x in term]
     if value.gain is not None:  # it repeats along every axis that it does not have, so it may take on any
         arrays.append(_reshape_array(value, value.gain, groups, shape, set()))
-    return value.map_frozen(lambda w: lax.reshape(w, shape)).with_named_arrays(arrays)
+    return value.map_frozen(steps.reshape(value.shape, shape)).with_named_arrays(arrays)
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Groups:

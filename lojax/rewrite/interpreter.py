@@ -7,9 +7,10 @@ An equation without a low-rank operand is bound unchanged. For the others, one t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import jax
 from jax.extend import source_info_util
@@ -17,21 +18,17 @@ from jax.extend.core import Literal
 
 from lojax.compat import opened
 from lojax.lowrank.factored import name_product
+from lojax.lowrank.frozen import is_frozen
 from lojax.lowrank.strategy import Product
 from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.activations import Activations
+from lojax.rewrite.frozen_chains import Value, evaluate_chained, multiply_frozen
+from lojax.rewrite.primitives import BODIES, MOVERS, MULTIPLICATIONS
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.types import Array, Eqn, Jaxpr, PyTree, Var
 
-Value: TypeAlias = Any
-"""The value of a variable: an array or a `LowRank`."""
 EquationRule = Callable[["Interpreter", Eqn, list[Value]], Any]
 """``rule(interpreter, equation, operands)``: the result, or a list of them. May raise `NotFactored`."""
-
-MULTIPLICATIONS = ("dot_general", "gather", "conv_general_dilated", "ragged_dot_general")
-"""The primitives that multiply with the weight."""
-MOVERS = ("convert_element_type", "reshape", "transpose", "squeeze", "copy", "name", "sharding_constraint")
-"""Primitives of one operand that move, cast or place a weight. They may be evaluated early (see `value_ahead`)."""
 
 
 class AdaptedProduct(Protocol):
@@ -146,12 +143,21 @@ class Interpreter:
 
     def evaluate(self, eqn: Eqn, operands: list[Value]) -> list[Value]:
         """The results of one equation."""
-        if not any(isinstance(v, LowRank) for v in operands):
+        name = eqn.primitive.name
+        if any(is_frozen(v) for v in operands):
+            if not any(isinstance(v, LowRank) for v in operands):
+                chained = evaluate_chained(eqn, operands)
+                if chained is not None:
+                    return [chained]
+                if name in MULTIPLICATIONS:
+                    return [multiply_frozen(operands, functools.partial(bind_one, eqn))]
+            if name not in BODIES:
+                operands = [v.dense() if is_frozen(v) else v for v in operands]
+        if not any(isinstance(v, LowRank) or is_frozen(v) for v in operands):
             if eqn.primitive.name == "sharding_constraint":
                 self.frame.activations.record_constraint(eqn, operands[0])
             return bind(eqn, operands)
         operands = [self._with_own_dropout(v) for v in operands]
-        name = eqn.primitive.name
         try:
             if name not in self.rules:
                 raise NotFactored(f"{name} is not linear in the weight")
@@ -175,7 +181,9 @@ class Interpreter:
 
     def dense(self, value: Value, eqn: Eqn | str, reason: str) -> Array:
         """``value`` as an array. A low-rank one is materialized, which the recorder records or, if strict, refuses."""
-        return self.recorder.materialize(value, eqn, reason) if isinstance(value, LowRank) else value
+        if isinstance(value, LowRank):
+            return self.recorder.materialize(value, eqn, reason)
+        return value.dense() if is_frozen(value) else value
 
     def dense_outputs(self, outputs: list[Value], may_stay: Sequence[bool] | None = None) -> list[Value]:
         """``outputs`` of a body, the low-rank ones materialized except those that may stay (None: none may)."""

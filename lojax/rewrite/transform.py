@@ -15,9 +15,11 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths, path_of
 from lojax.adapters.trees import check_pair
 from lojax.compat import remove_dead_equations
+from lojax.lowrank.frozen import DenseWeight, is_frozen
 from lojax.lowrank.strategy import check_execution
 from lojax.lowrank.value import LowRank, from_adapter
 from lojax.rewrite.constant_base import warn_if_frozen_is_constant
+from lojax.rewrite.frozen_chains import put_off_chains
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.rewrite.rules import RULES
@@ -106,7 +108,10 @@ def trace_abstractly(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:
 
 
 def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Params:
-    """The parameter tree with a `LowRank` value at every adapted weight. No gradient reaches ``frozen``."""
+    """The parameter tree with a `LowRank` at every adapted weight and a `DenseWeight` at every other frozen leaf.
+
+    No gradient reaches ``frozen``.
+    """
     check_pair(frozen, lora)
 
     def join(path: Path, weight: Leaf, trained: Leaf) -> Leaf:
@@ -117,7 +122,7 @@ def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Par
             return rebox(weight, from_adapter(path, w, trained, key=key))
         if trained is not None:
             return trained
-        return None if weight is None else rebox(weight, _stop_gradient(unbox(weight)))
+        return None if weight is None else rebox(weight, DenseWeight(_stop_gradient(unbox(weight))))
 
     return map_paths(join, frozen, lora)
 
@@ -135,8 +140,8 @@ def evaluate(
     """
     # Closed over, because they may be what a trace does not take: flags, strings, modules, numbers to branch on.
     # Tracers of a jit, grad or vmap around this call become constants of the jaxpr, and are bound like any other value.
-    values, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, LowRank))
-    avals = [jax.typeof(v.frozen.dense() if isinstance(v, LowRank) else v) for v in values]
+    values, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, LowRank) or is_frozen(x))
+    avals = [v.frozen.aval if isinstance(v, LowRank) else v.aval if is_frozen(v) else jax.typeof(v) for v in values]
     out_tree: Any = None
 
     def flat(*leaves: Any) -> list[Any]:
@@ -148,7 +153,8 @@ def evaluate(
     flat.__name__ = flat.__qualname__ = getattr(f, "__name__", type(f).__name__)  # for JAX's errors and profiles
     # The interpreter binds every equation, so a dead one would cost time outside of jit, count as a use in reports, and
     # might raise in strict mode.
-    outputs = interpreter.run(remove_dead_equations(jax.make_jaxpr(flat)(*avals)), values)
+    program = remove_dead_equations(jax.make_jaxpr(flat)(*avals))
+    outputs = interpreter.run(program, put_off_chains(program, values))
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)
 

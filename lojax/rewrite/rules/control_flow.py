@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from lojax.compat import opened, scan_counts, unspecified_sharding
+from lojax.lowrank.frozen import DenseWeight, RecomputedWeight, is_frozen
 from lojax.lowrank.named_array import NamedArray
 from lojax.lowrank.value import LowRank
-from lojax.rewrite.interpreter import Interpreter, Value
+from lojax.rewrite.frozen_chains import WORTHWHILE, Value
+from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.recorder import Use
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.types import Array, Eqn, Jaxpr
@@ -31,6 +34,13 @@ def _leaves(values: Sequence[Value]) -> list[Array]:
     return jax.tree.leaves(list(values))
 
 
+def _with_dense_frozen(value: Value) -> Value:
+    """``value`` with a frozen part that is an array, for places that need arrays of the shape of the weight."""
+    if isinstance(value, LowRank):
+        return value if isinstance(value.frozen, DenseWeight) else value.with_frozen(DenseWeight(value.frozen.dense()))
+    return value.dense() if is_frozen(value) else value
+
+
 # --- calls ---
 
 
@@ -43,11 +53,14 @@ def _jit(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 
     def per_array(settings: Sequence[Any], values: Sequence[Value], other: Any) -> tuple[Any, ...]:
         """One setting for each array: that of the weight for its frozen part, ``other`` for the rest of a value."""
-        return tuple(
-            s
-            for setting, v in zip(settings, values, strict=True)
-            for s in (setting, *[other] * (len(jax.tree.leaves(v)) - 1))
-        )
+
+        def of_value(setting: Any, value: Value) -> list[Any]:
+            weight = value.frozen if isinstance(value, LowRank) else value
+            # What a weight is computed from has shapes of its own.
+            own = [other] if isinstance(weight, RecomputedWeight) else [setting]
+            return own + [own[0] if weight is value else other] * (len(jax.tree.leaves(value)) - 1)
+
+        return tuple(s for setting, v in zip(settings, values, strict=True) for s in of_value(setting, v))
 
     # Shardings and layouts are for arrays of the shape of the weight, so they cannot be those of a factor. Nor is a
     # factor donated with its weight: another use may still read it.
@@ -106,6 +119,7 @@ def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Arr
         with interp.recorder.collect(uses):
             return tuple(interp.dense_outputs(interp.run(p["jaxpr"], values)))
 
+    operands = [_with_dense_frozen(v) for v in operands]
     in_specs = tuple(value_specs(v, spec) for v, spec in zip(operands, p["in_specs"], strict=True))
     sharded = jax.shard_map(
         body,
@@ -124,6 +138,7 @@ def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Arr
 def _cond(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     index, *values = operands
     index = interp.dense(index, eqn, "a branch is chosen by the weight")
+    values = [_cheaper_to_save(v) for v in values]
     branches = eqn.params["branches"]
     may_stay = [True] * len(opened(branches[0])[0].outvars)
     # All branches must return one structure. So they are rewritten twice: once with every output free to stay low-rank,
@@ -135,6 +150,22 @@ def _cond(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     forms = [interp.rewrite(branch, values, may_stay) for branch in branches]
     leaves = jax.lax.switch(index, [jaxpr_as_fun(closed) for closed, _ in forms], *_leaves(values))
     return forms[0][1].unflatten(leaves)
+
+
+def _cheaper_to_save(value: Value) -> Value:
+    """``value`` with its frozen part as an array, if that takes less memory than what it is computed from."""
+    # JAX copies what a branch saves, even where that is an argument of the program. In a branch it is thus better to
+    # save a cast to bfloat16, or one layer of a stack, than the stack in float32.
+    weight = value.frozen if isinstance(value, LowRank) else value
+    if not isinstance(weight, RecomputedWeight):
+        return value
+    if weight.stored_bytes <= math.prod(weight.shape) * weight.dtype.itemsize:
+        return value
+    dense = DenseWeight(weight.dense())
+    if isinstance(value, LowRank):
+        return value.with_frozen(dense)
+    # Codes, and what scales them, go on being followed.
+    return dense if weight.dtype.itemsize == 1 or math.prod(weight.shape) < WORTHWHILE else dense.array
 
 
 def _form(value: Value) -> Hashable:
@@ -176,7 +207,7 @@ def _constant_operand(value: Value, length: int | None) -> _LoopOperand:
 def _sliced_operand(value: Value, length: int) -> _LoopOperand:
     """An operand that a scan slices along its first axis."""
     if not isinstance(value, LowRank):
-        return _LoopOperand(None, value, lambda shared, own: own)
+        return _LoopOperand(None, value.entries() if is_frozen(value) else value, lambda shared, own: own)
     names = {d: d - 1 for d in range(1, value.ndim)}
     arrays = value.named_arrays
     dropout = None if value.dropout is None else value.dropout.split(length)
@@ -191,7 +222,7 @@ def _sliced_operand(value: Value, length: int) -> _LoopOperand:
         low_rank = value.with_named_arrays([NamedArray(x, d) for x, d in zip(entries, dims, strict=True)])
         return dataclasses.replace(low_rank, frozen=frozen, dropout=dropout)
 
-    return _LoopOperand(shared, (value.frozen, dropout, sliced), join)
+    return _LoopOperand(shared, (value.frozen.entries(), dropout, sliced), join)
 
 
 def _stacked_output(value: Value) -> Value:
@@ -229,6 +260,7 @@ def _settle_carries(
     # One variable that comes in and goes out is unchanged for sure. Such a carry becomes a constant of the loop, so a
     # weight that a `fori_loop` carries along needs no stability and stays low-rank.
     unchanged = [opened_body.outvars[i] is opened_body.invars[first + i] for i in range(len(carries))]
+    carries = [v if same else _with_dense_frozen(v) for v, same in zip(carries, unchanged, strict=True)]
     while any(_is_low_rank(v) and not same for v, same in zip(carries, unchanged, strict=True)):
         carries_out = trial(carries)
         unstable = [
@@ -267,7 +299,8 @@ def _scan(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 
     def run(carry: list[Value], owns: list[Any]) -> list[Value]:
         ins = [operand.join(operand.shared, own) for operand, own in zip((*consts, *xs), owns, strict=True)]
-        return interp.run(jaxpr, [*ins[:num_consts], *carry, *ins[num_consts:]])
+        outputs = interp.run(jaxpr, [*ins[:num_consts], *carry, *ins[num_consts:]])
+        return [_with_dense_frozen(v) for v in outputs]
 
     owns = [operand.own for operand in (*consts, *xs)]
 
@@ -311,9 +344,12 @@ def _while(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
     cond_consts, body_consts = operands[:num_cond], operands[num_cond : num_cond + num_body]
     carries = operands[num_cond + num_body :]
 
+    def run(consts: list[Value], carry: list[Value]) -> list[Value]:
+        return [_with_dense_frozen(v) for v in interp.run(p["body_jaxpr"], [*consts, *carry])]
+
     def trial(carry: list[Value]) -> list[Any]:
         with interp.recorder.collect([]):
-            return jax.eval_shape(lambda c: interp.run(p["body_jaxpr"], [*body_consts, *c]), carry)
+            return jax.eval_shape(lambda c: run(body_consts, c), carry)
 
     unchanged, carries = _settle_carries(interp, eqn, p["body_jaxpr"], carries, num_body, trial)
 
@@ -330,9 +366,9 @@ def _while(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 
     def body(state: tuple[Any, list[Value]]) -> tuple[Any, list[Value]]:
         trip, changing = state
-        operands = [_with_trip_dropout(v, trip) for v in (*body_consts, *all_carries(changing))]
+        consts, carry = ([_with_trip_dropout(v, trip) for v in vs] for vs in (body_consts, all_carries(changing)))
         with interp.recorder.collect(body_uses):
-            outputs = interp.run(p["body_jaxpr"], operands)
+            outputs = run(consts, carry)
             new = [v for v, same in zip(outputs, unchanged, strict=True) if not same]
             new = interp.dense_outputs(new, [_is_low_rank(v) for v in changing])
         return trip if trip is None else trip + 1, new

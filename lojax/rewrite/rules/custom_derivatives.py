@@ -15,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lojax.lowrank.frozen import DenseWeight
 from lojax.lowrank.value import LowRank, NotFactored, Term
-from lojax.rewrite.interpreter import Interpreter, Value, bind
+from lojax.rewrite.frozen_chains import Value
+from lojax.rewrite.interpreter import Interpreter, bind
 from lojax.rewrite.recorder import Use
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.types import Array, Eqn
@@ -37,8 +39,14 @@ def _has_dropout(values: Sequence[Value]) -> bool:
     return any(isinstance(v, LowRank) and v.dropout is not None for v in values)
 
 
+def _stored_dense(values: Sequence[Value]) -> list[Value]:
+    """``values`` with frozen parts that are arrays: the derivatives below have tangents of floats only."""
+    return [v.with_frozen(DenseWeight(v.frozen.dense())) if isinstance(v, LowRank) else v for v in values]
+
+
 @rule("custom_jvp_call")
 def _custom_jvp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    operands = _stored_dense(operands)
     # The function and its derivative are two programs for the interpreter, which would draw two masks.
     if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
@@ -97,6 +105,7 @@ def _tangent(value: Value, dot: Value) -> Value:
 
 @rule("custom_vjp_call", "custom_vjp_call_jaxpr")
 def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    operands = _stored_dense(operands)
     if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
     # The first operands are the arrays that the user's function closes over: its rule returns no cotangent for them.

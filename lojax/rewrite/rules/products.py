@@ -12,7 +12,8 @@ from lojax.lowrank.dot import dot
 from lojax.lowrank.experts import Experts
 from lojax.lowrank.lookup import Lookup
 from lojax.lowrank.value import LowRank, NotFactored
-from lojax.rewrite.interpreter import Interpreter, Value, bind_one
+from lojax.rewrite.frozen_chains import Value
+from lojax.rewrite.interpreter import Interpreter, bind_one
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.rewrite.shared_pass import read_dot_general, shared_update
 from lojax.types import Array, Eqn
