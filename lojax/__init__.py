@@ -4,6 +4,7 @@ from lojax import peft, sharding
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.rule import Rule
+from lojax.base.quantize import quantize
 from lojax.checkpoint.save_restore import read_metadata, restore, save
 from lojax.lowrank.merge import merge, unmerge
 from lojax.report.summary import summary
@@ -27,6 +28,7 @@ __all__ = [
     "merge",
     "optimizer",
     "peft",
+    "quantize",
     "read_metadata",
     "remat",
     "rescale",

@@ -26,13 +26,15 @@ TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
 
 GROUND = {"compat", "text", "types"}
 """What every part may know: it knows no part."""
-ENGINE = {"adapters", "lowrank", "rewrite"}
+ENGINE = {"adapters", "lowrank", "quantized", "rewrite"}
 MAY_IMPORT = {
     **{part: set() for part in GROUND},
     "files": set(),
-    "adapters": set(),
-    "lowrank": {"adapters"},
-    "rewrite": {"adapters", "lowrank"},
+    "quantized": set(),
+    "adapters": {"quantized"},
+    "base": {"adapters", "quantized"},
+    "lowrank": {"adapters", "quantized"},
+    "rewrite": {"adapters", "lowrank", "quantized"},
     "nets": ENGINE,
     "training": ENGINE,
     "report": ENGINE,

@@ -17,6 +17,7 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
 from lojax.adapters.rule import Rule
 from lojax.adapters.targets import layer_of
+from lojax.quantized.quantized import dense
 from lojax.text import spec
 from lojax.types import Array, Dtype, Key, Leaf, Params, Path, Shape
 
@@ -83,7 +84,7 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
         )
         leaf = rebox(leaf, new_weight)
         if rule.variant == "dora":
-            adapter = dataclasses.replace(adapter, magnitude=_magnitude(path, weight, axes, dtype))
+            adapter = dataclasses.replace(adapter, magnitude=_magnitude(path, dense(weight), axes, dtype))
     if rule.tokens:
         _check_tokens(path, shape, axes, rule)
         rows = jnp.zeros(array_shapes(axes, shape, 1, len(rule.tokens))["rows"], dtype)

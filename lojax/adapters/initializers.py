@@ -21,6 +21,7 @@ from jax.core import Tracer
 from lojax.adapters.adapter import array_shapes
 from lojax.adapters.axes import Axes, size
 from lojax.adapters.matrices import as_matrices, subtract_update, zero_above_rank
+from lojax.quantized.quantized import dense, is_quantized
 from lojax.text import suggest
 from lojax.types import Array, Dtype, Key, Leaf, Path, Shape
 
@@ -205,9 +206,15 @@ def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> In
             raise ValueError(
                 f"{site.path}: init={site.init!r} gives every entry of a stack the same rank, got {site.ranks}."
             )
+        if subtract and is_quantized(site.weight):
+            raise ValueError(
+                f"{site.path}: init={site.init!r} takes its start out of the weight, and this one is quantized: "
+                f'{site.weight}. Use init="kaiming" or another start from zero, or init on the weights before '
+                "lojax.quantize and quantize what init returns as frozen."
+            )
         if subtract:
             _check_finite(site)
-        matrices = as_matrices(site.weight, site.axes)
+        matrices = as_matrices(dense(site.weight), site.axes)
         keys = jax.random.split(key, matrices.shape[0])
         with jax.default_matmul_precision("highest"):
             a, b = jax.vmap(lambda key, w: factorize(key, w, site))(keys, matrices)

@@ -13,12 +13,13 @@ import jax
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import is_box
+from lojax.quantized.quantized import is_quantized
 from lojax.types import Leaf, Path, PyTree
 
 
 def is_leaf(node: object) -> bool:
-    """Where a parameter tree ends: at an array, a box, an adapter, or ``None``."""
-    return node is None or is_box(node) or is_adapter(node)
+    """Where a parameter tree ends: at an array, a box, an adapter, a quantized weight, or ``None``."""
+    return node is None or is_box(node) or is_adapter(node) or is_quantized(node)
 
 
 def path_of(keys: tuple[Any, ...]) -> Path:

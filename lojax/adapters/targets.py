@@ -89,7 +89,7 @@ def assign_rules(
     params = {path: unbox(leaf) for path, leaf in params.items() if leaf is not None}
     for path, leaf in params.items():
         check_leaf(path, leaf, "params")
-    matched = {id(rule): _match(rule, params) for rule in (*rules, *full, *exclude)}
+    matched = {id(rule): match_rule(rule, params) for rule in (*rules, *full, *exclude)}
     excluded = {path for rule in exclude for path in matched[id(rule)]}
     plan: dict[Path, Rule] = {}
     for rule in rules:
@@ -169,7 +169,7 @@ def find_biases(params: Mapping[Path, Leaf], plan: Mapping[Path, Rule], bias: st
     return paths
 
 
-def _match(rule: Rule, params: Mapping[Path, Leaf]) -> list[Path]:
+def match_rule(rule: Rule, params: Mapping[Path, Leaf]) -> list[Path]:
     """The paths that the targets of a rule match, in its layers."""
     paths: dict[Path, None] = {}  # a set that keeps its order
     has_collections = any(path.startswith("params/") for path in params)

@@ -16,11 +16,15 @@ from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import ShapedArray
 
+from lojax.lowrank import steps
 from lojax.lowrank.factor_product import is_symbolic_zero
 from lojax.lowrank.steps import IDENTITY, Step
-from lojax.types import Array, Shape
+from lojax.quantized.formats import Format
+from lojax.quantized.quantized import Quantized
+from lojax.types import Array, Dtype, Shape
 
 
 class FrozenWeight(Protocol):
@@ -159,6 +163,63 @@ class RecomputedWeight:
     def product(self, f: Callable[..., Array], *operands: Array) -> Array:
         """``f`` of the value and the operands. For the backward pass, what is stored is saved, and not the value."""
         return recomputed_product(f, self, operands) if operands else f(self.dense())
+
+
+def frozen_weight(leaf: Array | Quantized) -> FrozenWeight:
+    """A frozen leaf of a parameter tree as a weight."""
+    if not isinstance(leaf, Quantized):
+        return DenseWeight(leaf)
+    format, shape = leaf.format, leaf.shape
+    names = tuple(sorted(leaf.arrays.keys() - {"codes"}))
+    stored = tuple(DenseWeight(leaf.arrays[name]) for name in names)
+    decode = _decoding(format, names, format.leading_of_scales(shape))
+    dequantize = _dequantization(format, shape, leaf.dtype, format.leading(shape))
+    return RecomputedWeight((DenseWeight(leaf.arrays["codes"]), RecomputedWeight(stored, decode)), dequantize)
+
+
+def _decoding(format: Format, names: tuple[str, ...], leading: int) -> Step:
+    """The decoding of scales from arrays that have ``leading`` of the weight's axes."""
+    entry = _decoding(format, names, leading - 1) if leading > 0 else None
+    return Step(_decode_scales, (("format", format), ("names", names)), entry=entry)
+
+
+def _decode_scales(*arrays: Array, format: Format, names: tuple[str, ...]) -> Array:
+    return format.decode_scales(dict(zip(names, arrays, strict=True)))
+
+
+def _dequantization(format: Format, shape: Shape, dtype: Dtype, leading: int) -> Step:
+    """The dequantization of a weight whose codes and scales have ``leading`` of its axes."""
+    entry = _dequantization(format, shape[1:], dtype, leading - 1) if leading > 0 else None
+    return Step(_dequantize, (("format", format), ("shape", shape), ("dtype", dtype)), entry=entry)
+
+
+def _dequantize(codes: Array, scales: Array, *, format: Format, shape: Shape, dtype: Dtype) -> Array:
+    return format.dequantize(codes, scales, shape, dtype)
+
+
+def slice_entry(weight: FrozenWeight, index: Array | int, f: Callable[[Array], Array]) -> FrozenWeight:
+    """One entry along the first axis, as an axis of length one; of a recomputed weight, only that entry is computed.
+
+    Args:
+        weight: The weight.
+        index: The entry; one out of bounds is the nearest within.
+        f: ``f(value)`` is that slice of the value.
+    """
+    entries = weight.entries() if isinstance(weight, RecomputedWeight) else weight
+    if not isinstance(entries, RecomputedWeight):
+        return weight.map(f)
+    # The entries of what is stored are picked at each use as well: picked here, they would be saved, as copies.
+    number = DenseWeight(jnp.asarray(index))
+    one = jax.tree.map(
+        lambda stored: RecomputedWeight((stored, number), Step(_pick)),
+        entries,
+        is_leaf=lambda node: isinstance(node, DenseWeight),
+    )
+    return one.map(steps.broadcast(one.shape, (1, *one.shape), range(1, len(one.shape) + 1)))
+
+
+def _pick(x: Array, index: Array) -> Array:
+    return lax.squeeze(lax.dynamic_slice_in_dim(x, jnp.clip(index, 0, x.shape[0] - 1), 1), (0,))
 
 
 def is_frozen(value: object) -> TypeGuard[DenseWeight | RecomputedWeight]:

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lojax.lowrank.factored import add_updates
-from lojax.lowrank.frozen import FrozenWeight
+from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, multiply, multiply_flops
 from lojax.lowrank.strategy import Product
 from lojax.lowrank.value import LowRank, array_bytes, complete_term
@@ -65,7 +66,7 @@ class Lookup:
 
     def frozen(self, value: LowRank) -> Array:
         """The look-up in the frozen part alone."""
-        return value.frozen.product(self.bind)
+        return self.pick_frozen(value.frozen).dense()
 
     def compute(self, value: LowRank, execution: str) -> Product:
         """The rows that are looked up, with the cost of their update. Always factored, whatever ``execution`` is."""
@@ -83,9 +84,41 @@ class Lookup:
         made = sum(array_bytes(a.array) + array_bytes(y) for a, _ in terms)
         return Product(result, 0, sum(multiply_flops(a, b) for a, b in terms), made)
 
+    def pick_frozen(self, weight: FrozenWeight) -> FrozenWeight:
+        """The look-up in a frozen weight. Of a recomputed one, only the rows that are looked up are computed."""
+        entries = weight.entries() if isinstance(weight, RecomputedWeight) and self._takes_rows(weight) else weight
+        if not isinstance(entries, RecomputedWeight):
+            return weight.map(self.bind)
+        options = {name: x for name, x in self.options.items() if name != "fill_value"}
+        fills = self._fills()
+        if fills:  # what is stored has no number that stands for "out of bounds"
+            options["mode"] = lax.GatherScatterMode.CLIP
+
+        def take(x: Array) -> Array:
+            numbers = self.numbers._replace(offset_dims=tuple(range(len(self.batch), len(self.batch) + x.ndim - 1)))
+            return lax.gather(x, self.indices, numbers, (1, *x.shape[1:]), **options)
+
+        compute = RecomputedWeight.dense
+        for _ in self.batch:
+            compute = jax.vmap(compute)
+        rows = compute(jax.tree.map(take, entries))
+        if fills:
+            fill = self.options.get("fill_value")
+            inside = jnp.all((self.indices >= 0) & (self.indices < weight.shape[0]), axis=-1)
+            inside = inside.reshape(*inside.shape, *[1] * (rows.ndim - inside.ndim))
+            rows = jnp.where(inside, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
+        return DenseWeight(rows)
+
+    def _takes_rows(self, weight: FrozenWeight) -> bool:
+        """Whether this takes whole entries along the first axis, and nothing else."""
+        numbers, shape = self.numbers, weight.shape
+        first = tuple(numbers.start_index_map) == (0,) == tuple(numbers.collapsed_slice_dims)
+        last = tuple(numbers.offset_dims) == tuple(range(len(self.batch), len(self.batch) + len(shape) - 1))
+        return first and last and not numbers.operand_batching_dims and tuple(self.slice_sizes) == (1, *shape[1:])
+
     def pick(self, value: LowRank) -> LowRank:
         """The look-up in the frozen part, and in each factor that has an indexed axis."""
-        frozen = value.frozen.map(self.bind)
+        frozen = self.pick_frozen(value.frozen)
         names = self._result_axes(value, len(frozen.shape))
         addressed = self.addressed(value)
 

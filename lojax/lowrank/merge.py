@@ -16,7 +16,9 @@ from lojax.adapters.adapter import Adapter, is_adapter, scale_update
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair, check_structure
+from lojax.lowrank.frozen import frozen_weight
 from lojax.lowrank.value import from_adapter
+from lojax.quantized.quantized import Quantized, is_quantized
 from lojax.types import Array, Leaf, Params, Path
 
 
@@ -24,7 +26,8 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
     """Plain parameters for the net: ``W0 + scale * a @ b`` at every adapted weight.
 
     A `tree_map` of a jitted sum, accumulated in float32 and cast once to the dtype of ``W0``. Weights are merged one
-    after another, so only one float32 update exists at a time, and weights of equal shapes are compiled once.
+    after another, so only one float32 update exists at a time, and weights of equal shapes are compiled once. A
+    quantized base gives plain arrays.
 
     Args:
         frozen: The frozen tree.
@@ -91,17 +94,21 @@ def _negate(path: Path, trained: Leaf) -> Leaf:
     return scale_update(trained, -1.0)
 
 
-def _merge(frozen: Params, lora: Params, add: Callable[[Array, Adapter], Array]) -> Params:
+def _merge(frozen: Params, lora: Params, add: Callable[[Array | Quantized, Adapter], Array]) -> Params:
     def join(_: Path, weight: Leaf, trained: Leaf) -> Leaf:
         if is_adapter(trained):
-            return rebox(weight, add(unbox(weight), trained))
+            # The buffers of codes cannot hold the sum, so there is nothing to donate.
+            join_up = _sum if is_quantized(unbox(weight)) and add is _sum_donated else add
+            return rebox(weight, join_up(unbox(weight), trained))
+        if trained is None and is_quantized(unbox(weight)):
+            return rebox(weight, unbox(weight).dense())
         return jax.tree.map(jnp.asarray, weight if trained is None else trained)
 
     return map_paths(join, frozen, lora)
 
 
-def _add_update(weight: Array, adapter: Adapter) -> Array:
-    return from_adapter("", weight, adapter).dense()
+def _add_update(weight: Array | Quantized, adapter: Adapter) -> Array:
+    return from_adapter("", frozen_weight(weight), adapter).dense()
 
 
 # At module level, so that the compiled sums outlive a call: merging again compiles nothing.

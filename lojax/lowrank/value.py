@@ -24,7 +24,7 @@ from lojax.adapters.adapter import Adapter
 from lojax.adapters.axes import Axes, positions
 from lojax.adapters.matrices import at_least_float32, column_squares
 from lojax.adapters.metadata import unbox
-from lojax.lowrank.frozen import DenseWeight, FrozenWeight
+from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, multiply
 from lojax.lowrank.second_moment import SecondMomentProbe
 from lojax.types import Array, Dtype, Key, Path, Shape
@@ -163,12 +163,12 @@ def complete_term(term: Term, shape: Shape, axes: Iterable[int] | None = None) -
     return first, *rest
 
 
-def from_adapter(path: Path, w: Array, adapter: Adapter, *, key: Key | None = None) -> LowRank:
+def from_adapter(path: Path, weight: FrozenWeight, adapter: Adapter, *, key: Key | None = None) -> LowRank:
     """The value of an adapted weight: ``a`` ``[*S, *m, r]`` and ``scale * b`` ``[*S, r, *n]``, letters as above.
 
     Args:
         path: The path of the weight.
-        w: The frozen weight ``[*S, *m, *n]``, its axes in any order.
+        weight: The frozen weight ``[*S, *m, *n]``, its axes in any order.
         adapter: Its adapter.
         key: The key for dropout on the adapter's input; None for no dropout.
     """
@@ -191,11 +191,11 @@ def from_adapter(path: Path, w: Array, adapter: Adapter, *, key: Key | None = No
         # Token rows are an update of rank k whose first factor picks the k rows. As one more term it needs no rule of
         # its own: products, look-ups and merges treat it like any other.
         rows = unbox(adapter.rows)
-        picks = jax.nn.one_hot(jnp.array(adapter.tokens), w.shape[ins[0]], dtype=rows.dtype, axis=0)
+        picks = jax.nn.one_hot(jnp.array(adapter.tokens), weight.shape[ins[0]], dtype=rows.dtype, axis=0)
         terms.append((NamedArray(picks, (*ins, RANK)), NamedArray(rows, (RANK, *outs))))
     tap = isinstance(adapter, SecondMomentProbe)
     value = LowRank(
-        DenseWeight(w),
+        weight,
         tuple(terms),
         path,
         dropout=Dropout(key, adapter.dropout) if key is not None and adapter.dropout else None,
@@ -206,7 +206,7 @@ def from_adapter(path: Path, w: Array, adapter: Adapter, *, key: Key | None = No
         return value
     dims = (*stack, *outs)
     # The DoRA paper takes the norm as a constant of the backward pass (arXiv:2402.09353, eq. 11).
-    norm = lax.stop_gradient(_column_norm(w, value.terms[0], adapter.axes, dims))
+    norm = lax.stop_gradient(_column_norm(weight.dense(), value.terms[0], adapter.axes, dims))
     magnitude = unbox(adapter.magnitude).astype(norm.dtype)
     # A column of zeros has no direction, and its gain is 1. The inner `where` matters too: magnitude / 0 would make the
     # gradient of the magnitude NaN, since the derivative of the outer one multiplies it by zero.

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from lojax.adapters.axes import Axes, Role
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
-from lojax.lowrank.frozen import DenseWeight
+from lojax.lowrank.frozen import FrozenWeight, frozen_weight
 from lojax.lowrank.named_array import RANK, NamedArray
 from lojax.lowrank.value import PATH_SEPARATOR, LowRank
+from lojax.quantized.quantized import is_quantized
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.rules import RULES
 from lojax.rewrite.transform import evaluate, trace_abstractly
-from lojax.types import Array, Params, Path, PyTree
+from lojax.types import Leaf, Params, Path, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +57,24 @@ def infer_axes(
     targeted = set(paths)
 
     def run(params: Params, args: PyTree, kwargs: PyTree) -> PyTree:
-        probes = map_paths(lambda path, x: rebox(x, _probe(path, unbox(x))) if path in targeted else x, params)
+        def place(path: Path, leaf: Leaf) -> Leaf:
+            x = unbox(leaf)
+            if path in targeted:
+                return rebox(leaf, _probe(path, frozen_weight(x)))
+            return rebox(leaf, frozen_weight(x)) if is_quantized(x) else leaf
+
+        probes = map_paths(place, params)
         return evaluate(f, interpreter, probes, args, kwargs)
 
     trace_abstractly(run, params, args, dict(kwargs))
     return {path: _most_work(seen) for path, seen in observations.items()}
 
 
-def _probe(path: Path, w: Array) -> LowRank:
+def _probe(path: Path, w: FrozenWeight) -> LowRank:
     # One factor for each axis, so that every axis can be followed to where it ends, whatever reshapes merge or split.
     # The ones are never computed: the trace is abstract.
     factors = tuple(NamedArray(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
-    return LowRank(DenseWeight(w), (factors,), path, probe=True)
+    return LowRank(w, (factors,), path, probe=True)
 
 
 def _roles(probe: LowRank, summed: Sequence[int], batch: Sequence[int]) -> Axes:

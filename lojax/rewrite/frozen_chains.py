@@ -19,7 +19,8 @@ from jax.extend.core import Literal, Primitive
 
 from lojax.compat import opened, scan_counts
 from lojax.lowrank import steps
-from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight, is_frozen, recomputed
+from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight, is_frozen, recomputed, slice_entry
+from lojax.lowrank.lookup import Lookup
 from lojax.lowrank.steps import Step
 from lojax.lowrank.value import LowRank
 from lojax.rewrite.primitives import ARITHMETIC, CALLS, CASTS, CHAINED, MOVES, MULTIPLICATIONS
@@ -34,6 +35,8 @@ WORTHWHILE = 1024
 
 def evaluate_chained(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
     """The result of an equation on frozen weights alone, put off; None if the equation belongs to no chain."""
+    if (entry := pick_entry(eqn, operands)) is not None:
+        return entry
     if eqn.primitive.name not in CHAINED or len(eqn.outvars) != 1:
         return None
     weights: list[FrozenWeight] = []
@@ -49,6 +52,24 @@ def evaluate_chained(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None
             weights.append(DenseWeight(value))
     step = equation_step(eqn, tuple(literals))
     return None if step is None else RecomputedWeight(tuple(weights), step)
+
+
+def pick_entry(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
+    """One entry along the first axis of a recomputed weight, if that is what the equation slices out of it."""
+    weight, *starts = operands
+    if eqn.primitive.name not in ("slice", "dynamic_slice") or any(is_frozen(start) for start in starts):
+        return None
+    if not isinstance(weight, RecomputedWeight):
+        return None
+    p, first = eqn.params, (1, *weight.shape[1:])
+    if eqn.primitive.name == "dynamic_slice":
+        index, sizes = starts[0], tuple(p["slice_sizes"])
+    else:
+        index = p["start_indices"][0]
+        sizes = tuple(n - i for i, n in zip(p["start_indices"], p["limit_indices"], strict=True))
+    if sizes != first or p.get("strides") is not None:
+        return None
+    return slice_entry(weight, index, lambda w: eqn.primitive.bind(w, *starts, **p))
 
 
 def equation_step(eqn: Eqn, literals: tuple[tuple[int, Hashable], ...] = ()) -> Step | None:
@@ -184,8 +205,22 @@ def _follow_loop(
     _follow(body, sources, chains)
 
 
-def multiply_frozen(operands: Sequence[Value], bind: Callable[..., Array]) -> Array:
+def read_gather(eqn: Eqn, indices: Array, bind: Callable[..., Array]) -> Lookup:
+    """The look-up of a ``gather`` equation, which ``bind`` computes from arrays."""
+    p = eqn.params
+    return Lookup(
+        indices,
+        p["dimension_numbers"],
+        p["slice_sizes"],
+        bind=lambda w: bind(w, indices),
+        options={name: p[name] for name in ("mode", "fill_value", "unique_indices", "indices_are_sorted")},
+    )
+
+
+def multiply_frozen(eqn: Eqn, operands: Sequence[Value], bind: Callable[..., Array]) -> Array:
     """A product with one frozen weight among its operands; ``bind`` computes it from arrays."""
+    if eqn.primitive.name == "gather" and is_frozen(operands[0]) and not is_frozen(operands[1]):
+        return read_gather(eqn, operands[1], bind).pick_frozen(operands[0]).dense()
     position = next(i for i, v in enumerate(operands) if is_frozen(v))
     others = [v.dense() if is_frozen(v) else v for i, v in enumerate(operands) if i != position]
 

@@ -150,7 +150,7 @@ class Interpreter:
                 if chained is not None:
                     return [chained]
                 if name in MULTIPLICATIONS:
-                    return [multiply_frozen(operands, functools.partial(bind_one, eqn))]
+                    return [multiply_frozen(eqn, operands, functools.partial(bind_one, eqn))]
             if name not in BODIES:
                 operands = [v.dense() if is_frozen(v) else v for v in operands]
         if not any(isinstance(v, LowRank) or is_frozen(v) for v in operands):

@@ -15,7 +15,7 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths, path_of
 from lojax.adapters.trees import check_pair
 from lojax.compat import remove_dead_equations
-from lojax.lowrank.frozen import DenseWeight, is_frozen
+from lojax.lowrank.frozen import frozen_weight, is_frozen
 from lojax.lowrank.strategy import check_execution
 from lojax.lowrank.value import LowRank, from_adapter
 from lojax.rewrite.constant_base import warn_if_frozen_is_constant
@@ -108,7 +108,7 @@ def trace_abstractly(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:
 
 
 def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Params:
-    """The parameter tree with a `LowRank` at every adapted weight and a `DenseWeight` at every other frozen leaf.
+    """The parameter tree with a `LowRank` at every adapted weight and a `FrozenWeight` at every other frozen leaf.
 
     No gradient reaches ``frozen``.
     """
@@ -118,11 +118,11 @@ def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Par
         if is_adapter(trained):
             key = key_for(dropout_key, path) if trained.dropout and dropout_key is not None else None
             # Before the value is made: the norm of DoRA and every product then see a W0 without a tangent.
-            w = jax.lax.stop_gradient(unbox(weight))
-            return rebox(weight, from_adapter(path, w, trained, key=key))
+            w = jax.tree.map(_stop_gradient, unbox(weight))
+            return rebox(weight, from_adapter(path, frozen_weight(w), trained, key=key))
         if trained is not None:
             return trained
-        return None if weight is None else rebox(weight, DenseWeight(_stop_gradient(unbox(weight))))
+        return None if weight is None else rebox(weight, frozen_weight(jax.tree.map(_stop_gradient, unbox(weight))))
 
     return map_paths(join, frozen, lora)
 

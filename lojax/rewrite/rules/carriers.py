@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lojax.lowrank import carriers, combine
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, has_explicit_sharding
+from lojax.lowrank.steps import IDENTITY
 from lojax.lowrank.value import LowRank, NotFactored
-from lojax.rewrite.frozen_chains import Value, equation_step
+from lojax.rewrite.frozen_chains import Value, equation_step, pick_entry
 from lojax.rewrite.interpreter import Interpreter, bind, bind_one
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.types import Array, Eqn, Shape, Var
@@ -80,7 +81,7 @@ def _slice(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
         strides = p["strides"] and [1 if d < 0 else p["strides"][d] for d in axes]
         return lax.slice(array, start, limit, strides)
 
-    return carriers.slice_axes(operands[0], _step(eqn), along)
+    return _slice_axes(eqn, operands, _step(eqn), along)
 
 
 @rule("dynamic_slice")
@@ -95,7 +96,18 @@ def _dynamic_slice(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowR
         start = [jnp.zeros_like(starts[0]) if d < 0 else starts[d] for d in axes]
         return lax.dynamic_slice(array, start, [array.shape[i] if d < 0 else sizes[d] for i, d in enumerate(axes)])
 
-    return carriers.slice_axes(value, lambda w: bind_one(eqn, w, *starts), along)
+    return _slice_axes(eqn, operands, lambda w: bind_one(eqn, w, *starts), along)
+
+
+def _slice_axes(
+    eqn: Eqn, operands: list[Value], f: Callable[[Array], Array], along: Callable[[Array, Axes], Array]
+) -> LowRank:
+    """`carriers.slice_axes`; of a recomputed weight only the entry is computed, if it is one that is sliced out."""
+    value = operands[0]
+    entry = pick_entry(eqn, [value.frozen, *operands[1:]])
+    if entry is None:
+        return carriers.slice_axes(value, f, along)
+    return carriers.slice_axes(value.with_frozen(entry), IDENTITY, along)
 
 
 @rule("rev")

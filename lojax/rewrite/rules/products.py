@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 from lojax.lowrank.convolution import Convolution
 from lojax.lowrank.dot import dot
 from lojax.lowrank.experts import Experts
-from lojax.lowrank.lookup import Lookup
 from lojax.lowrank.value import LowRank, NotFactored
-from lojax.rewrite.frozen_chains import Value
+from lojax.rewrite.frozen_chains import Value, read_gather
 from lojax.rewrite.interpreter import Interpreter, bind_one
 from lojax.rewrite.rules.table import Table, registrar
 from lojax.rewrite.shared_pass import read_dot_general, shared_update
@@ -65,14 +65,7 @@ def _gather(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Value:
     value, indices = operands
     if isinstance(indices, LowRank):
         raise NotFactored("a look-up at indices made of the weight")
-    p = eqn.params
-    lookup = Lookup(
-        indices,
-        p["dimension_numbers"],
-        p["slice_sizes"],
-        bind=lambda w: bind_one(eqn, w, indices),
-        options={name: p[name] for name in ("mode", "fill_value", "unique_indices", "indices_are_sorted")},
-    )
+    lookup = read_gather(eqn, indices, functools.partial(bind_one, eqn))
     return lookup.pick(value) if lookup.picks_entries(value) else interp.multiply(eqn, value, lookup)
 
 
