@@ -26,6 +26,7 @@ CLOCKS = [
     ["merge_and_switch.py"],
     ["minilm_step.py"],
     ["checkpoint.py"],
+    ["quantized_base.py"],
 ]
 TPU = [
     ["layer_cost.py", "--tpu", "v5e"],
