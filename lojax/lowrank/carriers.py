@@ -104,19 +104,28 @@ def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Groups:
     """The finest pairing of runs of old axes with runs of new axes of equal size.
 
-    >>> reshape_groups((512, 8, 64), (512, 512))
-    [([0], [0]), ([1, 2], [1])]
+    >>> reshape_groups((512, 8, 64), (512, 512)), reshape_groups((1, 2, 2), (1, 4))
+    ([([0], [0]), ([1, 2], [1])], [([0], []), ([], [0]), ([1, 2], [1])])
     """
     if 0 in old:  # every run with that axis has size zero, so equal sizes pair nothing
         raise NotFactored("a reshape of an empty weight")
     groups: Groups = []
     i = j = 0
     while i < len(old) or j < len(new):
+        # An axis of length one is a group without an opposite. As part of a longer group it would make a reshape that
+        # JAX refuses where axes are sharded over explicit mesh axes.
+        if i < len(old) and old[i] == 1:
+            groups.append(([i], []))
+            i += 1
+            continue
+        if j < len(new) and new[j] == 1:
+            groups.append(([], [j]))
+            j += 1
+            continue
         left, right = [], []
         size_left = size_right = 1
         while not (left or right) or size_left != size_right:
-            # The shorter side takes its next axis until the sizes agree. An axis of length one is a group without an
-            # opposite.
+            # The shorter side takes its next axis until the sizes agree.
             if (size_left <= size_right and i < len(old)) or j >= len(new):
                 left.append(i)
                 size_left *= old[i]

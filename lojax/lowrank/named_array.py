@@ -158,11 +158,12 @@ def has_explicit_sharding(x: Array) -> bool:
 
 def reshard_like(x: Array, y: Array) -> Array:
     """``x``, whose axes have the lengths of those of ``y`` or one, sharded like ``y`` on a mesh of explicit axes."""
-    if not has_explicit_sharding(y):
+    if not (has_explicit_sharding(x) or has_explicit_sharding(y)):
         return x
-    sharding = jax.typeof(y).sharding
-    spec = PartitionSpec(*(None if n == 1 else entry for n, entry in zip(x.shape, sharding.spec, strict=True)))
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+    own, wanted = jax.typeof(x).sharding, jax.typeof(y).sharding
+    spec = PartitionSpec(*(None if n == 1 else entry for n, entry in zip(x.shape, wanted.spec, strict=True)))
+    # An array that was made outside of any mesh is on none, and is replicated beside those that are on one.
+    return jax.sharding.reshard(x, NamedSharding(own.mesh if wanted.mesh.empty else wanted.mesh, spec))
 
 
 def multiply_flops(x: NamedArray, y: NamedArray) -> int:

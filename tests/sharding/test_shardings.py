@@ -210,6 +210,22 @@ def test_a_magnitude_along_a_summed_axis_of_an_explicit_mesh():
         np.testing.assert_allclose(y, f(model.merge(frozen, lora), x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_magnitude_along_merged_axes_of_an_explicit_mesh():
+    """Two sharded out axes become one, beside an axis of length one, and are summed: found by a random program."""
+    mesh = mesh_of(AxisType.Explicit)
+    f = lambda p, x: jax.vmap(lambda w: jnp.einsum("xabc,abc->x", x, w.reshape(w.shape[0] * w.shape[1], 2, 2) * 0.5))(
+        p["w"]
+    )
+    model = lojax.wrap(f, "w", rank=1, axes=("stack", "out", "out", "in", "in"), variant="dora")
+    x = jax.random.normal(jax.random.key(1), (3, 8, 2, 2))  # made outside of the mesh
+    with jax.set_mesh(mesh):
+        params = {"w": put(mesh, jax.random.normal(jax.random.key(0), (1, 4, 2, 2, 2)), None, "data", "tensor")}
+        frozen, lora = model.init(jax.random.key(2), params, x)
+        lora = jax.tree.map(lambda t: t + jnp.ones_like(t), lora)
+        y = jax.jit(model.apply)(frozen, lora, x)
+        np.testing.assert_allclose(y, f(model.merge(frozen, lora), x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_scale_by_channel_that_lies_on_an_explicit_mesh():
     mesh = mesh_of(AxisType.Explicit)
     lying = NamedSharding(mesh, P("data", "tensor"))
