@@ -118,6 +118,28 @@ WRAP = {
     "strict is a string": (wrap(strict="yes"), TypeError, "strict='yes'; expected True or False."),
     "execution is unknown": (wrap(execution="fsed"), ValueError, "execution='fsed' is unknown", "mean 'fused'?"),
     "execution is None": (wrap(execution=None), ValueError, "execution=None is unknown; expected one of ['auto'"),
+    "layers is a setting of a rule": (
+        wrap(layers=[3]),
+        TypeError,
+        "wrap has no argument 'layers'. It is a setting of a rule: targets=lojax.Rule(..., layers=...).",
+    ),
+    "axes are unknown": (
+        wrap(axes=["in", "to"]),
+        ValueError,
+        "Rule('**/kernel'",
+        "axes ('in', 'to') hold 'to'; each must be 'in', 'out' or 'stack'.",
+    ),
+    "axes have no in": (wrap(axes=["out", "out"]), ValueError, "axes ('out', 'out') need at least one 'in' and one"),
+    "axes are empty": (wrap(axes=[]), ValueError, "axes () need at least one 'in' and one 'out'."),
+    "axes is a string": (wrap(axes="in"), TypeError, "axes='in'; expected one role per axis, such as axes=('in', 'o"),
+    "axes is a number": (wrap(axes=3), TypeError, "axes=3; expected one role per axis, such as axes=('in', 'out')."),
+    "init is of another kind": (
+        wrap(init=jax.nn.initializers.normal()),
+        TypeError,
+        "init=init has the signature (key: ",
+        "got an unexpected keyword argument 'fan_in'",
+        "Expected a function (key, shape, dtype, *, fan_in, rank) -> array",
+    ),
     "strict, and materialized": (
         wrap(execution="materialize", strict=True),
         ValueError,
@@ -128,6 +150,13 @@ WRAP = {
 }
 
 RULE = {
+    "targets is a number": (lambda: Rule(3), TypeError, TARGET, "got 3."),
+    "targets is None": (lambda: Rule(None), TypeError, TARGET, "got None."),
+    "targets holds a number": (lambda: Rule(["w", 3]), TypeError, TARGET, "got 3."),
+    "targets is a rule": (lambda: Rule(Rule("w")), TypeError, "Rule('w') is a target of another Rule.", "side by side"),
+    "targets is empty": (wrap(Rule([])), ValueError, "Rule([]", "has no targets. Give a glob, a regex or a predicate."),
+    "layers is a number": (wrap(Rule("x", layers=3)), TypeError, "layers=3; expected several", "such as layers=[3]."),
+    "tokens is a number": (wrap(Rule("x", tokens=3)), TypeError, "tokens=3; expected several", "such as tokens=[3]."),
     "train is unknown": (wrap(Rule("x", train="ful")), ValueError, "train='ful'; expected 'lora', 'full', 'tokens'"),
     "layers are negative": (wrap(Rule("x", layers=[-1])), ValueError, "layers=(-1,); expected integers of at least 0."),
     "layers are empty": (wrap(Rule("x", layers=[])), ValueError, "layers=(); expected integers of at least 0."),
@@ -160,20 +189,53 @@ INIT = {
         "put the narrower rule first.",
     ),
     "no bias": (weight(jnp.ones((3, 3)), bias="all"), ValueError, "bias='all': none of the 1 parameters", "train="),
-    "axes are short": (
-        init(axes=["in"]),
+    "axes are long": (
+        init(axes=["stack", "in", "out"]),
         ValueError,
-        "first/kernel: axes ('in',)",
+        "first/kernel: axes ('stack', 'in', 'out') describe 3 axes",
         "(4, 5)",
         "Give one role per axis.",
     ),
-    "axes are unknown": (
-        init(axes=["in", "to"]),
+    "a function of another shape": (
+        init(init=lambda key, shape, dtype, *, fan_in, rank: jnp.zeros(shape[::-1], dtype)),
         ValueError,
-        "first/kernel: axes ('in', 'to')",
-        "'in', 'out' or 'stack'",
+        "first/kernel: init=<lambda> returned float32[2,4]; expected float32[4,2].",
+        "Return an array of the shape and dtype that the function is given",
     ),
-    "axes have no in": (init(axes=["out", "out"]), ValueError, "first/kernel: axes ('out', 'out') need at least one"),
+    "a function of another dtype": (
+        init(init=lambda key, shape, dtype, *, fan_in, rank: jnp.zeros(shape, jnp.bfloat16)),
+        ValueError,
+        "first/kernel: init=<lambda> returned bfloat16[4,2]; expected float32[4,2].",
+    ),
+    "a function that returns nothing": (
+        init(init=lambda key, shape, dtype, *, fan_in, rank: None),
+        ValueError,
+        "first/kernel: init=<lambda> returned a NoneType; expected float32[4,2].",
+    ),
+    "several keys": (
+        lambda: MODEL.init(jax.random.split(KEY, 3), PARAMS, X),
+        TypeError,
+        "init takes a PRNG key first",
+        "Got an array of keys, of shape (3,). Pass one of them, such as keys[0]",
+        "jax.vmap",
+    ),
+    "several keys of the old style": (
+        lambda: lojax.init(jax.random.split(jax.random.PRNGKey(0), 3), PARAMS, "**/kernel"),
+        TypeError,
+        "Got an array of keys, of shape (3,).",
+    ),
+    "a seed for a key": (
+        lambda: MODEL.init(0, PARAMS, X),
+        TypeError,
+        "init takes a PRNG key first",
+        "Got the number 0 in its place: pass jax.random.key(0).",
+    ),
+    "integers for a key": (
+        lambda: MODEL.init(jnp.zeros(3, jnp.uint32), PARAMS, X),
+        TypeError,
+        "init takes a PRNG key first",
+        "Got an array uint32[3] in its place.",
+    ),
     "ranks without a stack": (
         init(rank=[1, 2]),
         ValueError,
