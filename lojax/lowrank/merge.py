@@ -17,6 +17,7 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.trees import check_pair, check_structure
 from lojax.lowrank.value import from_adapter
+from lojax.text import check_flags
 from lojax.types import Array, Leaf, Params, Path
 
 
@@ -38,6 +39,7 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
         A tree of the structure of ``params``, with nothing of lojax in it.
 
     Raises:
+        TypeError: ``donate`` or ``check_finite`` is neither True nor False.
         ValueError: The trees do not fit together, or a merged parameter is not finite.
 
     >>> from lojax import Adapter
@@ -46,6 +48,7 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
     >>> merge(frozen, {"kernel": adapter, "bias": None})["kernel"].tolist()
     [[1.5, 1.5], [1.5, 1.5]]
     """
+    check_flags(donate=donate, check_finite=check_finite)
     check_pair(frozen, lora)
     if check_finite:  # before `donate` gives up the only copy
         _refuse_nonfinite(_finite_merge(frozen, lora))
@@ -73,6 +76,7 @@ def unmerge(params: Params, lora: Params, *, donate: bool = False) -> Params:
     >>> unmerge({"kernel": jnp.full((2, 2), 1.5)}, {"kernel": adapter})["kernel"].tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
+    check_flags(donate=donate)
     check_structure(params, lora, name="params")
     frozen = map_paths(lambda _, p, t: p if t is None or is_adapter(t) else None, params, lora)
     check_pair(frozen, lora)
