@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -37,6 +38,10 @@ def mlp(params: Any, x: Any) -> Any:
     return x @ params["second"]["kernel"] + params["second"]["bias"]
 
 
+def branch(params: Any, x: Any) -> Any:
+    return mlp(params, x) if jnp.sum(params["first"]["bias"]) > 0 else x
+
+
 class Module(nnx.Module):
     def __init__(self) -> None:
         self.linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
@@ -55,6 +60,7 @@ WIDE = FROZEN | {"first": FROZEN["first"] | {"kernel": jnp.ones((4, 9))}}
 NO_BIAS = {"first": LORA["first"], "second": {"kernel": LORA["second"]["kernel"]}}
 TWICE = LORA | {"second": LORA["second"] | {"bias": jnp.ones(3)}}
 NAN = jax.tree.map(lambda x: x * jnp.nan, LORA)
+RECORDS = np.zeros(3, [("x", "f4")])
 
 
 def wrap(*targets: Any, **settings: Any) -> Callable[[], Any]:
@@ -264,6 +270,11 @@ INIT = {
         "act: params holds",
         "neither an array nor a number. Take it out of the tree.",
     ),
+    "records among the params": (
+        lambda: MODEL.init(KEY, PARAMS | {"norm": RECORDS}, X),
+        TypeError,
+        "norm: params holds ndarray [('x', '<f4')][3], which JAX does not take as an array.",
+    ),
     "lora for params": (
         lambda: MODEL.init(KEY, LORA, X),
         TypeError,
@@ -404,6 +415,21 @@ PAIRS = {
         "same paths in different containers (such as a dict against a FrozenDict",
         "Convert one, or use the pair that one init returned.",
     ),
+    "records": (
+        (FROZEN | {"norm": RECORDS}, LORA | {"norm": None}),
+        TypeError,
+        "norm: frozen holds ndarray [('x', '<f4')][3], which JAX does not take as an array. Convert it",
+    ),
+    "records in lora": (
+        (FROZEN | {"norm": None}, LORA | {"norm": RECORDS}),
+        TypeError,
+        "norm: lora holds ndarray [('x', '<f4')][3], which JAX does not take as an array. Convert it",
+    ),
+    "a number for a weight": (
+        (FROZEN | {"first": FROZEN["first"] | {"kernel": 1.0}}, LORA),
+        ValueError,
+        "first/kernel: the weight has shape (), but its adapter has axes ('in', 'out').",
+    ),
 }
 TREES = {
     f"{taker}: {name}": (lambda f=f, pair=pair: f(*pair), kind, *parts)
@@ -428,6 +454,17 @@ OTHERS = {
         TypeError,
         "The net returned a str at output 1: 'done'.",
         "wrap a function that returns only those.",
+    ),
+    "init: the net branches on a weight": (
+        lambda: lojax.wrap(branch, "**/kernel").init(KEY, PARAMS, X),
+        jax.errors.TracerBoolConversionError,
+        "because it depends on the value of the argument params['first']['bias'].",
+    ),
+    "apply: the net branches on a weight": (
+        lambda: lojax.transform(branch)(FROZEN, LORA, X),
+        jax.errors.TracerBoolConversionError,
+        "tracing the function branch",
+        "because it depends on the value of the argument params['first']['bias'].",
     ),
     "merge: not finite": (
         lambda: lojax.merge(FROZEN, NAN, check_finite=True),

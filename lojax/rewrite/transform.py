@@ -84,6 +84,7 @@ def trace_uses(
     execution: str = "auto",
 ) -> list[Use]:
     """The uses of each adapted weight in ``f``, without computing anything."""
+    check_pair(frozen, lora)
     uses: list[Use] = []
     interpreter = Interpreter(RULES, execution, Recorder(uses=uses))
 
@@ -139,16 +140,17 @@ def evaluate(
     avals = [jax.typeof(v.frozen.dense() if isinstance(v, LowRank) else v) for v in values]
     out_tree: Any = None
 
-    def flat(*leaves: Any) -> list[Any]:
+    # The whole tree is one argument: JAX's errors then say of which parameter a traced value came, params['w'].
+    def flat(params: Params) -> list[Any]:
         nonlocal out_tree
-        outputs = f(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+        outputs = f(params, *args, **kwargs)
         paths_and_leaves, out_tree = jax.tree_util.tree_flatten_with_path(outputs)
         return [_check_output(keys, leaf) for keys, leaf in paths_and_leaves]
 
     flat.__name__ = flat.__qualname__ = getattr(f, "__name__", type(f).__name__)  # for JAX's errors and profiles
     # The interpreter binds every equation, so a dead one would cost time outside of jit, count as a use in reports, and
     # might raise in strict mode.
-    outputs = interpreter.run(remove_dead_equations(jax.make_jaxpr(flat)(*avals)), values)
+    outputs = interpreter.run(remove_dead_equations(jax.make_jaxpr(flat)(jax.tree.unflatten(tree, avals))), values)
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)
 
