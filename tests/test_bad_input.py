@@ -19,6 +19,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.errors import ModifyScopeVariableError
 
 import lojax
 from lojax import Rule
@@ -55,6 +56,8 @@ MODEL = lojax.wrap(mlp, "**/kernel", rank=2)
 FROZEN, LORA = MODEL.init(KEY, PARAMS)
 NNX = lojax.wrap(Module(), "**/kernel", rank=2)
 NNX_FROZEN, NNX_LORA = NNX.init(KEY, NNX.params)
+NORM_NET = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
+NORM = lojax.wrap(NORM_NET, "**/kernel", rank=2)
 LINEN = lojax.wrap(nn.Dense(3), "**/kernel", rank=2)
 WIDE = FROZEN | {"first": FROZEN["first"] | {"kernel": jnp.ones((4, 9))}}
 NO_BIAS = {"first": LORA["first"], "second": {"kernel": LORA["second"]["kernel"]}}
@@ -465,6 +468,13 @@ OTHERS = {
         jax.errors.TracerBoolConversionError,
         "tracing the function branch",
         "because it depends on the value of the argument params['first']['bias'].",
+    ),
+    "apply: new batch statistics": (
+        lambda: NORM.apply(*NORM.init(KEY, NORM_NET.init(KEY, X)), X),
+        ModifyScopeVariableError,
+        'collection "batch_stats" is immutable.',
+        'Pass mutable=["batch_stats"] to apply, which then returns (outputs, {"batch_stats": ...})',
+        "Or call the module so that it leaves its state alone, as with train=False",
     ),
     "merge: not finite": (
         lambda: lojax.merge(FROZEN, NAN, check_finite=True),
