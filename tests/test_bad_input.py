@@ -469,6 +469,12 @@ OTHERS = {
         "tracing the function branch",
         "because it depends on the value of the argument params['first']['bias'].",
     ),
+    "apply: a seed for dropout": (
+        lambda: MODEL.apply(FROZEN, LORA, X, dropout_key=0),
+        TypeError,
+        "dropout_key takes a PRNG key, a new one for each call.",
+        "Got the number 0 in its place: pass jax.random.key(0).",
+    ),
     "apply: new batch statistics": (
         lambda: NORM.apply(*NORM.init(KEY, NORM_NET.init(KEY, X)), X),
         ModifyScopeVariableError,

@@ -52,9 +52,17 @@ def create(
     return map_paths(freeze, params), lora
 
 
-def check_key(key: object) -> None:
-    """Raises unless ``key`` is one PRNG key, old or new style: a key that was forgotten shifts all other arguments."""
-    usage = "init takes a PRNG key first: init(jax.random.key(0), params, ...)."
+INIT_USAGE = "init takes a PRNG key first: init(jax.random.key(0), params, ...)."
+"""What `check_key` says of a key of `init` that was forgotten, which shifts all other arguments."""
+
+
+def check_key(key: object, usage: str = INIT_USAGE) -> None:
+    """Raises unless ``key`` is one PRNG key, old or new style.
+
+    Args:
+        key: What was passed.
+        usage: What the error says first: where a key belongs.
+    """
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         batch_shape = shape
@@ -67,8 +75,8 @@ def check_key(key: object) -> None:
         raise TypeError(f"{usage} Got {got} in its place.")
     if batch_shape:
         raise TypeError(
-            f"{usage} Got an array of keys, of shape {batch_shape}. Pass one of them, such as keys[0]; for one adapter "
-            "per key, use jax.vmap(lambda key: model.init(key, params, ...))(keys)."
+            f"{usage} Got an array of keys, of shape {batch_shape}. Pass one of them, such as keys[0], or "
+            "use jax.vmap over the keys."
         )
 
 

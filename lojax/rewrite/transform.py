@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.create import check_key
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths, path_of
@@ -109,6 +110,8 @@ def trace_abstractly(f: Callable[..., PyTree], *trees: PyTree) -> PyTree:
 def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Params:
     """The parameter tree with a `LowRank` value at every adapted weight. No gradient reaches ``frozen``."""
     check_pair(frozen, lora)
+    if dropout_key is not None:
+        check_key(dropout_key, "dropout_key takes a PRNG key, a new one for each call.")
 
     def join(path: Path, weight: Leaf, trained: Leaf) -> Leaf:
         if is_adapter(trained):
