@@ -197,7 +197,7 @@ def wrap(
         A `Model` with ``init``, ``apply``, ``merge``, ``bind`` and ``report``.
 
     Raises:
-        TypeError: ``net`` is of no known kind.
+        TypeError: ``net`` is of no known kind, or a setting of the wrong type.
         ValueError: A setting is out of range.
 
     >>> import jax
