@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def suggest(name: object, known: Iterable[str]) -> str:
     """A hint with the name closest to a misspelled one, or nothing where none is close.
@@ -15,6 +17,19 @@ def suggest(name: object, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_flags(**flags: object) -> None:
+    """Raises unless every value is True or False: any other is most likely an argument in the wrong place.
+
+    >>> check_flags(donate="no")
+    Traceback (most recent call last):
+        ...
+    TypeError: donate='no'; expected True or False.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name}={value!r}; expected True or False.")
 
 
 def spec(x: Any) -> str:

@@ -25,6 +25,7 @@ from lojax.report.execution import Report, report
 from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
 from lojax.rewrite.transform import trace_abstractly, trace_uses, transform
+from lojax.text import check_flags
 from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
 
 Targets: TypeAlias = Target | Rule | Sequence[Target | Rule]
@@ -196,7 +197,7 @@ def wrap(
         A `Model` with ``init``, ``apply``, ``merge``, ``bind`` and ``report``.
 
     Raises:
-        TypeError: ``net`` is of no known kind.
+        TypeError: ``net`` is of no known kind, or a setting of the wrong type.
         ValueError: A setting is out of range.
 
     >>> import jax
@@ -206,8 +207,7 @@ def wrap(
     >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scale
     ((4, 2), (2, 3), 2.0)
     """
-    if not isinstance(strict, bool):
-        raise TypeError(f"strict={strict!r}; expected True or False.")
+    check_flags(strict=strict)
     rules, full, excluded = compile_rules(
         targets,
         train,

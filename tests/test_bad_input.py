@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.errors import ModifyScopeVariableError
 
 import lojax
 from lojax import Rule
@@ -37,6 +39,10 @@ def mlp(params: Any, x: Any) -> Any:
     return x @ params["second"]["kernel"] + params["second"]["bias"]
 
 
+def branch(params: Any, x: Any) -> Any:
+    return mlp(params, x) if jnp.sum(params["first"]["bias"]) > 0 else x
+
+
 class Module(nnx.Module):
     def __init__(self) -> None:
         self.linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
@@ -50,11 +56,14 @@ MODEL = lojax.wrap(mlp, "**/kernel", rank=2)
 FROZEN, LORA = MODEL.init(KEY, PARAMS)
 NNX = lojax.wrap(Module(), "**/kernel", rank=2)
 NNX_FROZEN, NNX_LORA = NNX.init(KEY, NNX.params)
+NORM_NET = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
+NORM = lojax.wrap(NORM_NET, "**/kernel", rank=2)
 LINEN = lojax.wrap(nn.Dense(3), "**/kernel", rank=2)
 WIDE = FROZEN | {"first": FROZEN["first"] | {"kernel": jnp.ones((4, 9))}}
 NO_BIAS = {"first": LORA["first"], "second": {"kernel": LORA["second"]["kernel"]}}
 TWICE = LORA | {"second": LORA["second"] | {"bias": jnp.ones(3)}}
 NAN = jax.tree.map(lambda x: x * jnp.nan, LORA)
+RECORDS = np.zeros(3, [("x", "f4")])
 
 
 def wrap(*targets: Any, **settings: Any) -> Callable[[], Any]:
@@ -118,6 +127,28 @@ WRAP = {
     "strict is a string": (wrap(strict="yes"), TypeError, "strict='yes'; expected True or False."),
     "execution is unknown": (wrap(execution="fsed"), ValueError, "execution='fsed' is unknown", "mean 'fused'?"),
     "execution is None": (wrap(execution=None), ValueError, "execution=None is unknown; expected one of ['auto'"),
+    "layers is a setting of a rule": (
+        wrap(layers=[3]),
+        TypeError,
+        "wrap has no argument 'layers'. It is a setting of a rule: targets=lojax.Rule(..., layers=...).",
+    ),
+    "axes are unknown": (
+        wrap(axes=["in", "to"]),
+        ValueError,
+        "Rule('**/kernel'",
+        "axes ('in', 'to') hold 'to'; each must be 'in', 'out' or 'stack'.",
+    ),
+    "axes have no in": (wrap(axes=["out", "out"]), ValueError, "axes ('out', 'out') need at least one 'in' and one"),
+    "axes are empty": (wrap(axes=[]), ValueError, "axes () need at least one 'in' and one 'out'."),
+    "axes is a string": (wrap(axes="in"), TypeError, "axes='in'; expected one role per axis, such as axes=('in', 'o"),
+    "axes is a number": (wrap(axes=3), TypeError, "axes=3; expected one role per axis, such as axes=('in', 'out')."),
+    "init is of another kind": (
+        wrap(init=jax.nn.initializers.normal()),
+        TypeError,
+        "init=init has the signature (key: ",
+        "got an unexpected keyword argument 'fan_in'",
+        "Expected a function (key, shape, dtype, *, fan_in, rank) -> array",
+    ),
     "strict, and materialized": (
         wrap(execution="materialize", strict=True),
         ValueError,
@@ -128,6 +159,13 @@ WRAP = {
 }
 
 RULE = {
+    "targets is a number": (lambda: Rule(3), TypeError, TARGET, "got 3."),
+    "targets is None": (lambda: Rule(None), TypeError, TARGET, "got None."),
+    "targets holds a number": (lambda: Rule(["w", 3]), TypeError, TARGET, "got 3."),
+    "targets is a rule": (lambda: Rule(Rule("w")), TypeError, "Rule('w') is a target of another Rule.", "side by side"),
+    "targets is empty": (wrap(Rule([])), ValueError, "Rule([]", "has no targets. Give a glob, a regex or a predicate."),
+    "layers is a number": (wrap(Rule("x", layers=3)), TypeError, "layers=3; expected several", "such as layers=[3]."),
+    "tokens is a number": (wrap(Rule("x", tokens=3)), TypeError, "tokens=3; expected several", "such as tokens=[3]."),
     "train is unknown": (wrap(Rule("x", train="ful")), ValueError, "train='ful'; expected 'lora', 'full', 'tokens'"),
     "layers are negative": (wrap(Rule("x", layers=[-1])), ValueError, "layers=(-1,); expected integers of at least 0."),
     "layers are empty": (wrap(Rule("x", layers=[])), ValueError, "layers=(); expected integers of at least 0."),
@@ -160,20 +198,53 @@ INIT = {
         "put the narrower rule first.",
     ),
     "no bias": (weight(jnp.ones((3, 3)), bias="all"), ValueError, "bias='all': none of the 1 parameters", "train="),
-    "axes are short": (
-        init(axes=["in"]),
+    "axes are long": (
+        init(axes=["stack", "in", "out"]),
         ValueError,
-        "first/kernel: axes ('in',)",
+        "first/kernel: axes ('stack', 'in', 'out') describe 3 axes",
         "(4, 5)",
         "Give one role per axis.",
     ),
-    "axes are unknown": (
-        init(axes=["in", "to"]),
+    "a function of another shape": (
+        init(init=lambda key, shape, dtype, *, fan_in, rank: jnp.zeros(shape[::-1], dtype)),
         ValueError,
-        "first/kernel: axes ('in', 'to')",
-        "'in', 'out' or 'stack'",
+        "first/kernel: init=<lambda> returned float32[2,4]; expected float32[4,2].",
+        "Return an array of the shape and dtype that the function is given",
     ),
-    "axes have no in": (init(axes=["out", "out"]), ValueError, "first/kernel: axes ('out', 'out') need at least one"),
+    "a function of another dtype": (
+        init(init=lambda key, shape, dtype, *, fan_in, rank: jnp.zeros(shape, jnp.bfloat16)),
+        ValueError,
+        "first/kernel: init=<lambda> returned bfloat16[4,2]; expected float32[4,2].",
+    ),
+    "a function that returns nothing": (
+        init(init=lambda key, shape, dtype, *, fan_in, rank: None),
+        ValueError,
+        "first/kernel: init=<lambda> returned a NoneType; expected float32[4,2].",
+    ),
+    "several keys": (
+        lambda: MODEL.init(jax.random.split(KEY, 3), PARAMS, X),
+        TypeError,
+        "init takes a PRNG key first",
+        "Got an array of keys, of shape (3,). Pass one of them, such as keys[0]",
+        "jax.vmap",
+    ),
+    "several keys of the old style": (
+        lambda: lojax.init(jax.random.split(jax.random.PRNGKey(0), 3), PARAMS, "**/kernel"),
+        TypeError,
+        "Got an array of keys, of shape (3,).",
+    ),
+    "a seed for a key": (
+        lambda: MODEL.init(0, PARAMS, X),
+        TypeError,
+        "init takes a PRNG key first",
+        "Got the number 0 in its place: pass jax.random.key(0).",
+    ),
+    "integers for a key": (
+        lambda: MODEL.init(jnp.zeros(3, jnp.uint32), PARAMS, X),
+        TypeError,
+        "init takes a PRNG key first",
+        "Got an array uint32[3] in its place.",
+    ),
     "ranks without a stack": (
         init(rank=[1, 2]),
         ValueError,
@@ -201,6 +272,11 @@ INIT = {
         TypeError,
         "act: params holds",
         "neither an array nor a number. Take it out of the tree.",
+    ),
+    "records among the params": (
+        lambda: MODEL.init(KEY, PARAMS | {"norm": RECORDS}, X),
+        TypeError,
+        "norm: params holds ndarray [('x', '<f4')][3], which JAX does not take as an array.",
     ),
     "lora for params": (
         lambda: MODEL.init(KEY, LORA, X),
@@ -342,6 +418,21 @@ PAIRS = {
         "same paths in different containers (such as a dict against a FrozenDict",
         "Convert one, or use the pair that one init returned.",
     ),
+    "records": (
+        (FROZEN | {"norm": RECORDS}, LORA | {"norm": None}),
+        TypeError,
+        "norm: frozen holds ndarray [('x', '<f4')][3], which JAX does not take as an array. Convert it",
+    ),
+    "records in lora": (
+        (FROZEN | {"norm": None}, LORA | {"norm": RECORDS}),
+        TypeError,
+        "norm: lora holds ndarray [('x', '<f4')][3], which JAX does not take as an array. Convert it",
+    ),
+    "a number for a weight": (
+        (FROZEN | {"first": FROZEN["first"] | {"kernel": 1.0}}, LORA),
+        ValueError,
+        "first/kernel: the weight has shape (), but its adapter has axes ('in', 'out').",
+    ),
 }
 TREES = {
     f"{taker}: {name}": (lambda f=f, pair=pair: f(*pair), kind, *parts)
@@ -366,6 +457,30 @@ OTHERS = {
         TypeError,
         "The net returned a str at output 1: 'done'.",
         "wrap a function that returns only those.",
+    ),
+    "init: the net branches on a weight": (
+        lambda: lojax.wrap(branch, "**/kernel").init(KEY, PARAMS, X),
+        jax.errors.TracerBoolConversionError,
+        "because it depends on the value of the argument params['first']['bias'].",
+    ),
+    "apply: the net branches on a weight": (
+        lambda: lojax.transform(branch)(FROZEN, LORA, X),
+        jax.errors.TracerBoolConversionError,
+        "tracing the function branch",
+        "because it depends on the value of the argument params['first']['bias'].",
+    ),
+    "apply: a seed for dropout": (
+        lambda: MODEL.apply(FROZEN, LORA, X, dropout_key=0),
+        TypeError,
+        "dropout_key takes a PRNG key, a new one for each call.",
+        "Got the number 0 in its place: pass jax.random.key(0).",
+    ),
+    "apply: new batch statistics": (
+        lambda: NORM.apply(*NORM.init(KEY, NORM_NET.init(KEY, X)), X),
+        ModifyScopeVariableError,
+        'collection "batch_stats" is immutable.',
+        'Pass mutable=["batch_stats"] to apply, which then returns (outputs, {"batch_stats": ...})',
+        "Or call the module so that it leaves its state alone, as with train=False",
     ),
     "merge: not finite": (
         lambda: lojax.merge(FROZEN, NAN, check_finite=True),
@@ -392,9 +507,61 @@ OTHERS = {
         ValueError,
         "b_ratio='x'; expected a finite",
     ),
-    "resize: rank 0": (lambda: lojax.resize(LORA, rank=0), ValueError, "rank=0; expected at least 1."),
+    "merge: donate": (lambda: lojax.merge(FROZEN, LORA, donate="x"), TypeError, "donate='x'; expected True or False."),
+    "merge: check_finite": (
+        lambda: lojax.merge(FROZEN, LORA, check_finite=1),
+        TypeError,
+        "check_finite=1; expected True",
+    ),
+    "unmerge: donate": (
+        lambda: lojax.unmerge(PARAMS, LORA, donate=None),
+        TypeError,
+        "donate=None; expected True or Fal",
+    ),
+    "resize: rank 0": (lambda: lojax.resize(LORA, rank=0), ValueError, "rank=0; expected an integer of at least 1."),
+    "resize: a string": (lambda: lojax.resize(LORA, rank="x"), ValueError, "rank='x'; expected an integer of at least"),
+    "resize: a float": (lambda: lojax.resize(LORA, rank=2.5), ValueError, "rank=2.5; expected an integer of at least"),
+    "rescale: NaN": (
+        lambda: lojax.rescale(LORA, float("nan")),
+        ValueError,
+        "factor=nan; expected a finite number.",
+        "To take an adapter out, use factor=0.0.",
+    ),
+    "rescale: infinity": (
+        lambda: lojax.rescale(LORA, float("inf")),
+        ValueError,
+        "factor=inf; expected a finite number",
+    ),
+    "rescale: a string": (lambda: lojax.rescale(LORA, "x"), ValueError, "factor='x'; expected a finite number."),
+    "rescale: under jit": (
+        lambda: jax.jit(lambda factor: lojax.rescale(LORA, factor))(2.0),
+        ValueError,
+        "expected a finite number. It is static: pass a number from outside of jit.",
+    ),
     "rescale: trained in full": (lambda: lojax.rescale(FROZEN, 2.0), ValueError, "first/bias", "cannot be scaled."),
     "combine: weights": (lambda: lojax.combine([LORA, LORA], [1.0]), ValueError, "2 adapters, but 1 weights"),
+    "combine: a weight": (
+        lambda: lojax.combine([LORA, LORA], [1, "x"]),
+        ValueError,
+        "weights[1]='x'; expected a finite",
+    ),
+    "combine: NaN": (lambda: lojax.combine([LORA], [float("nan")]), ValueError, "weights[0]=nan; expected a finite"),
+    "combine: one number": (lambda: lojax.combine([LORA], 3), ValueError, "weights=3; expected one number for each"),
+    "combine: a number": (
+        lambda: lojax.combine(3, [1]),
+        ValueError,
+        "adapters must be a sequence of at least one lora",
+    ),
+    "combine: rank": (
+        lambda: lojax.combine([LORA], [1], method="svd", rank="x"),
+        ValueError,
+        "rank='x' with method='svd'",
+    ),
+    "combine: density": (
+        lambda: lojax.combine([LORA], [1], method="ties", density="x"),
+        ValueError,
+        "method='ties' needs density, the share of entries to keep, in (0, 1]; got 'x'.",
+    ),
     "combine: method": (
         lambda: lojax.combine([LORA], [1], method="tiez"),
         ValueError,
@@ -407,6 +574,29 @@ OTHERS = {
     ),
     "save: nothing": (lambda: lojax.save("unused", {}), ValueError, "lora holds no adapter and no array"),
     "save: metadata": (lambda: lojax.save("unused", LORA, metadata={"a": KEY}), TypeError, "metadata must be JSON"),
+    "save: metadata is a list": (
+        lambda: lojax.save("unused", LORA, metadata=[1]),
+        TypeError,
+        'metadata is a list; expected a dict that JSON can hold, such as {"step": 100}.',
+    ),
+    "save: no path": (
+        lambda: lojax.save(None, LORA),
+        TypeError,
+        "path is a NoneType; expected a directory, as a str or a pathlib.Path.",
+    ),
+    "save: arguments exchanged": (
+        lambda: lojax.save(LORA, "unused"),
+        TypeError,
+        "path is a dict; expected a directory",
+    ),
+    "save: wait": (lambda: lojax.save("unused", LORA, wait="no"), TypeError, "wait='no'; expected True or False."),
+    "restore: no path": (lambda: lojax.restore(None), TypeError, "path is a NoneType; expected a directory"),
+    "peft.save: no path": (
+        lambda: lojax.peft.save(None, LORA, FROZEN, "bert"),
+        TypeError,
+        "path is a NoneType; expected",
+    ),
+    "peft.load: no path": (lambda: lojax.peft.load(None, PARAMS, "bert"), TypeError, "path is a NoneType; expected"),
     "restore: no checkpoint": (
         lambda: lojax.restore(Path(__file__).parent),
         FileNotFoundError,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lojax.adapters.adapter import Adapter, is_adapter, scale_update
 from lojax.adapters.initializers import key_for
 from lojax.adapters.matrices import factor_matrices, pad_rank, truncate_rank, unify_scale_and_rank, with_factors
 from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.rule import is_finite, is_integer
 from lojax.adapters.task_vectors import prune_and_sum
+from lojax.adapters.trees import check_same_structure
 from lojax.text import suggest
 from lojax.types import Array, Key, Leaf, Params, Path
 
@@ -64,6 +67,7 @@ def combine(
     """
     settings = _Settings(method, rank, density, majority, key)
     settings.check(adapters, weights)
+    weights = [_as_number(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
     if len(adapters) == 1:  # scaled, whatever the method, and truncated where a rank is given
         settings = _Settings("linear") if rank is None else _Settings("svd", rank)
     trees = [flatten(tree) for tree in adapters]
@@ -80,7 +84,7 @@ def combine(
         _check_same_weight(path, leaves)
         with jax.default_matmul_precision("highest"):
             plain = [unify_scale_and_rank(leaf) for leaf in leaves]
-            return _combine_leaf(path, plain, [float(weight) for _, weight in pairs], settings)
+            return _combine_leaf(path, plain, [weight for _, weight in pairs], settings)
 
     return map_paths(combine_at, adapters[0])
 
@@ -99,15 +103,15 @@ def resize(lora: Params, rank: int) -> Params:
         A tree of the same structure; other leaves stay as they are.
 
     Raises:
-        ValueError: ``rank`` is below 1.
+        ValueError: ``rank`` is not an integer of at least 1.
 
     >>> import lojax
     >>> _, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, "w", rank=3)
     >>> resize(lora, 1)["w"].a.shape
     (4, 1)
     """
-    if rank < 1:
-        raise ValueError(f"rank={rank}; expected at least 1.")
+    if not is_integer(rank) or rank < 1:
+        raise ValueError(f"rank={rank!r}; expected an integer of at least 1.")
 
     def resize_at(path: Path, leaf: Leaf) -> Leaf:
         if not is_adapter(leaf) or leaf.rank == rank:
@@ -134,13 +138,14 @@ def rescale(lora: Params, factor: float) -> Params:
         The same arrays with other scales.
 
     Raises:
-        ValueError: A parameter is trained in full: there is no update to scale.
+        ValueError: ``factor`` is not a finite number, or a parameter is trained in full: there is no update to scale.
 
     >>> import lojax
     >>> _, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, "w", rank=2, alpha=4)
     >>> rescale(lora, 0.25)["w"].scale
     0.5
     """
+    factor = _as_number(factor, "factor", "To take an adapter out, use factor=0.0.")
     _refuse_full(lora, "scaled")
 
     def rescale_at(path: Path, leaf: Leaf) -> Leaf:
@@ -175,6 +180,42 @@ def subtract(lora: Params, other: Params) -> Params:
     return combine([lora, other], [1.0, -1.0], method="cat")
 
 
+def moved_paths(lora: Params) -> list[Path]:
+    """The paths of the adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA)."""
+    return sorted(path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base)
+
+
+def subtract_start(lora: Params, start: Params) -> Params:
+    """``lora`` with the adapters at its `moved_paths` as differences from ``start``, for the pretrained weights.
+
+    Args:
+        lora: A ``lora`` tree.
+        start: The same tree as init returned it.
+
+    Returns:
+        A ``lora`` tree, with twice the rank at those paths; the rest is as it was.
+
+    Raises:
+        ValueError: No weight was moved, or the trees do not fit together.
+    """
+    moved = moved_paths(lora)
+    if not moved:
+        raise ValueError(
+            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
+            "lora holds none. Leave it out."
+        )
+    check_same_structure(start, lora, name="start")
+    leaves = flatten(start)
+    for path in moved:
+        if not is_adapter(leaves[path]):
+            raise ValueError(f"{path}: start holds no adapter there. Pass the lora tree as init returned it.")
+
+    def difference(path: Path, leaf: Leaf, at_start: Leaf) -> Leaf:
+        return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf
+
+    return map_paths(difference, lora, start)
+
+
 # --- one weight ---
 
 
@@ -195,22 +236,24 @@ class _Settings:
     def check(self, adapters: Sequence[Params], weights: Sequence[float]) -> None:
         """Raises unless these fit together and what goes with them."""
         method, density = self.method, self.density
-        if isinstance(adapters, Mapping) or not len(adapters):
+        if not isinstance(adapters, Sequence) or not len(adapters):
             raise ValueError("adapters must be a sequence of at least one lora tree.")
+        if isinstance(weights, str) or not hasattr(weights, "__len__"):
+            raise ValueError(f"weights={weights!r}; expected one number for each adapter, such as [0.5, 0.5].")
         if len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights; give one weight each.")
         if method not in METHODS:
             raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}.{suggest(method, METHODS)}")
-        if self.prunes and not (density is not None and 0 < density <= 1):
+        if self.prunes and not (is_finite(density) and 0 < density <= 1):
             raise ValueError(
-                f"method={method!r} needs density, the share of entries to keep, in (0, 1]; got {density}."
+                f"method={method!r} needs density, the share of entries to keep, in (0, 1]; got {density!r}."
             )
         if self.majority not in ("total", "frequency"):
             raise ValueError(f"majority={self.majority!r}; expected 'total' or 'frequency'.")
         if method.startswith("dare") and self.key is None:
             raise ValueError(f"method={method!r} drops entries at random; pass key=jax.random.key(...).")
-        if self.rank is not None and (self.rank < 1 or not method.endswith("svd")):
-            raise ValueError(f"rank={self.rank} with method={method!r}; it is for the svd methods, and at least 1.")
+        if self.rank is not None and not (is_integer(self.rank) and self.rank >= 1 and method.endswith("svd")):
+            raise ValueError(f"rank={self.rank!r} with method={method!r}; it is for the svd methods, and at least 1.")
 
     def merge(self, x: Array, weights: Array, key: Key | None) -> Array:
         """`prune_and_sum` of ``x`` ``[N, S, ...]``."""
@@ -317,3 +360,13 @@ def _refuse_full(lora: Params, done: str) -> None:
     full = [path for path, leaf in flatten(lora).items() if leaf is not None and not is_adapter(leaf)]
     if full:
         raise ValueError(f"{', '.join(full[:5])}: trained in full, not as an update, so it cannot be {done}.")
+
+
+def _as_number(value: object, name: str, remedy: str = "") -> float:
+    """``value`` as a `float`: scales are static, and an array of JAX has no hash."""
+    if getattr(value, "shape", None) == () and not isinstance(value, Tracer):
+        value = value.item()  # type: ignore[attr-defined]
+    if not is_finite(value):
+        hint = " It is static: pass a number from outside of jit." if isinstance(value, Tracer) else ""
+        raise ValueError(" ".join(filter(None, [f"{name}={value!r}; expected a finite number.{hint}", remedy])))
+    return float(value)

@@ -31,21 +31,33 @@ def convention(ndim: int) -> Axes:
 
 def check(axes: Sequence[str], shape: Shape, path: Path) -> Axes:
     """Returns ``axes`` as a tuple, or raises if they cannot describe a weight of ``shape``."""
-    axes = tuple(axes)
-    unknown = [axis for axis in axes if axis not in get_args(Role)]
-    if unknown:
-        raise ValueError(f"{path}: axes {axes} hold {unknown[0]!r}; each must be 'in', 'out' or 'stack'.")
-    if len(axes) != len(shape):
+    roles = check_roles(axes, path)
+    if len(roles) != len(shape):
         raise ValueError(
-            f"{path}: axes {axes} describe {len(axes)} axes, but the weight has shape {tuple(shape)} "
+            f"{path}: axes {roles} describe {len(roles)} axes, but the weight has shape {tuple(shape)} "
             f"({len(shape)} axes). Give one role per axis."
         )
-    if "in" not in axes or "out" not in axes:
+    return roles
+
+
+def check_roles(axes: Sequence[str], where: str) -> Axes:
+    """Returns ``axes`` as a tuple, or raises if they cannot describe a weight of any shape.
+
+    >>> check_roles(["in", "out"], "kernel")
+    ('in', 'out')
+    """
+    if not isinstance(axes, Sequence) or isinstance(axes, str):
+        raise TypeError(f"{where}: axes={axes!r}; expected one role per axis, such as axes=('in', 'out').")
+    roles = tuple(axes)
+    unknown = [role for role in roles if role not in get_args(Role)]
+    if unknown:
+        raise ValueError(f"{where}: axes {roles} hold {unknown[0]!r}; each must be 'in', 'out' or 'stack'.")
+    if "in" not in roles or "out" not in roles:
         raise ValueError(
-            f"{path}: axes {axes} need at least one 'in' and one 'out'. "
+            f"{where}: axes {roles} need at least one 'in' and one 'out'. "
             "A low-rank update is a map from in axes to out axes."
         )
-    return axes  # type: ignore[return-value]
+    return roles  # type: ignore[return-value]
 
 
 def positions(axes: Axes, role: Role) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from lojax.adapters.adapter import Adapter, array_shapes, box_arrays
@@ -52,12 +53,37 @@ def create(
     return map_paths(freeze, params), lora
 
 
-def check_key(key: object) -> None:
-    """Raises unless ``key`` is a PRNG key, old or new style: a key that was forgotten shifts all other arguments."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
-        got = f"an array {spec(key)}" if hasattr(key, "shape") else f"a {type(key).__name__}"
-        raise TypeError(f"init takes a PRNG key first: init(jax.random.key(0), params, ...). Got {got} in its place.")
+INIT_USAGE = "init takes a PRNG key first: init(jax.random.key(0), params, ...)."
+"""What `check_key` says of a key of `init` that was forgotten, which shifts all other arguments."""
+
+
+def check_key(key: object, usage: str = INIT_USAGE) -> None:
+    """Raises unless ``key`` is one PRNG key, old or new style.
+
+    Args:
+        key: What was passed.
+        usage: What the error says first: where a key belongs.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        batch_shape = shape
+    elif dtype == jnp.uint32 and shape[-1:] == _key_data_shape():  # old style
+        batch_shape = shape[:-1]
+    elif isinstance(key, (int, np.integer)):
+        raise TypeError(f"{usage} Got the number {key} in its place: pass jax.random.key({key}).")
+    else:
+        got = f"an array {spec(key)}" if hasattr(key, "shape") else f"{type(key).__name__}"
+        raise TypeError(f"{usage} Got {got} in its place.")
+    if batch_shape:
+        raise TypeError(
+            f"{usage} Got an array of keys, of shape {batch_shape}. Pass one of them, such as keys[0], or "
+            "use jax.vmap over the keys."
+        )
+
+
+def _key_data_shape() -> Shape:
+    """The shape of an old-style key: a plain array of the data of the default implementation."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None) -> tuple[Adapter, Leaf]:

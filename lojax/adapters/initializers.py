@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import re
 import zlib
@@ -16,13 +17,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from lojax.adapters.adapter import array_shapes
 from lojax.adapters.axes import Axes, size
 from lojax.adapters.matrices import as_matrices, subtract_update, zero_above_rank
 from lojax.quantized.quantized import dense, is_quantized
-from lojax.text import suggest
+from lojax.text import spec, suggest
 from lojax.types import Array, Dtype, Key, Leaf, Path, Shape
 
 OVERSAMPLES = 10
@@ -125,11 +127,28 @@ def initialize_at_zero(draw: DrawA) -> Initializer:
     def initialize(key: Key, site: Site) -> tuple[Array, Array, Leaf]:
         fan_in = size(site.axes, site.weight.shape, "in")
         a = draw(key, site.shapes["a"], site.dtype, fan_in=fan_in, rank=site.rank)
+        _check_drawn(a, site)
         if site.uneven:
             a = zero_above_rank(a, site.ranks, site.axes)
         return a, jnp.zeros(site.shapes["b"], site.dtype), site.weight
 
     return initialize
+
+
+def _check_drawn(a: object, site: Site) -> None:
+    """Raises unless a user's function returned what it was asked for: a wrong shape would fail only in `apply`."""
+    expected = jax.ShapeDtypeStruct(site.shapes["a"], site.dtype)
+    is_array = isinstance(a, (jax.Array, np.ndarray))
+    if not is_array or (a.shape, a.dtype) != (expected.shape, expected.dtype):
+        got = spec(a) if is_array else f"a {type(a).__name__}"
+        raise ValueError(
+            f"{site.path}: init={_name(site.init)} returned {got}; expected {spec(expected)}. Return an array of the "
+            "shape and dtype that the function is given: init(key, shape, dtype, *, fan_in, rank)."
+        )
+
+
+def _name(init: object) -> str:
+    return getattr(init, "__name__", repr(init))
 
 
 # --- both factors from the weight ---
@@ -261,9 +280,11 @@ def initializer(init: str | DrawA | None) -> Initializer:
     """The initialization called ``init``, or the one that draws ``a`` with ``init`` where that is a function.
 
     Raises:
+        TypeError: It is a function of other arguments.
         ValueError: There is no initialization of this name.
     """
     if callable(init):
+        _check_signature(init)
         return initialize_at_zero(init)
     name = str(init)
     if call := FROM_DATA.get(name.lower()):
@@ -274,6 +295,21 @@ def initializer(init: str | DrawA | None) -> Initializer:
         names = sorted({*INITIALIZERS, "pissa_niter_4"})
         raise ValueError(f"init={init!r} is unknown; expected one of {names}.{suggest(init, names)}")
     return INITIALIZERS[name]
+
+
+def _check_signature(init: DrawA) -> None:
+    try:
+        signature = inspect.signature(init)
+    except (TypeError, ValueError):  # written in C: it may well take them
+        return
+    try:
+        signature.bind("key", "shape", "dtype", fan_in=1, rank=1)
+    except TypeError as error:
+        raise TypeError(
+            f"init={_name(init)} has the signature {signature}: {error}. Expected a function (key, shape, dtype, *, "
+            "fan_in, rank) -> array, such as "
+            "init=lambda key, shape, dtype, *, fan_in, rank: jax.random.normal(key, shape, dtype)."
+        ) from None
 
 
 def key_for(key: Key, path: Path) -> Key:

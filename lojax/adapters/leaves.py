@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numbers
 
+import jax
+import numpy as np
+
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import unbox
+from lojax.text import spec
 from lojax.types import Leaf, Path
 
 
@@ -18,7 +22,7 @@ def check_leaf(path: Path, leaf: Leaf, tree: str) -> None:
         tree: What errors call the tree.
 
     Raises:
-        TypeError: It is an adapter, or neither an array nor a number.
+        TypeError: It is an adapter, neither an array nor a number, or of a kind that JAX does not take.
 
     >>> check_leaf("config/name", "bert", "params")
     Traceback (most recent call last):
@@ -33,13 +37,24 @@ def check_leaf(path: Path, leaf: Leaf, tree: str) -> None:
             else "Pass the parameters of the net, or make them with lojax.merge(frozen, lora)."
         )
         raise TypeError(f"{path}: {tree} holds an adapter, which belongs in lora. {hint}")
-    if value is None or isinstance(value, numbers.Number):
+    if value is None or isinstance(value, jax.Array):
         return
     # NumPy's kinds of objects, strings, bytes and dates; the extended dtypes of JAX (keys) have no kind.
-    if not hasattr(value, "dtype") or getattr(value.dtype, "kind", "V") in "OUSMm":
+    is_number = isinstance(value, numbers.Number)
+    if not (is_number or hasattr(value, "dtype")) or getattr(getattr(value, "dtype", None), "kind", "V") in "OUSMm":
         text = repr(value)
         text = text if len(text) <= 80 else text[:80] + "…"
         raise TypeError(
             f"{path}: {tree} holds {text} ({type(value).__name__}), which is neither an array nor a number. "
             "Take it out of the tree."
         )
+    if is_number or isinstance(value, (np.ndarray, np.generic)):
+        try:
+            jax.typeof(value)
+        except (TypeError, ValueError):
+            # Left to JAX, the error would name the place of an argument ("leaves[0]") and print the whole array.
+            described = f"{type(value).__name__} {spec(value)}" if hasattr(value, "dtype") else repr(value)
+            raise TypeError(
+                f"{path}: {tree} holds {described}, which JAX does not take as an array. Convert it, such as with "
+                "np.asarray(x, np.float32), or take it out of the tree."
+            ) from None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
 
 import jax.numpy as jnp
 
+from lojax.adapters.axes import check_roles
 from lojax.adapters.initializers import DrawA, initializer
 from lojax.text import suggest
 from lojax.types import Dtype, Leaf, Path
@@ -62,11 +64,16 @@ def explain_unknown_arguments(function: Callable[P, T]) -> Callable[P, T]:
         for name in kwargs:
             if name not in known:
                 ours = SYNONYMS.get(name, "").partition("=")[0] in known
-                hint = f" Did you mean {SYNONYMS[name]!r}?" if ours else suggest(name, spellings)
+                hint = f" Did you mean {SYNONYMS[name]!r}?" if ours else suggest(name, spellings) or _rule_hint(name)
                 raise TypeError(f"{function.__qualname__.removesuffix('.__init__')} has no argument {name!r}.{hint}")
         return function(*args, **kwargs)
 
     return checked
+
+
+def _rule_hint(name: str) -> str:
+    settings = {field.name for field in dataclasses.fields(Rule) if field.repr}
+    return f" It is a setting of a rule: targets=lojax.Rule(..., {name}=...)." if name in settings else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,15 @@ class Rule:
     tokens: Sequence[int] | None = None
     _exact_rank: bool = dataclasses.field(default=False, repr=False, compare=False)  # no rank but this one will do
 
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, Iterator):  # a generator can be read once, and `init` may be called twice
+            object.__setattr__(self, "targets", tuple(self.targets))
+        for target in as_targets(self.targets):
+            if isinstance(target, Rule):
+                raise TypeError(
+                    f"{target} is a target of another Rule. Put the rules side by side: targets=[Rule(...), ...]."
+                )
+
     def __repr__(self) -> str:
         changed = (
             f"{f.name}={getattr(self, f.name)!r}"
@@ -134,9 +150,6 @@ class Rule:
 
 Rule.__init__ = explain_unknown_arguments(Rule.__init__)
 
-DEFAULTS = Rule((), rank=8, scaling="standard", init="kaiming", dropout=0.0, variant="lora")
-"""What a rule says that says nothing. ``alpha=None`` means ``alpha = rank``, and ``dtype=None`` float32."""
-
 
 def as_targets(targets: object) -> list[Any]:
     """One target or `Rule`, or a sequence of them, as a list."""
@@ -154,6 +167,10 @@ def as_targets(targets: object) -> list[Any]:
 
 def _is_target(entry: object) -> bool:
     return isinstance(entry, (str, re.Pattern, Rule)) or callable(entry)
+
+
+DEFAULTS = Rule((), rank=8, scaling="standard", init="kaiming", dropout=0.0, variant="lora")
+"""What a rule says that says nothing. ``alpha=None`` means ``alpha = rank``, and ``dtype=None`` float32."""
 
 
 def as_rules(targets: object, defaults: Rule) -> list[Rule]:
@@ -176,6 +193,8 @@ def as_rules(targets: object, defaults: Rule) -> list[Rule]:
             raise ValueError(f"{entry} trains an adapter: its place is in targets=, not in train= or exclude=.")
         else:
             entry = dataclasses.replace(entry, _exact_rank=entry.rank is not None)
+        if not as_targets(entry.targets):
+            raise ValueError(f"{entry} has no targets. Give a glob, a regex or a predicate.")
         rules.append(_check(entry.fill(defaults)))
     return rules
 
@@ -197,6 +216,8 @@ def _check(rule: Rule) -> Rule:
     if not _is_floating(rule.dtype or jnp.float32):
         text = f"{rule}: dtype={rule.dtype!r}; expected a real floating-point dtype, or None for float32."
         raise ValueError(text + _suggest_dtype(rule.dtype))
+    if rule.axes is not None:
+        rule = dataclasses.replace(rule, axes=check_roles(rule.axes, str(rule)))
     return rule if rule.train == "tokens" else _check_update(rule)
 
 
@@ -204,10 +225,10 @@ def _check_update(rule: Rule) -> Rule:
     by_entry = isinstance(rule.rank, Sequence) and not isinstance(rule.rank, str)
     ranks: Sequence[Any] = rule.rank if by_entry else [rule.rank]  # type: ignore[assignment]
     lowest = 0 if by_entry else 1
-    if not all(_is_integer(r) and r >= lowest for r in ranks) or not any(ranks):
+    if not all(is_integer(r) and r >= lowest for r in ranks) or not any(ranks):
         each = " for some entry of the stack, and 0 for one without an adapter" if by_entry else ""
         raise ValueError(f"{rule}: rank={rule.rank!r}; expected an integer of at least 1{each}.")
-    if rule.alpha is not None and not (_is_finite(rule.alpha) and rule.alpha > 0):
+    if rule.alpha is not None and not (is_finite(rule.alpha) and rule.alpha > 0):
         raise ValueError(f"{rule}: alpha={rule.alpha!r}; expected a finite number above 0, or None for alpha = rank.")
     if rule.scaling not in SCALINGS:
         raise ValueError(f"{rule}: scaling={rule.scaling!r}; expected one of {sorted(SCALINGS)}.")
@@ -216,17 +237,23 @@ def _check_update(rule: Rule) -> Rule:
         raise ValueError(f"{rule}: variant={rule.variant!r}; expected one of {', '.join(VARIANTS)}.{hint}")
     if rule.variant == "dora" and rule.tokens:
         raise ValueError(f"{rule}: DoRA rescales the columns of the weight, so it does not go with tokens=.")
-    if not (_is_finite(rule.dropout) and 0 <= rule.dropout < 1):
+    if not (is_finite(rule.dropout) and 0 <= rule.dropout < 1):
         raise ValueError(f"{rule}: dropout={rule.dropout!r}; expected a rate in [0, 1).")
     initializer(rule.init)  # raises if it is unknown
     return dataclasses.replace(rule, rank=tuple(map(int, ranks)) if by_entry else int(ranks[0]))
 
 
 def _indices(rule: Rule, field: str) -> tuple[int, ...]:
-    indices = tuple(getattr(rule, field))
-    if not indices or not all(_is_integer(i) and i >= 0 for i in indices):
+    value = getattr(rule, field)
+    value = (
+        value.tolist() if hasattr(value, "tolist") else value
+    )  # an array, whose entries JAX does not count as numbers
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{rule}: {field}={value!r}; expected several integers, such as {field}=[{value}].")
+    indices = tuple(value)
+    if not indices or not all(is_integer(i) and i >= 0 for i in indices):
         raise ValueError(f"{rule}: {field}={indices!r}; expected integers of at least 0.")
-    repeated = sorted({i for i in indices if indices.count(i) > 1})
+    repeated = sorted(i for i, count in collections.Counter(indices).items() if count > 1)
     if repeated:
         raise ValueError(f"{rule}: {field} names {repeated[0]} more than once. Name each once.")
     return tuple(int(i) for i in indices)
@@ -245,9 +272,11 @@ def _suggest_dtype(dtype: Dtype | None) -> str:
     return suggest(name, ("bfloat16", "float16", "float32", "float64")) if isinstance(dtype, str) else ""
 
 
-def _is_integer(number: object) -> TypeGuard[int]:
+def is_integer(number: object) -> TypeGuard[int]:
+    """Whether ``number`` is an integer, Python's or NumPy's. True is none."""
     return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
-def _is_finite(number: object) -> TypeGuard[float]:
+def is_finite(number: object) -> TypeGuard[float]:
+    """Whether ``number`` is a real number, neither infinite nor NaN. True is none."""
     return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import size
@@ -95,7 +96,7 @@ def _holds_adapters(tree: PyTree) -> bool:
 def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
     if weight is None:
         raise ValueError(f"{path}: lora holds an adapter, but frozen holds no weight there (None).")
-    shape = tuple(weight.shape)
+    shape = jnp.shape(weight)
     if len(adapter.axes) != len(shape):
         raise ValueError(f"{path}: the weight has shape {shape}, but its adapter has axes {adapter.axes}.")
     expected = array_shapes(adapter.axes, shape, adapter.rank, len(adapter.tokens or ()))

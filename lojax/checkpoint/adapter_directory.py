@@ -38,6 +38,7 @@ from typing import Any
 
 from lojax.checkpoint.manifest import StoredFile
 from lojax.files.filesystem import hash_file, new_hash, parse_json, sync_directory, sync_tree
+from lojax.files.naming import as_path
 
 MANIFEST = "adapter.json"
 _FOLDER = re.compile(r"arrays-(\d{1,18})")
@@ -48,10 +49,10 @@ _REMEDY = "Nothing was loaded. Copy the checkpoint again from its source, or res
 
 def as_local_path(path: str | os.PathLike[str]) -> Path:
     """``path`` as an absolute local path. Bucket URLs are refused: they have no atomic rename."""
-    text = os.fspath(path)
-    if "://" in text:
+    directory = as_path(path)
+    if "://" in (text := os.fspath(path)):
         raise ValueError(f"{text}: an adapter is saved to a file system. Save to a local path, then copy it there.")
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    return Path(os.path.abspath(directory))
 
 
 def next_number(directory: Path) -> int:

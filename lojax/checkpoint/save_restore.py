@@ -36,16 +36,17 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from lojax.adapters.adapter import is_adapter
-from lojax.adapters.algebra import subtract
+from lojax.adapters.algebra import moved_paths, subtract_start
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten, map_paths
-from lojax.adapters.trees import check_pair, check_same_structure
+from lojax.adapters.paths import flatten
+from lojax.adapters.trees import check_pair
 from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import fingerprint
 from lojax.checkpoint.arrays import read, snapshot, start_write
 from lojax.checkpoint.codec import build_tree, check_like, collect_arrays, describe_leaves, flatten_with_keys
 from lojax.checkpoint.manifest import Manifest
 from lojax.files.filesystem import lock_directory, parse_json
+from lojax.text import check_flags
 from lojax.types import ArrayLike, Leaf, Params
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def save(
         FileExistsError: ``overwrite=False`` and there is an adapter at ``path``.
         OSError: The disk is full, or ``path`` cannot be written. The previous checkpoint is whole.
         TimeoutError: Another program has been saving to ``path`` for ten minutes; the message says which.
-        TypeError: A leaf is not an array; ``metadata`` is not JSON; ``lora`` is a pair of trees.
+        TypeError: A leaf is not an array; ``metadata`` is not a dict that JSON can hold; ``lora`` is a pair of trees.
         ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty, or holds no adapter and there is no
             ``frozen`` to show that it is not the base itself.
 
@@ -103,14 +104,14 @@ def save(
     1.0
     """
     directory = files.as_local_path(path)
-    metadata = dict(metadata or {})
-    _check_json(metadata)
+    check_flags(overwrite=overwrite, wait=wait)
+    metadata = _check_json({} if metadata is None else metadata)
     if frozen is not None:
         check_pair(frozen, lora)
     _check_is_lora(lora, frozen)
-    moved = {path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base}
+    moved = moved_paths(lora)
     if start is not None:
-        lora = _subtract_start(lora, start, moved)
+        lora = subtract_start(lora, start)
     # Whatever can be refused is refused before a byte is written.
     leaves, keys = flatten_with_keys(lora)
     arrays = collect_arrays(leaves)
@@ -150,25 +151,6 @@ def _check_is_lora(lora: Params, frozen: Params | None) -> None:
 
 def _holds_adapter(tree: Params) -> bool:
     return any(is_adapter(leaf) for leaf in flatten(tree).values())
-
-
-def _subtract_start(lora: Params, start: Params, moved: set[str]) -> Params:
-    """``lora`` with the adapters at the ``moved`` paths as differences from ``start``; the rest as it is."""
-    if not moved:
-        raise ValueError(
-            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
-            "lora holds none. Leave it out."
-        )
-    check_same_structure(start, lora, name="start")
-    leaves = flatten(start)
-    for path in sorted(moved):
-        if not is_adapter(leaves[path]):
-            raise ValueError(f"{path}: start holds no adapter there. Pass the lora tree as init returned it.")
-
-    def difference(path: str, leaf: Leaf, at_start: Leaf) -> Leaf:
-        return subtract({path: leaf}, {path: at_start})[path] if path in moved else leaf
-
-    return map_paths(difference, lora, start)
 
 
 def _wait_for_pending(directory: Path) -> None:
@@ -252,11 +234,16 @@ def _explain_errors(directory: Path) -> Iterator[None]:
         raise (OSError(number, text) if number else kind(text)) from error
 
 
-def _check_json(metadata: Mapping[str, Any]) -> None:
+def _check_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(metadata, Mapping):
+        kind = type(metadata).__name__
+        raise TypeError(f'metadata is a {kind}; expected a dict that JSON can hold, such as {{"step": 100}}.')
+    metadata = dict(metadata)
     try:
         parse_json(json.dumps(metadata, allow_nan=False).encode())  # also what `restore` refuses, such as 1 beside "1"
     except (TypeError, ValueError) as error:
         raise TypeError(f"metadata must be JSON (numbers, strings, lists, dicts with string keys): {error}.") from error
+    return metadata
 
 
 def restore(
@@ -290,6 +277,7 @@ def restore(
             differs); ``like`` has other leaves.
     """
     directory = files.as_local_path(path)
+    check_flags(check_base=check_base)
     _wait_for_pending(directory)
     while True:  # once, unless a save replaces the checkpoint meanwhile
         stamp = files.stamp(directory)

@@ -19,6 +19,7 @@ from lojax.adapters.trees import check_pair, check_structure
 from lojax.lowrank.frozen import frozen_weight
 from lojax.lowrank.value import from_adapter
 from lojax.quantized.quantized import Quantized, is_quantized
+from lojax.text import check_flags
 from lojax.types import Array, Leaf, Params, Path
 
 
@@ -41,6 +42,7 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
         A tree of the structure of ``params``, with nothing of lojax in it.
 
     Raises:
+        TypeError: ``donate`` or ``check_finite`` is neither True nor False.
         ValueError: The trees do not fit together, or a merged parameter is not finite.
 
     >>> from lojax import Adapter
@@ -49,6 +51,7 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
     >>> merge(frozen, {"kernel": adapter, "bias": None})["kernel"].tolist()
     [[1.5, 1.5], [1.5, 1.5]]
     """
+    check_flags(donate=donate, check_finite=check_finite)
     check_pair(frozen, lora)
     if check_finite:  # before `donate` gives up the only copy
         _refuse_nonfinite(_finite_merge(frozen, lora))
@@ -76,6 +79,7 @@ def unmerge(params: Params, lora: Params, *, donate: bool = False) -> Params:
     >>> unmerge({"kernel": jnp.full((2, 2), 1.5)}, {"kernel": adapter})["kernel"].tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
+    check_flags(donate=donate)
     check_structure(params, lora, name="params")
     frozen = map_paths(lambda _, p, t: p if t is None or is_adapter(t) else None, params, lora)
     check_pair(frozen, lora)

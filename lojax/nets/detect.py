@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from lojax.nets.function import LINEN, FunctionNet
+from lojax.nets.function import LINEN, FunctionNet, linen_apply
 from lojax.nets.net import Net
 from lojax.nets.nnx import from_nnx
 from lojax.nets.transformers import TransformersNet
@@ -49,7 +49,7 @@ def as_net(net: Any) -> Net:
     if inspect.isclass(net):
         raise TypeError(_refusal(net, CLASS_HINT))
     if isinstance(net, nn.Module):
-        return FunctionNet(net.apply, type(net).__name__, LINEN, "its variables")
+        return FunctionNet(linen_apply(net), type(net).__name__, LINEN, "its variables")
     if isinstance(net, nnx.Module):
         return from_nnx(net)
     names = [f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(net).__mro__]

@@ -8,12 +8,38 @@ the state and the rng.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
+
+from flax import linen as nn
+from flax.errors import ModifyScopeVariableError
 
 from lojax.types import Params, PyTree
 
 LINEN = "a Linen module"
 """What errors call a Linen module."""
+
+
+def linen_apply(module: nn.Module) -> Callable[..., PyTree]:
+    """``module.apply``, whose error for a collection that the call may not change says how to allow it."""
+
+    @functools.wraps(module.apply)
+    def apply(variables: Params, *args: object, **kwargs: object) -> PyTree:
+        try:
+            return module.apply(variables, *args, **kwargs)  # type: ignore[arg-type]
+        except ModifyScopeVariableError as error:
+            # Flax keeps the name in the text alone.
+            collection = re.search(r'collection "(\w+)"', str(error))
+            name = collection[1] if collection else "batch_stats"
+            error.args = (
+                f'{error} The call computes a new one. Pass mutable=["{name}"] to apply, which then returns (outputs, '
+                f'{{"{name}": ...}}): put that in frozen for the next call. Or call the module so that it leaves its '
+                f"state alone, as with train=False or use_running_average=True.",
+            )
+            raise
+
+    return apply
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,18 @@ import jax
 from flax import nnx
 
 from lojax.adapters.paths import flatten, map_paths
-from lojax.nets.nnx_state import Filter, changed_counts, depends_on, outlives_call, repeats, select, state_of
+from lojax.nets.nnx_state import (
+    Filter,
+    changed_counts,
+    changed_statistics,
+    depends_on,
+    depends_on_inputs,
+    drops,
+    outlives_call,
+    repeats,
+    select,
+    state_of,
+)
 from lojax.nets.params_check import Method, call_method, check_params
 from lojax.types import Leaf, Params, Path, PyTree
 
@@ -114,17 +125,23 @@ class NNXNet:
 
         Warns:
             UserWarning: The outputs depend on an rng stream of the module whose count neither ``state`` nor
-                ``mutable`` carries from call to call, so that every call draws the same numbers.
+                ``mutable`` carries from call to call, so that every call draws the same numbers. Or the call computes
+                new batch statistics, which neither of them carries.
         """
         outputs, module = self._call(params, *args, method=method, state=state, **kwargs)
         returned = None if mutable is False else select(module, mutable, self.title)
-        carried = flatten(returned).keys() | self._state_leaves(state).keys()
+        given = self._state_leaves(state)
+        carried = flatten(returned).keys() | given.keys()
         counts = {k: v for k, v in changed_counts(flatten(self.variables), module).items() if k not in carried}
         if counts:
-            given = self._state_leaves(state)
             rerun = lambda counts: self._call(params, *args, method=method, state=given | counts, **kwargs)[0]
             for path in depends_on(rerun, counts)[:1]:
                 warnings.warn(repeats(self.title, path), stacklevel=2)
+        statistics = changed_statistics(flatten(self.variables) | flatten(params) | given, module)
+        if dropped := {path: x for path, x in statistics.items() if path not in carried}:
+            update = lambda x: self._call(params, *args, method=method, state=given | x, **kwargs)[1]
+            if depends_on_inputs(lambda x: changed_statistics(x, update(x), new=True), dropped):
+                warnings.warn(drops(self.title, min(dropped)), stacklevel=2)
         return outputs if mutable is False else (outputs, returned)
 
     def observe(self, params: Params, /, *args: object, mutable: Filter = False, **kwargs: Any) -> PyTree:

@@ -75,6 +75,25 @@ def changed_counts(before: Mapping[Path, Array], module: nnx.Module) -> dict[Pat
     return {path: before[path] for path in after if path in before and after[path] is not before[path]}
 
 
+def changed_statistics(before: Mapping[Path, Array], module: nnx.Module, *, new: bool = False) -> dict[Path, Array]:
+    """The batch statistics that ``module`` had ``before`` a call, or has now, of those that are others now.
+
+    As with `changed_counts`, some may be equal to what they were.
+    """
+    after = flatten(nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+    changed = [path for path in after if path in before and after[path] is not before[path]]
+    return {path: (after if new else before)[path] for path in changed}
+
+
+def depends_on_inputs(f: Callable[[Mapping[Path, Array]], PyTree], state: Mapping[Path, Array]) -> bool:
+    """Whether ``f(state)`` depends on anything but ``state``: what only passes through NNX transforms does not."""
+    jaxpr = jax.make_jaxpr(f)(state)
+    live, _ = opened(remove_dead_equations(jaxpr))
+    from_state = {id(var) for var in live.invars} | {id(var) for eqn in live.eqns for var in eqn.outvars}
+    operands = [operand for eqn in live.eqns for operand in eqn.invars] + list(live.outvars)
+    return any(id(operand) not in from_state for operand in operands)  # a constant: a weight, an input, a number
+
+
 def depends_on(f: Callable[[Mapping[Path, Array]], PyTree], counts: Mapping[Path, Array]) -> list[Path]:
     """The ``counts`` on which the arrays in ``f(counts)`` depend, as the traced program shows."""
     jaxpr = jax.make_jaxpr(lambda counts: [x for x in jax.tree.leaves(f(counts)) if hasattr(x, "dtype")])(counts)
@@ -82,6 +101,16 @@ def depends_on(f: Callable[[Mapping[Path, Array]], PyTree], counts: Mapping[Path
     used = {id(operand) for eqn in live.eqns for operand in eqn.invars} | {id(output) for output in live.outvars}
     # The order in which JAX flattens a dict is that of its sorted keys.
     return [path for path, var in zip(sorted(counts), live.invars, strict=True) if id(var) in used]
+
+
+def drops(title: str, path: Path) -> str:
+    """The warning that a call computes new batch statistics for nothing."""
+    return (
+        f"{title} computed new batch statistics, such as {path}, and this call drops them: those in the tree stay as "
+        "they are, and a net in eval mode uses them. Pass mutable=nnx.BatchStat (or True), and the state that comes "
+        "back as state= of the next call and of bind; or wrap the module after module.eval(), if the statistics are to "
+        "stay."
+    )
 
 
 def repeats(title: str, path: Path) -> str:

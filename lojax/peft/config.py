@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lojax.files.naming import as_path
 from lojax.peft.patterns import MAX_PATTERNS, ModulePattern, compile_pattern
 from lojax.text import printable
 
@@ -170,7 +171,7 @@ def read_config(directory: str | os.PathLike[str]) -> Config:
         FileNotFoundError: There is none.
         ValueError: It is not JSON, has a field of the wrong type, or asks for what lojax does not do.
     """
-    directory = Path(directory).expanduser()
+    directory = as_path(directory)
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(_missing_text(directory))

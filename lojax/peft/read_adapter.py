@@ -16,6 +16,7 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors
+from lojax.files.naming import as_path
 from lojax.peft import factors, tensor_keys
 from lojax.peft.config import CONFIG, Config, read_config
 from lojax.peft.extras import EXTRAS
@@ -55,7 +56,7 @@ def load(
         ValueError: The files are damaged, need what lojax does not compute, or do not fit ``params``; the
             text lists every missing, unexpected and mis-shaped key. Nothing is loaded partly.
     """
-    config, file = open_adapter(pathlib.Path(path).expanduser())
+    config, file = open_adapter(as_path(path))
     table = find_map(name_map).table(params)
     contents = match_keys(file, table, config)
     leaves = flatten(params)

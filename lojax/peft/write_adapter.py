@@ -16,11 +16,13 @@ import jax
 import numpy as np
 
 from lojax.adapters.adapter import Adapter, is_adapter
+from lojax.adapters.algebra import moved_paths, subtract_start
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.adapters.trees import check_pair
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory, refuse_existing
+from lojax.files.naming import as_path
 from lojax.peft import factors
 from lojax.peft.config import CONFIG, Config, check_config
 from lojax.peft.extras import EXTRAS
@@ -41,6 +43,7 @@ def save(
     frozen: Params,
     name_map: NameMap | str,
     *,
+    start: Params | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     config: Config | Mapping[str, Any] | None = None,
@@ -57,6 +60,9 @@ def save(
             an embedding of which token rows train. None: ``lora`` alone, and then ``target_modules`` are spelled out
             in full.
         name_map: A `NameMap`, or the name of a ready one (see `name_maps`).
+        start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
+            OLoRA, MiLoRA, LoRA-GA). PEFT puts an adapter on the pretrained weight, so what is written is the
+            difference from ``start``, of twice the rank.
         base_model_name_or_path: Where PEFT finds the base.
         task_type: PEFT's task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``.
         config: Fields to keep, as `read_config` returned them for the adapter this one came from. Those that lojax
@@ -67,15 +73,16 @@ def save(
     Raises:
         FileExistsError: ``path`` exists, and must not be replaced.
         OSError: The disk is full, or anything else went wrong with a file; the error names ``path``.
-        ValueError: The trees do not fit together, a trained leaf is not mapped (the text lists them), or PEFT cannot
-            express what was trained.
+        ValueError: The trees do not fit together, a trained leaf is not mapped (the text lists them), PEFT cannot
+            express what was trained, or an adapter belongs to a weight that init moved and there is no ``start``.
     """
-    target = pathlib.Path(path).expanduser()
+    target = as_path(path)
     if overwrite is None:
         overwrite = target.is_dir() and foreign_entry(target) is None
     refuse_existing(target, overwrite=overwrite)
     if frozen is not None:
         check_pair(frozen, lora)
+    lora = _for_pretrained(lora, start)
     base = {p: leaf for p, leaf in flatten(frozen).items() if leaf is not None}
     trained = {p: leaf for p, leaf in flatten(lora).items() if leaf is not None}
     weights = _weights(trained, base)
@@ -97,6 +104,21 @@ def save(
     with atomic_directory(target, overwrite=overwrite) as fresh:
         safetensors.write_all(fresh / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt", CONFIG_RECORD: record})
         (fresh / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _for_pretrained(lora: Params, start: Params | None) -> Params:
+    """``lora`` for the pretrained weights, which are those that PEFT loads."""
+    if start is not None:
+        return subtract_start(lora, start)
+    if moved := moved_paths(lora):
+        init = flatten(lora)[moved[0]].moved_base
+        raise ValueError(
+            f"{moved[0]}: the start of this adapter ({init}) was taken out of its weight, and PEFT would put it on the "
+            "pretrained weight, where it is wrong. Pass start=, the lora tree as init returned it: then an adapter of "
+            "twice the rank is written, for the pretrained weight. A checkpoint that lojax.save wrote with start= is "
+            "such an adapter already."
+        )
+    return lora
 
 
 def foreign_entry(directory: pathlib.Path) -> str | None:

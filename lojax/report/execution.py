@@ -9,7 +9,7 @@ from lojax.adapters.adapter import is_adapter
 from lojax.adapters.axes import Axes
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
-from lojax.report.table import html_table, table
+from lojax.report.table import html_table, rank_text, table
 from lojax.rewrite.recorder import Use
 from lojax.types import Params, Path, Shape
 
@@ -19,7 +19,10 @@ _HEADER = ("weight", "shape", "axes", "rank", "parameters", "uses", "execution",
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One adapted weight and everything the program does with it."""
+    """One adapted weight and everything the program does with it.
+
+    ``requested_rank`` is the rank that was asked for, where it was above min(m, n): the table says ``8 → 3``.
+    """
 
     path: Path
     shape: Shape
@@ -27,6 +30,7 @@ class Weight:
     rank: int
     parameters: int
     uses: tuple[Use, ...]
+    requested_rank: int | None = None
 
     @property
     def how(self) -> str:
@@ -103,7 +107,7 @@ def _row(weight: Weight) -> tuple[str, ...]:
         weight.path,
         str(weight.shape),
         " ".join(weight.axes),
-        str(weight.rank),
+        rank_text(weight.rank, weight.requested_rank),
         f"{weight.parameters:,}",
         f"{len(weight.uses)} {primitives}",
         weight.how,
@@ -129,5 +133,7 @@ def report(frozen: Params, lora: Params, uses: Sequence[Use]) -> Report:
         if is_adapter(adapter):
             shape = tuple(unbox(frozen_leaves[path]).shape)
             own_uses = tuple(use for use in uses if use.path == path)
-            weights.append(Weight(path, shape, adapter.axes, adapter.rank, adapter.parameters, own_uses))
+            weights.append(
+                Weight(path, shape, adapter.axes, adapter.rank, adapter.parameters, own_uses, adapter.requested_rank)
+            )
     return Report(tuple(weights))

@@ -9,7 +9,7 @@ import numpy as np
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
-from lojax.report.table import html_table, table
+from lojax.report.table import html_table, rank_text, table
 from lojax.types import Params, Path, Shape
 
 _HEADER = ("parameter", "shape", "rank", "trainable", "all")
@@ -32,8 +32,7 @@ class Row:
     @property
     def rank_text(self) -> str:
         """The rank as the table shows it."""
-        rank = "" if self.rank is None else str(self.rank)
-        return f"{self.requested_rank} → {rank}" if self.requested_rank else rank
+        return "" if self.rank is None else rank_text(self.rank, self.requested_rank)
 
 
 @dataclasses.dataclass(frozen=True)

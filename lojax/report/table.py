@@ -30,6 +30,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([render(header), rule, *map(render, rows)])
 
 
+def rank_text(rank: int, requested_rank: int | None) -> str:
+    """A rank as tables show it, with the one that was asked for where it was lowered.
+
+    >>> rank_text(3, 8), rank_text(3, None)
+    ('8 → 3', '3')
+    """
+    return f"{requested_rank} → {rank}" if requested_rank else str(rank)
+
+
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """The same table as HTML, with a paragraph below it for each note.
 

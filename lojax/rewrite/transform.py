@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.create import check_key
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths, path_of
@@ -86,6 +87,7 @@ def trace_uses(
     execution: str = "auto",
 ) -> list[Use]:
     """The uses of each adapted weight in ``f``, without computing anything."""
+    check_pair(frozen, lora)
     uses: list[Use] = []
     interpreter = Interpreter(RULES, execution, Recorder(uses=uses))
 
@@ -113,6 +115,8 @@ def lowrank_params(frozen: Params, lora: Params, dropout_key: Key | None) -> Par
     No gradient reaches ``frozen``.
     """
     check_pair(frozen, lora)
+    if dropout_key is not None:
+        check_key(dropout_key, "dropout_key takes a PRNG key, a new one for each call.")
 
     def join(path: Path, weight: Leaf, trained: Leaf) -> Leaf:
         if is_adapter(trained):
@@ -144,16 +148,17 @@ def evaluate(
     avals = [v.frozen.aval if isinstance(v, LowRank) else v.aval if is_frozen(v) else jax.typeof(v) for v in values]
     out_tree: Any = None
 
-    def flat(*leaves: Any) -> list[Any]:
+    # The whole tree is one argument: JAX's errors then say of which parameter a traced value came, params['w'].
+    def flat(params: Params) -> list[Any]:
         nonlocal out_tree
-        outputs = f(jax.tree.unflatten(tree, leaves), *args, **kwargs)
+        outputs = f(params, *args, **kwargs)
         paths_and_leaves, out_tree = jax.tree_util.tree_flatten_with_path(outputs)
         return [_check_output(keys, leaf) for keys, leaf in paths_and_leaves]
 
     flat.__name__ = flat.__qualname__ = getattr(f, "__name__", type(f).__name__)  # for JAX's errors and profiles
     # The interpreter binds every equation, so a dead one would cost time outside of jit, count as a use in reports, and
     # might raise in strict mode.
-    program = remove_dead_equations(jax.make_jaxpr(flat)(*avals))
+    program = remove_dead_equations(jax.make_jaxpr(flat)(jax.tree.unflatten(tree, avals)))
     outputs = interpreter.run(program, put_off_chains(program, values))
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)

@@ -212,7 +212,7 @@ def test_bad_input_is_refused(args, settings, reason):
 
 
 def test_other_bad_input_is_refused():
-    assert "rank=0; expected at least 1" in message(ValueError, resize, ONE, 0)
+    assert "rank=0; expected an integer of at least 1" in message(ValueError, resize, ONE, 0)
     full = {"h": jnp.ones(2)}
     assert "h: trained in full, not as an update, so it cannot be scaled" in message(ValueError, rescale, full, 2.0)
     assert "cannot be subtracted" in message(ValueError, subtract, full, full)

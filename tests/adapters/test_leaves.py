@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +38,27 @@ def test_arrays_numbers_and_none(leaf):
         (np.array([object()]), "a/b: params holds array([<object"),
         (print, "a/b: params holds <built-in function print> (builtin_function_or_method), which"),
         (nn.Partitioned("bert", ("x",)), "a/b: params holds 'bert' (str), which"),
+        (
+            np.zeros(3, [("x", "f4")]),
+            "a/b: params holds ndarray [('x', '<f4')][3], which JAX does not take as an array.",
+        ),
+        (np.ma.ones(3), "a/b: params holds MaskedArray float64[3], which JAX does not take as an array. Convert it"),
+        (Fraction(1, 2), "a/b: params holds Fraction(1, 2), which JAX does not take as an array. Convert it, such as"),
         ("x" * 1000, "a/b: params holds '" + "x" * 79 + "… (str), which"),
         (ADAPTER, "a/b: params holds an adapter, which belongs in lora."),
     ],
-    ids=["string", "array of strings", "array of objects", "function", "box", "long", "adapter"],
+    ids=[
+        "string",
+        "array of strings",
+        "array of objects",
+        "function",
+        "box",
+        "records",
+        "masked",
+        "fraction",
+        "long",
+        "adapter",
+    ],
 )
 def test_anything_else_is_named_with_its_path(leaf, text):
     assert message(TypeError, check_leaf, "a/b", leaf, "params").startswith(text)

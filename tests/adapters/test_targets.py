@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -289,6 +290,16 @@ def test_a_leaf_that_is_not_an_array_is_named(leaf):
 
 def test_a_number_is_a_leaf():
     assert set(assign_rules(PARAMS | {"params/factor": 0.5}, [], full=[full("**/factor")])) == {"params/factor"}
+
+
+def test_nearest_is_quick_in_a_large_tree():
+    """Compared one by one, this took a minute."""
+    paths = [f"layer_{i}/{name}/kernel" for i in range(50_000) for name in ("query", "value")]
+    start = time.process_time()
+    assert nearest("**/qurey/kernel", paths)[0] == "layer_0/query/kernel"
+    assert nearest("layer_37/qurey/kernel", paths, 2) == ["layer_37/query/kernel", "layer_37/value/kernel"]
+    nearest("/".join(["a" * 400] * 30), paths)
+    assert time.process_time() - start < 4
 
 
 def test_nearest_compares_words_and_not_lengths():

@@ -55,6 +55,11 @@ def adapted(net: Net, **settings: Any) -> tuple[Any, Any, Any]:
     return model, frozen, trained(lora)
 
 
+def with_fixed_statistics(net: Net) -> Net:
+    net.norm.use_running_average = True
+    return net
+
+
 def test_params_are_a_plain_dict_of_arrays(net: Net) -> None:
     params = lojax.wrap(net, TARGETS).params
     assert list(flatten(params)) == [
@@ -130,7 +135,7 @@ def test_unknown_state_is_refused(net: Net) -> None:
 
 
 def test_rngs_among_the_arguments_are_copied(net: Net) -> None:
-    model, frozen, lora = adapted(net)
+    model, frozen, lora = adapted(with_fixed_statistics(net))
     rngs = nnx.Rngs(dropout=3)
     first = model.apply(frozen, lora, IDS, rngs=rngs)
     assert_same_bits(first, model.apply(frozen, lora, IDS, rngs=rngs))
@@ -297,7 +302,7 @@ REPEATS = "its own rng stream dropout/rngs, and this call keeps no account of th
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_repeating_a_dropout_mask_is_said(net: Net, transform: Any) -> None:
-    model, frozen, lora = adapted(net)
+    model, frozen, lora = adapted(with_fixed_statistics(net))
     for mutable in (False, nnx.BatchStat):
         with pytest.warns(UserWarning, match=REPEATS) as caught:
             transform(lambda lora, mutable=mutable: model.apply(frozen, lora, IDS, mutable=mutable))(lora)
@@ -305,13 +310,56 @@ def test_repeating_a_dropout_mask_is_said(net: Net, transform: Any) -> None:
 
 
 def test_a_mask_that_does_not_repeat_needs_no_warning(net: Net) -> None:
-    model, frozen, lora = adapted(net)
+    model, frozen, lora = adapted(with_fixed_statistics(net))
     first, state = model.apply(frozen, lora, IDS, mutable=nnx.RngCount)
     second, _ = model.apply(frozen, lora, IDS, mutable=nnx.RngCount, state=state)
     assert not np.array_equal(first, second)
     assert_same_bits(second, model.apply(frozen, lora, IDS, state={"dropout": {"rngs": {"count": jnp.uint32(1)}}}))
     assert not np.array_equal(first, model.apply(frozen, lora, IDS, rngs=nnx.Rngs(3)))
     model.init(jax.random.key(0), model.params, IDS), model.report(frozen, lora, IDS)  # which compute nothing
+
+
+DROPS = "the nnx.Module Net computed new batch statistics, such as norm/mean, and this call drops them"
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_dropping_batch_statistics_is_said(net: Net, transform: Any) -> None:
+    model, frozen, lora = adapted(net)
+    for mutable in (False, nnx.RngCount):
+        with pytest.warns(UserWarning, match=DROPS) as caught:
+            transform(lambda lora, m=mutable: model.apply(frozen, lora, IDS, mutable=m, rngs=nnx.Rngs(0)))(lora)
+        assert all(way in str(caught[0].message) for way in ("mutable=nnx.BatchStat", "state=", "module.eval()"))
+    for mutable in (True, nnx.BatchStat):
+        model.apply(frozen, lora, IDS, mutable=mutable, rngs=nnx.Rngs(0))
+    model.apply(frozen, lora, IDS, method="features")
+    model.init(jax.random.key(0), model.params, IDS), model.report(frozen, lora, IDS)  # which compute nothing
+
+
+class Stacked(nnx.Module):
+    """Batch statistics that pass through NNX transforms, which replace them, changed or not."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.layers = nnx.vmap(lambda _: nnx.BatchNorm(4, rngs=nnx.Rngs(0)))(jnp.arange(3))
+        self.net = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        x = nnx.jit(lambda self, x: self.norm(self.net(x)))(self, x)
+        x = nnx.remat(lambda self, x: self.norm(x))(self, x)
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_only_statistics_that_change_count_as_dropped() -> None:
+    x = jnp.ones((2, 4))
+    for training in (False, True):
+        net = Stacked(nnx.Rngs(0))
+        net.train() if training else net.eval()
+        model = lojax.wrap(net, "net/kernel", rank=2)
+        pair = model.init(jax.random.key(0), model.params, x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.apply(*pair, x)
+        assert len(caught) == training
 
 
 class Transformed(nnx.Module):
@@ -360,5 +408,5 @@ def test_a_filter_that_can_pick_nothing_is_refused(net: Net, mutable: Any, start
 
 
 def test_a_type_of_variable_that_a_module_lacks_picks_nothing(net: Net) -> None:
-    model, frozen, lora = adapted(net)
+    model, frozen, lora = adapted(with_fixed_statistics(net))
     assert model.apply(frozen, lora, IDS, mutable=nnx.Cache, rngs=nnx.Rngs(0))[1] == {}

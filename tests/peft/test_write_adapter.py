@@ -64,6 +64,46 @@ def test_the_tensors_are_those_of_real_peft(case, name, layout, tmp_path):
     assert_same_bits(read(tmp_path / "out"), read(path))
 
 
+def _moved_by(init):
+    """The pretrained weight, and a pair whose init moved it, before and after some training."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)}
+    if init == "lora_ga":
+        frozen, start = lojax.init(jax.random.key(0), params, "w", rank=2, alpha=3)
+        loss = lambda frozen, lora, x: jnp.sum((x @ lojax.merge(frozen, lora)["w"]) ** 2)
+        frozen, start = lojax.lora_ga(loss, frozen, start, [jnp.eye(6)])
+    else:
+        frozen, start = lojax.init(jax.random.key(0), params, "w", rank=2, alpha=3, init=init)
+    assert start["w"].moved_base == init
+    return params, frozen, start, {"w": dataclasses.replace(start["w"], a=start["w"].a + 0.1, b=start["w"].b - 0.2)}
+
+
+MOVED_NAMES = lojax.peft.NameMap.parse("w <-> w.weight")
+MOVES = pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "milora", "lora_ga"])
+
+
+@MOVES
+def test_an_adapter_of_a_moved_weight_is_written_for_the_pretrained_one(init, tmp_path):
+    params, frozen, start, lora = _moved_by(init)
+    lojax.peft.save(tmp_path / "out", lora, frozen, MOVED_NAMES, start=start)
+    tensors, config = read(tmp_path / "out"), fields(tmp_path / "out")
+    down, up = (next(x for name, x in tensors.items() if f"lora_{factor}" in name) for factor in "AB")
+    assert config["r"] == len(down) == 4
+    update = config["lora_alpha"] / config["r"] * up.astype("f8") @ down.astype("f8")  # what PEFT itself computes
+    np.testing.assert_allclose(np.asarray(params["w"]) + update.T, lojax.merge(frozen, lora)["w"], rtol=0, atol=3e-6)
+
+
+@MOVES
+def test_an_adapter_of_a_moved_weight_needs_its_start(init, tmp_path):
+    _, frozen, _, lora = _moved_by(init)
+    text = message(ValueError, lojax.peft.save, tmp_path / "out", lora, frozen, MOVED_NAMES)
+    assert text.startswith(f"w: the start of this adapter ({init}) was taken out of its weight")
+    assert "Pass start=, the lora tree as init returned it" in text
+    plain = lojax.init(jax.random.key(0), {"w": jnp.ones((6, 5))}, "w", rank=2)[1]
+    text = message(ValueError, lojax.peft.save, tmp_path / "out", plain, None, MOVED_NAMES, start=plain)
+    assert "lora holds none. Leave it out." in text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_config_says_what_real_peft_said(tmp_path):
     for case, _, layout in [row for row in ROWS if row[1] in ("flat", "conv1d", "conv2d", "embedding")]:
         path, lora, frozen, *_ = loaded(case, layout)

@@ -56,6 +56,13 @@ def test_the_data():
     assert [use.primitive for use in weights["both"].uses] == ["dot_general", "abs"]
 
 
+def test_a_lowered_rank_is_shown_as_in_the_summary():
+    model = lojax.wrap(lambda params, x: x @ params["w"], "*", rank=8)
+    report = model.report(*model.init(jax.random.key(0), {"w": np.ones((6, 3), np.float32)}), np.ones((1, 6)))
+    assert (report.weights[0].rank, report.weights[0].requested_rank) == (3, 8)
+    assert "in out  8 → 3          27" in str(report)
+
+
 def test_the_totals():
     report = make(X)
     assert report.factored == 1
