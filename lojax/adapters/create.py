@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from lojax.adapters.adapter import Adapter, array_shapes, box_arrays
 from lojax.adapters.axes import Axes, check, convention, positions, size
-from lojax.adapters.initializers import Site, initializer, key_for
+from lojax.adapters.initializers import STARTS_AT_ZERO, Site, initializer, key_for
 from lojax.adapters.matrices import at_least_float32, column_squares
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
@@ -90,6 +90,8 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
     """A fresh adapter for the weight ``leaf`` at ``path``, and the frozen weight that goes with it."""
     weight = unbox(leaf)
     shape = tuple(weight.shape)
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        _check_codes(path, weight, rule, seen)
     axes = check(rule.axes or seen or convention(len(shape)), shape, path)
     dtype = jnp.dtype(rule.dtype or jnp.float32)
     adapter = Adapter(a=None, b=None, scale=1.0, axes=axes)
@@ -116,6 +118,22 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
         rows = jnp.zeros(array_shapes(axes, shape, 1, len(rule.tokens))["rows"], dtype)
         adapter = dataclasses.replace(adapter, rows=rows, tokens=tuple(rule.tokens))
     return box_arrays(leaf, adapter), leaf
+
+
+def _check_codes(path: Path, weight: Array, rule: Rule, seen: Axes | None) -> None:
+    """Raises unless the net makes floats of integers, and the adapter needs no more than their shape."""
+    if seen is None:
+        raise ValueError(
+            f"{path} has dtype {weight.dtype}: only real floating-point weights take an adapter, and codes that the "
+            "net dequantizes and multiplies with, which the example inputs of init show."
+        )
+    if rule.variant == "dora" or rule.train == "tokens" or not (callable(rule.init) or rule.init in STARTS_AT_ZERO):
+        raise ValueError(
+            f"{path}: holds codes ({spec(weight)}) that the net dequantizes by itself, so lojax cannot read the "
+            f"weight: it takes plain adapters that start at zero, {', '.join(map(repr, STARTS_AT_ZERO))} or a function of "
+            f"yours, got init={rule.init!r}, variant={rule.variant!r}, train={rule.train!r}. For others, quantize with "
+            "lojax.quantize."
+        )
 
 
 def _site(path: Path, weight: Array, axes: Axes, rule: Rule, dtype: Dtype) -> Site:

@@ -269,6 +269,9 @@ INITIALIZERS: dict[str, Initializer] = {
 }
 """The initializations by name, besides ``"pissa_niter_<steps>"``."""
 
+STARTS_AT_ZERO = ("kaiming", "gaussian")
+"""Those that need no more of a weight than its shape."""
+
 FROM_DATA = {
     "eva": "lora = lojax.eva(model.apply, frozen, lora, batches)",
     "lora_ga": "frozen, lora = lojax.lora_ga(loss, frozen, lora, batches)",

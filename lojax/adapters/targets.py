@@ -307,5 +307,5 @@ def _check_weight(path: Path, leaf: Leaf, rule: Rule) -> None:
             f"{path} is {kind} of shape {shape}: a low-rank update needs at least two axes. "
             f'Train it in full with lojax.Rule({path!r}, train="full"), or narrow {rule.targets!r}.'
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):  # codes, see `create`
         raise ValueError(f"{path} has dtype {dtype}: only real floating-point weights take an adapter.")

@@ -19,7 +19,7 @@ from lojax.adapters.trees import check_pair, check_structure
 from lojax.lowrank.frozen import frozen_weight
 from lojax.lowrank.value import from_adapter
 from lojax.quantized.quantized import Quantized, is_quantized
-from lojax.text import check_flags
+from lojax.text import check_flags, spec
 from lojax.types import Array, Leaf, Params, Path
 
 
@@ -52,10 +52,20 @@ def merge(frozen: Params, lora: Params, *, donate: bool = False, check_finite: b
     [[1.5, 1.5], [1.5, 1.5]]
     """
     check_flags(donate=donate, check_finite=check_finite)
-    check_pair(frozen, lora)
+    _refuse_codes(check_pair(frozen, lora))
     if check_finite:  # before `donate` gives up the only copy
         _refuse_nonfinite(_finite_merge(frozen, lora))
     return _merge(frozen, lora, _sum_donated if donate else _sum)
+
+
+def _refuse_codes(pair: tuple[dict[Path, Leaf], dict[Path, Leaf]]) -> None:
+    weights, trained = pair
+    for path, leaf in trained.items():
+        if is_adapter(leaf) and not jnp.issubdtype(unbox(weights[path]).dtype, jnp.floating):
+            raise ValueError(
+                f"{path}: holds codes ({spec(unbox(weights[path]))}) that the net dequantizes by itself, and the sum "
+                "with an update is no such code. Serve frozen and lora with model.apply, or merge into the float weights."
+            )
 
 
 def unmerge(params: Params, lora: Params, *, donate: bool = False) -> Params:

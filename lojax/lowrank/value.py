@@ -75,6 +75,7 @@ class LowRank:
         fusible: Whether a product may be fused. Not where ``a`` is frozen: the fused product saves the activation for
             the backward pass, and the factored one then does not.
         tap: Whether the gradient of the first factor is to be the second moment of its input.
+        pending: Whether the program is still computing the frozen part, of codes; the update is added to the result.
     """
 
     frozen: FrozenWeight
@@ -85,6 +86,7 @@ class LowRank:
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
     fusible: bool = dataclasses.field(default=True, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
+    pending: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> Shape:
@@ -201,6 +203,7 @@ def from_adapter(path: Path, weight: FrozenWeight, adapter: Adapter, *, key: Key
         dropout=Dropout(key, adapter.dropout) if key is not None and adapter.dropout else None,
         fusible=not (adapter.frozen_a or tap),
         tap=tap,
+        pending=not jnp.issubdtype(weight.dtype, jnp.floating),
     )
     if adapter.magnitude is None:
         return value

@@ -74,7 +74,7 @@ def _probe(path: Path, w: FrozenWeight) -> LowRank:
     # One factor for each axis, so that every axis can be followed to where it ends, whatever reshapes merge or split.
     # The ones are never computed: the trace is abstract.
     factors = tuple(NamedArray(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
-    return LowRank(w, (factors,), path, probe=True)
+    return LowRank(w, (factors,), path, probe=True, pending=not jnp.issubdtype(w.dtype, jnp.floating))
 
 
 def _roles(probe: LowRank, summed: Sequence[int], batch: Sequence[int]) -> Axes:

@@ -54,6 +54,38 @@ def evaluate_chained(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None
     return None if step is None else RecomputedWeight(tuple(weights), step)
 
 
+def evaluate_pending(eqn: Eqn, operands: Sequence[Value]) -> LowRank | None:
+    """The result of a cast or of arithmetic on the codes of one adapted weight, whose update is still to be added.
+
+    None for any other equation.
+    """
+    adapted = [v for v in operands if isinstance(v, LowRank)]
+    if len(adapted) != 1 or eqn.primitive.name not in (*CASTS, *ARITHMETIC):
+        return None
+    (value,) = adapted
+    weight = evaluate_chained(eqn, [v.frozen if v is value else v for v in operands])
+    return value.with_frozen(weight) if weight is not None and weight.shape == value.shape else None
+
+
+def settle_pending(eqn: Eqn, value: Value) -> Value:
+    """``value`` with its update added, where the program moves or uses what it made of the codes.
+
+    Raises:
+        ValueError: These are still codes, to which no update can be added.
+    """
+    if not isinstance(value, LowRank) or not value.pending:
+        return value
+    if jnp.issubdtype(value.frozen.dtype, jnp.floating):
+        return dataclasses.replace(value, pending=False)
+    if eqn.primitive.name in (*MOVES, "stop_gradient", "copy") or value.probe:
+        return value
+    raise ValueError(
+        f"{value.path}: holds codes of dtype {value.frozen.dtype}, and the net uses them in {eqn.primitive.name!r} "
+        "before they become floating-point numbers, so there is nothing that an update could be added to. Take the weight out "
+        "of targets, or let the net dequantize it first."
+    )
+
+
 def pick_entry(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
     """One entry along the first axis of a recomputed weight, if that is what the equation slices out of it."""
     weight, *starts = operands

@@ -22,7 +22,7 @@ from lojax.lowrank.frozen import is_frozen
 from lojax.lowrank.strategy import Product
 from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.activations import Activations
-from lojax.rewrite.frozen_chains import Value, evaluate_chained, multiply_frozen
+from lojax.rewrite.frozen_chains import Value, evaluate_chained, evaluate_pending, multiply_frozen, settle_pending
 from lojax.rewrite.primitives import BODIES, MOVERS, MULTIPLICATIONS
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.types import Array, Eqn, Jaxpr, PyTree, Var
@@ -144,6 +144,11 @@ class Interpreter:
     def evaluate(self, eqn: Eqn, operands: list[Value]) -> list[Value]:
         """The results of one equation."""
         name = eqn.primitive.name
+        if any(isinstance(v, LowRank) and v.pending for v in operands) and name not in BODIES:
+            computed = evaluate_pending(eqn, operands)
+            if computed is not None:
+                return [computed]
+            operands = [settle_pending(eqn, v) for v in operands]
         if any(is_frozen(v) for v in operands):
             if not any(isinstance(v, LowRank) for v in operands):
                 chained = evaluate_chained(eqn, operands)
