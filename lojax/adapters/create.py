@@ -130,9 +130,9 @@ def _check_codes(path: Path, weight: Array, rule: Rule, seen: Axes | None) -> No
     if rule.variant == "dora" or rule.train == "tokens" or not (callable(rule.init) or rule.init in STARTS_AT_ZERO):
         raise ValueError(
             f"{path}: holds codes ({spec(weight)}) that the net dequantizes by itself, so lojax cannot read the "
-            f"weight: it takes plain adapters that start at zero, {', '.join(map(repr, STARTS_AT_ZERO))} or a function of "
-            f"yours, got init={rule.init!r}, variant={rule.variant!r}, train={rule.train!r}. For others, quantize with "
-            "lojax.quantize."
+            f"weight: it takes plain adapters that start at zero, {', '.join(map(repr, STARTS_AT_ZERO))} or a "
+            f"function of yours, got init={rule.init!r}, variant={rule.variant!r}, train={rule.train!r}. For others, "
+            "quantize with lojax.quantize."
         )
 
 

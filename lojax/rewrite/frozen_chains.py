@@ -81,8 +81,8 @@ def settle_pending(eqn: Eqn, value: Value) -> Value:
         return value
     raise ValueError(
         f"{value.path}: holds codes of dtype {value.frozen.dtype}, and the net uses them in {eqn.primitive.name!r} "
-        "before they become floating-point numbers, so there is nothing that an update could be added to. Take the weight out "
-        "of targets, or let the net dequantize it first."
+        "before they become floating-point numbers, so there is nothing that an update could be added to. Take the "
+        "weight out of targets, or let the net dequantize it first."
     )
 
 

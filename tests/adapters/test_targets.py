@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+import lojax
 from lojax import Rule
 from lojax.adapters.targets import assign_rules, compile_glob, matches, nearest
 from tests.helpers import message
@@ -319,8 +320,10 @@ def test_a_vector_or_a_scalar_takes_no_adapter(target, kind, shape):
 
 
 def test_an_integer_takes_no_adapter_and_no_gradient():
-    assert message(ValueError, assign_rules, PARAMS, [lora("stats/count")]) == (
-        "stats/count has dtype int32: only real floating-point weights take an adapter."
+    text = message(ValueError, lojax.init, jax.random.key(0), {"count": jnp.ones((4, 4), jnp.int32)}, "count", rank=2)
+    assert text.startswith("count has dtype int32: only real floating-point weights take an adapter, and codes that")
+    assert message(ValueError, assign_rules, {"z": jnp.ones((4, 4), bool)}, [lora("z")]) == (
+        "z has dtype bool: only real floating-point weights take an adapter."
     )
     assert message(ValueError, assign_rules, PARAMS, [], full=[full("stats/count")]) == (
         "stats/count has dtype int32: only floating-point parameters can be trained in full."
