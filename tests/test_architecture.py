@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "nets": ENGINE,
     "training": ENGINE,
     "report": ENGINE,
-    "sharding": {"adapters"},
+    "sharding": {"adapters", "quantized"},
     "checkpoint": {"adapters", "files"},
     "peft": {"adapters", "files"},
 }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.axes import Axes
 from lojax.adapters.metadata import unbox
 from lojax.adapters.trees import check_pair
+from lojax.quantized.quantized import Quantized
 from lojax.report.table import html_table, rank_text, table
 from lojax.rewrite.recorder import Use
-from lojax.types import Params, Path, Shape
+from lojax.types import Leaf, Params, Path, Shape
 
 _COUNTS = ("extra FLOPs", "of frozen", "extra bytes")
 _HEADER = ("weight", "shape", "axes", "rank", "parameters", "uses", "execution", *_COUNTS)
@@ -22,6 +25,7 @@ class Weight:
     """One adapted weight and everything the program does with it.
 
     ``requested_rank`` is the rank that was asked for, where it was above min(m, n): the table says ``8 → 3``.
+    ``stored`` says in which form the weight is stored, if not as itself.
     """
 
     path: Path
@@ -31,6 +35,7 @@ class Weight:
     parameters: int
     uses: tuple[Use, ...]
     requested_rank: int | None = None
+    stored: str = ""
 
     @property
     def how(self) -> str:
@@ -97,6 +102,12 @@ class Report:
                     f"{weight.path} is never used by this program: its adapter gets no gradient. "
                     "Take it out of targets, or report on the inputs that use it."
                 )
+        for stored in sorted({weight.stored for weight in self.weights} - {""}):
+            count = sum(weight.stored == stored for weight in self.weights)
+            notes.append(
+                f"{count} of {len(self.weights)} adapted weights stored as {stored}: their values are computed at each "
+                "product, forward and backward, and never kept"
+            )
         fused = " or fused" if any("fused" in weight.how for weight in self.weights) else ""
         return [*notes, f"{self.factored} of {len(self.weights)} adapted weights fully factored{fused}"]
 
@@ -125,15 +136,32 @@ def _materialized(weight: Weight, use: Use) -> str:
     )
 
 
+def _storage(weight: Leaf) -> str:
+    """What is stored where that is not the weight itself: the kind of quantization, or the dtype of codes."""
+    if isinstance(weight, Quantized):
+        return f"{weight.kind} ({8 * weight.nbytes / max(weight.size, 1):.3g} bits)"
+    return "" if jnp.issubdtype(weight.dtype, jnp.inexact) else f"{weight.dtype} codes"
+
+
 def report(frozen: Params, lora: Params, uses: Sequence[Use]) -> Report:
     """Joins what was adapted with what the engine did."""
     frozen_leaves, lora_leaves = check_pair(frozen, lora)
     weights = []
     for path, adapter in lora_leaves.items():
         if is_adapter(adapter):
-            shape = tuple(unbox(frozen_leaves[path]).shape)
+            weight = unbox(frozen_leaves[path])
+            shape = tuple(weight.shape)
             own_uses = tuple(use for use in uses if use.path == path)
             weights.append(
-                Weight(path, shape, adapter.axes, adapter.rank, adapter.parameters, own_uses, adapter.requested_rank)
+                Weight(
+                    path,
+                    shape,
+                    adapter.axes,
+                    adapter.rank,
+                    adapter.parameters,
+                    own_uses,
+                    adapter.requested_rank,
+                    _storage(weight),
+                )
             )
     return Report(tuple(weights))

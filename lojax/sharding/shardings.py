@@ -24,7 +24,17 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths, path_of
 from lojax.adapters.trees import check_pair
 from lojax.compat import opened
-from lojax.sharding.weight_specs import AnyMesh, Rules, check_divides, find_mesh, mesh_axes, weight_specs
+from lojax.quantized.quantized import is_quantized
+from lojax.sharding.weight_specs import (
+    AnyMesh,
+    Rules,
+    check_divides,
+    find_mesh,
+    is_spec,
+    mesh_axes,
+    stored_specs,
+    weight_specs,
+)
 from lojax.types import Array, Jaxpr, Key, Leaf, Params, Path, PyTree, Shape
 
 
@@ -95,8 +105,12 @@ def shardings(
             check_divides(mesh, spec_by_path[path], unbox(leaf).shape, path)
 
     def shard_frozen(path: Path, leaf: Leaf) -> Leaf:
-        sharding = None if leaf is None else NamedSharding(mesh, spec_by_path[path], memory_kind=memory_kind)
-        return rebox(leaf, sharding)
+        if leaf is None:
+            return None
+        weight, spec = unbox(leaf), spec_by_path[path]
+        specs = stored_specs(weight, spec, mesh) if is_quantized(weight) else spec
+        place = functools.partial(NamedSharding, mesh, memory_kind=memory_kind)
+        return rebox(leaf, jax.tree.map(place, specs, is_leaf=is_spec))
 
     lora_shardings = map_paths(Placement(mesh, spec_by_path, spread).shard_leaf, lora)
     state = None if opt_state is None else state_shardings(opt_state, lora, lora_shardings, mesh)

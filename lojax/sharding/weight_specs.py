@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten, path_of
+from lojax.quantized.quantized import Quantized
 from lojax.text import suggest
 from lojax.types import Leaf, Params, Path, PyTree, Shape
 
@@ -68,8 +70,39 @@ def _own_spec(leaf: Leaf, rules: Rules | None) -> PartitionSpec:
     if isinstance(leaf, meta.AxisMetadata):
         spec = nn.get_partition_spec(leaf)
         return logical_to_mesh(spec, rules) if isinstance(leaf, nn.LogicallyPartitioned) or rules else spec
+    if isinstance(leaf, Quantized):
+        codes = leaf.arrays["codes"]
+        spec = _own_spec(codes, rules)
+        # The last axis of codes is that of the weight, or all of its axes that have no axis of their own in the codes.
+        return spec if len(codes.shape) == leaf.ndim else PartitionSpec(*spec[: leaf.format.leading(leaf.shape)])
     sharding = _sharding(leaf)
     return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+def is_spec(node: object) -> bool:
+    """Whether ``node`` is a spec."""
+    return isinstance(node, PartitionSpec)
+
+
+def stored_specs(weight: Quantized, spec: PartitionSpec, mesh: AnyMesh) -> Quantized:
+    """The specs of what a quantized weight stores: each axis is sharded like the axis of the weight that it stands for.
+
+    Args:
+        weight: Arrays or shapes.
+        spec: The spec of the weight, one entry for each of its axes.
+        mesh: The mesh. An axis that it does not divide is replicated: scales are few.
+    """
+
+    def entry(shape: Shape, axis: int) -> Any:
+        merged = len(shape) < weight.ndim and axis == len(shape) - 1 and shape[axis] != weight.shape[axis]
+        shards = math.prod(mesh.shape[name] for name in mesh_axes(spec[axis]))
+        return None if merged or shape[axis] % shards else spec[axis]
+
+    arrays: dict[str, Any] = {
+        name: PartitionSpec(*(entry(tuple(x.shape), axis) for axis in range(len(x.shape))))
+        for name, x in weight.arrays.items()
+    }
+    return dataclasses.replace(weight, arrays=arrays)
 
 
 def _flatten_specs(specs: PyTree) -> dict[Path, PartitionSpec]:
