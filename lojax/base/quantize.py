@@ -29,7 +29,8 @@ def quantize(params: Params, kind: str = "nf4", targets: Any = None, *, block: i
         kind: ``"nf4"``: 4 bits, quantiles of a normal distribution (QLoRA, arXiv:2305.14314); ``"int4"``: 4 bits,
             evenly spaced; both with a scale for each ``block`` entries of a flattened weight. ``"int8"`` and
             ``"float8_e4m3fn"``: 8 bits, with a scale for each entry of the last axis.
-        targets: Which weights, as in `lojax.wrap`; None for every floating-point weight of two axes or more.
+        targets: Which weights, as in `lojax.wrap`; None for every floating-point weight of two axes or more, but
+            biases and what belongs to a norm (which have two axes where layers are stacked).
         block: The entries that share a scale, for kinds of 4 bits. The last block may be shorter.
         double: Whether the scales of blocks are quantized as well, to 8 bits in blocks of 256: 4.127 bits an entry
             instead of 4.5 for NF4.
@@ -53,7 +54,7 @@ def quantize(params: Params, kind: str = "nf4", targets: Any = None, *, block: i
         raise ValueError(f"block={block!r}: expected a positive even number, such as 64 (two codes share a byte).")
     leaves = {path: unbox(leaf) for path, leaf in flatten(params).items() if leaf is not None}
     if targets is None:
-        chosen = {path for path, leaf in leaves.items() if not is_quantized(leaf) and _is_weight(leaf)}
+        chosen = {path for path, leaf in leaves.items() if not is_quantized(leaf) and _is_weight(path, leaf)}
     else:
         chosen = {path for rule in as_rules(targets, Rule((), train="none")) for path in match_rule(rule, leaves)}
     for path in chosen:
@@ -70,7 +71,9 @@ def quantize(params: Params, kind: str = "nf4", targets: Any = None, *, block: i
     return map_paths(replace, params)
 
 
-def _is_weight(leaf: Leaf) -> bool:
+def _is_weight(path: Path, leaf: Leaf) -> bool:
+    if path.rpartition("/")[2] in ("bias", "b", "scale") or "norm" in path.lower():
+        return False
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
 
 

@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences in a step, over all devices (%(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (%(default)s)")
     parser.add_argument("--targets", default=TARGETS, help="which weights are adapted (%(default)s)")
+    parser.add_argument("--quantize", metavar="KIND", help="the base of the blocks in nf4, int4, int8 or float8_e4m3fn")
     parser.add_argument("--mfu", type=float, default=0.4, help="fraction of peak FLOP/s for the time (%(default)s)")
     parser.add_argument("--estimate", action="store_true", help="formulas only, in seconds: compile nothing")
     parser.add_argument("--json", type=user_path, help="also write everything to this file")
@@ -33,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the plan."""
     settings = {name: getattr(args, name) for name in ("seq", "batch", "rank", "targets", "mfu")}
+    settings["quantized"] = args.quantize
     settings["compiled"] = False if args.estimate else None
     if args.search:
         if args.topology or args.mesh:

@@ -158,6 +158,7 @@ def plan(
     mfu: float = 0.4,
     spread: bool = True,
     compiled: bool | None = None,
+    quantized: str | None = None,
 ) -> Plan:
     """What one LoRA step of a Llama-style decoder needs on each device of a slice that nobody has rented yet.
 
@@ -175,6 +176,7 @@ def plan(
         mfu: The fraction of the chip's peak FLOP/s that the time assumes.
         spread: As in `lojax.sharding.shardings`.
         compiled: Whether to compile; None compiles where libtpu is installed.
+        quantized: The kind of quantization of the linear layers of the blocks, such as ``"nf4"``; None for none.
 
     Returns:
         The `Plan`.
@@ -192,7 +194,7 @@ def plan(
     decoder = Decoder(config, topology_mesh(tpu_slice, axes) if compiled else abstract_mesh(axes))
     model = wrap(decoder.total_loss, targets, rank=rank, alpha=2 * rank, strict=True)
     tx = optax.adam(1e-4)
-    program = lora_step(model, decoder, tx, batch=batch, seq=seq, spread=spread)
+    program = lora_step(model, decoder, tx, batch=batch, seq=seq, spread=spread, quantized=quantized)
     lora = estimate(config, axes, program, batch, seq)
     if compiled:
         lora = _compile(lora, program)
@@ -335,7 +337,7 @@ def search(
         raise ValueError(f"chip={chip!r}; expected one of {', '.join(CHIPS)}.{suggest(chip, CHIPS)}")
     compiled = has_compiler() if compiled is None else compiled
     run = {"seq": seq, "batch": batch, **settings}
-    weights = 2 * config.parameters
+    weights = config.parameters * (2 if settings.get("quantized") is None else 0.5)  # at the least
     largest: Plan | None = None
     for topology, group in itertools.groupby(candidates(config, chip, batch, seq), key=lambda pair: pair[0]):
         if weights > topology.devices * topology.chip.usable_memory * 1.05:  # the weights alone do not fit

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from lojax.planner.decoder import BATCH, Batch, Decoder
+from lojax.base.quantize import quantize
+from lojax.planner.decoder import BATCH, TARGETS, Batch, Decoder
 from lojax.sharding.shardings import shardings, state_shardings
-from lojax.types import Array, Dtype, Params, PyTree
+from lojax.types import Array, Dtype, Key, Params, PyTree
 from lojax.wrap import Model
 
 Loss: TypeAlias = Callable[[Params, Params, Batch], Array]
@@ -113,6 +114,7 @@ def lora_step(
     seq: int,
     spread: bool = True,
     dtype: Dtype = jnp.bfloat16,
+    quantized: str | None = None,
 ) -> StepProgram:
     """The LoRA step on shapes.
 
@@ -124,9 +126,15 @@ def lora_step(
         seq: Their length.
         spread: As in `lojax.sharding.shardings`.
         dtype: The dtype of the weights.
+        quantized: The kind of quantization of the linear layers of the blocks (`lojax.quantize`); None for none.
     """
     data = batch_shapes(decoder, batch, seq)
-    frozen, lora = jax.eval_shape(lambda key, p: model.init(key, p, data), jax.random.key(0), decoder.shapes(dtype))
+
+    def init(key: Key, params: Params) -> tuple[Params, Params]:
+        base = params if quantized is None else quantize(params, quantized, TARGETS)
+        return model.init(key, base, data)
+
+    frozen, lora = jax.eval_shape(init, jax.random.key(0), decoder.shapes(dtype))
     state = jax.eval_shape(tx.init, lora)
     placed = shardings(frozen, lora, state, mesh=decoder.mesh, specs=decoder.specs(), spread=spread)
     frozen, lora, state = (with_shardings(*pair) for pair in zip((frozen, lora, state), placed, strict=True))

@@ -204,6 +204,11 @@ def test_flax_nets_take_a_quantized_base():
 def test_which_weights_are_quantized():
     everything = lojax.quantize(PARAMS)
     assert {path for path, leaf in everything.items() if not isinstance(leaf, Quantized)} == {"bias"}
+    stacked = {"dense": {"kernel": normal(2, 64, 64), "bias": normal(2, 64)}, "LayerNorm_0": {"scale": normal(2, 64)}}
+    quantized = lojax.quantize(stacked)
+    assert isinstance(quantized["dense"]["kernel"], Quantized)
+    assert quantized["dense"]["bias"] is stacked["dense"]["bias"]
+    assert quantized["LayerNorm_0"]["scale"] is stacked["LayerNorm_0"]["scale"]
     some = lojax.quantize(PARAMS, "int8", ["k", "st*"])
     assert {path for path, leaf in some.items() if isinstance(leaf, Quantized)} == {"k", "stack"}
     assert some["other"] is PARAMS["other"]
