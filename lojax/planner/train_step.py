@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +115,7 @@ def lora_step(
     spread: bool = True,
     dtype: Dtype = jnp.bfloat16,
     quantized: str | None = None,
+    quantized_targets: Any = TARGETS,
 ) -> StepProgram:
     """The LoRA step on shapes.
 
@@ -126,12 +127,13 @@ def lora_step(
         seq: Their length.
         spread: As in `lojax.sharding.shardings`.
         dtype: The dtype of the weights.
-        quantized: The kind of quantization of the linear layers of the blocks (`lojax.quantize`); None for none.
+        quantized: The kind of quantization of weights (`lojax.quantize`); None for none.
+        quantized_targets: Which weights that is: by default the linear layers of the blocks.
     """
     data = batch_shapes(decoder, batch, seq)
 
     def init(key: Key, params: Params) -> tuple[Params, Params]:
-        base = params if quantized is None else quantize(params, quantized, TARGETS)
+        base = params if quantized is None else quantize(params, quantized, quantized_targets)
         return model.init(key, base, data)
 
     frozen, lora = jax.eval_shape(init, jax.random.key(0), decoder.shapes(dtype))
