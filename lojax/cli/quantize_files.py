@@ -161,10 +161,13 @@ def _quantize_file(file: safetensors.File, chosen: Collection[str], format: Bloc
 
     def produce(name: str) -> np.ndarray:
         if name in chosen:
-            parts.update(to_tensors(name, quantizer(jnp.asarray(file.read(name)), format)))
-            for part in parts.values():
-                if part.dtype == np.float32 and not np.isfinite(part).all():
-                    raise ValueError(f"{file.path}: tensor {name!r} holds NaN or infinity. Fetch or save it again.")
+            tensor = file.read(name)
+            # Of the weight and not of its scales: XLA's largest value of a block on a CPU passes over NaN.
+            if not np.isfinite(tensor).all():
+                raise ValueError(f"{file.path}: tensor {name!r} holds NaN or infinity. Fetch or save it again.")
+            weight = jnp.asarray(tensor)
+            del tensor  # JAX may have copied it
+            parts.update(to_tensors(name, quantizer(weight, format)))
         return parts.pop(name) if name in parts else file.read(name)
 
     variable = {name for name in specs if weight_names([name])}

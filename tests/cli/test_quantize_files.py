@@ -242,13 +242,15 @@ print(peak() - before)
 
 @pytest.mark.optimized
 def test_peak_memory_is_a_few_times_the_largest_tensor(tmp_path):
-    large = normal(2048, 2048)  # 16 MiB
+    large = normal(1024, 1024)  # 4 MiB
     small = written(tmp_path / "small.safetensors", {"w.weight": large[:8]})
-    base = written(tmp_path / "large.safetensors", {f"layers.{i}.weight": large for i in range(12)})
+    base = written(tmp_path / "large.safetensors", {f"layers.{i}.weight": large for i in range(48)})
     assert base.stat().st_size > 200e6
-    command = [sys.executable, "-c", SCRIPT, *map(str, (small, base, tmp_path / "out"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A process starts with the peak of what it was forked from. Between this one and the measured one is a small shell.
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", SCRIPT]
+    arguments = map(str, (small, base, tmp_path / "out"))
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    peak = float(done.stdout); print("PEAK", peak)
-    assert 8 < peak < 6 * 16, f"{peak:.0f} MiB more for a checkpoint of 192 MiB whose tensors have 16 MiB"
-    assert (tmp_path / "out" / "large" / base.name).stat().st_size < 0.52 * 12 * 2048**2 + 100_000
+    peak = float(done.stdout)
+    assert 4 < peak < 80, f"{peak:.0f} MiB more for a checkpoint of 192 MiB whose tensors have 4 MiB"
+    assert (tmp_path / "out" / "large" / base.name).stat().st_size < 0.52 * 48 * 1024**2 + 100_000
