@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from lojax.files import safetensors
+from lojax.files.filesystem import parse_json
 from lojax.text import printable
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 def foreign_entry(directory: Path, side_names: set[str]) -> str | None:
@@ -57,3 +60,30 @@ def side_files(base: Path, weights: set[str]) -> Iterator[Path]:
             heavy = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
             if path.is_file() and not path.is_symlink() and path.name not in weights and not heavy:
                 yield path
+
+
+def update_index(path: Path, files: Sequence[safetensors.File]) -> Mapping[str, object]:
+    """The index of the written files; what else the old one said stays."""
+    index = read_object(path)
+    metadata = index.get("metadata")
+    size = sum(entry.nbytes for file in files for entry in file.entries.values())
+    return {
+        **index,
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
+        "weight_map": {name: file.path.name for file in files for name in file.entries},
+    }
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    try:
+        fields = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({printable(error)}).") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a JSON object.")
+    return fields

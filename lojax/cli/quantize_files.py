@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +22,25 @@ from lojax.base.bitsandbytes_files import (
     to_tensors,
     weight_names,
 )
-from lojax.cli.model_directory import INDEX, foreign_entry, side_files, weight_files
+from lojax.cli.model_directory import (
+    CONFIG,
+    INDEX,
+    foreign_entry,
+    read_object,
+    side_files,
+    update_index,
+    weight_files,
+)
 from lojax.cli.paths import check_target, user_path
 from lojax.cli.progress import watcher
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory
-from lojax.files.filesystem import parse_json
 from lojax.quantized.formats import KINDS, BlockFormat
 from lojax.quantized.quantized import quantize_weight
 from lojax.text import printable
 
 SUMMARY = "quantize the safetensors of a model to 4 bits, as bitsandbytes does"
 EXAMPLE = "lojax quantize ~/models/base ~/models/base-nf4 --targets *_proj.weight"
-CONFIG = "config.json"
 KEPT = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*", "*lm_head*")
 """What keeps its dtype unless ``--targets`` says otherwise: embeddings, which are looked up, and the head."""
 
@@ -108,7 +113,7 @@ def quantize(
             if name == CONFIG:
                 (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             elif name == INDEX:
-                index = _index(path, [safetensors.open_file(fresh / file.path.name) for file in files])
+                index = update_index(path, [safetensors.open_file(fresh / file.path.name) for file in files])
                 (fresh / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(path, fresh / name)
@@ -175,23 +180,11 @@ def _quantize_file(file: safetensors.File, chosen: Collection[str], format: Bloc
     safetensors.write(target, specs, produce, metadata=file.metadata, watch=watch, at_most=variable)
 
 
-def _index(path: Path, files: Sequence[safetensors.File]) -> Mapping[str, object]:
-    """The index of the written files; what else the old one said stays."""
-    index = _read_object(path)
-    metadata = index.get("metadata")
-    size = sum(entry.nbytes for file in files for entry in file.entries.values())
-    return {
-        **index,
-        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
-        "weight_map": {name: file.path.name for file in files for name in file.entries},
-    }
-
-
 def _config(
     path: Path, files: Sequence[safetensors.File], chosen: Collection[str], format: BlockFormat
 ) -> Mapping[str, object]:
     """``config.json`` with what transformers needs to know to load the files."""
-    config = _read_object(path)
+    config = read_object(path)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path} has a quantization_config: the model is quantized already. Quantize the original.")
     entries = {name: entry for file in files for name, entry in file.entries.items()}
@@ -211,13 +204,3 @@ def _config(
         "llm_int8_skip_modules": sorted(kept),
     }
     return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({printable(error)}).") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return fields

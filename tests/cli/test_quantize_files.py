@@ -227,6 +227,28 @@ def test_overwrite_replaces_only_what_lojax_wrote(tmp_path, capsys):
     assert "holds notes.txt, which lojax did not write" in capsys.readouterr().err
 
 
+def test_merging_into_a_quantized_model_gives_plain_weights(tmp_path):
+    """Those of the quantized model with and without an adapter; a shard may end between the parts of a weight."""
+    tensors = {name: TENSORS[name] for name in ("model.layers.0.q_proj.weight", "lm_head.weight")}
+    model(tmp_path / "base", tensors)
+    adapter = tmp_path / "adapter"
+    a, b = normal(2, 64), normal(64, 2)
+    key = "base_model.model.model.layers.0.q_proj"
+    written(adapter / "adapter_model.safetensors", {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    targets = ["*q_proj.weight", "lm_head.weight"]
+    quantize(tmp_path / "base", tmp_path / "nf4", targets=targets)
+    model(tmp_path / "other", read(tmp_path / "nf4"), (tmp_path / "nf4" / "config.json").read_text())  # other shards
+    assert main(["merge", str(tmp_path / "other"), str(adapter), str(tmp_path / "out")]) == 0
+    merged, base = read(tmp_path / "out"), read(tmp_path / "nf4")
+    assert set(merged) == set(tensors) == set(json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"])
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    q, head = (np.asarray(from_tensors(name, base).dense()) for name in tensors)
+    np.testing.assert_allclose(merged["model.layers.0.q_proj.weight"], q + 2 * b @ a, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(merged["lm_head.weight"], head)
+
+
 SCRIPT = """
 import resource, sys
 from pathlib import Path
