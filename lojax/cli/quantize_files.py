@@ -40,7 +40,7 @@ from lojax.quantized.quantized import quantize_weight
 from lojax.text import printable
 
 SUMMARY = "quantize the safetensors of a model to 4 bits, as bitsandbytes does"
-EXAMPLE = "lojax quantize ~/models/base ~/models/base-nf4 --targets *_proj.weight"
+EXAMPLE = "lojax quantize ~/models/base ~/models/base-nf4 --targets '*_proj.weight'"
 KEPT = ("*embed*", "*wte.*", "*wpe.*", "*shared.weight", "*relative_attention_bias*", "*lm_head*")
 """What keeps its dtype unless ``--targets`` says otherwise: embeddings, which are looked up, and the head."""
 
