@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "files": set(),
     "quantized": set(),
     "adapters": {"quantized"},
-    "base": {"adapters", "quantized"},
+    "base": {"adapters", "files", "quantized"},
     "lowrank": {"adapters", "quantized"},
     "rewrite": {"adapters", "lowrank", "quantized"},
     "nets": ENGINE,

@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "lojax.cli.inspect_adapter",
     "convert": "lojax.cli.convert",
     "merge": "lojax.cli.merge_files",
+    "quantize": "lojax.cli.quantize_files",
     "plan": "lojax.cli.plan",
 }
 """Each subcommand's module. It offers ``SUMMARY``, ``EXAMPLE``, ``configure(parser)`` and ``run(args)``."""

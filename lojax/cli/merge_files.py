@@ -5,21 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path, PurePath
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
+from lojax.base.bitsandbytes_files import STATE, State, from_tensors, part_names, read_state, weight_names
+from lojax.cli.model_directory import (
+    CONFIG,
+    INDEX,
+    foreign_entry,
+    read_object,
+    side_files,
+    update_index,
+    weight_files,
+)
 from lojax.cli.paths import check_target, user_path
 from lojax.cli.progress import watcher
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory
 from lojax.peft.patch import Patches, patches
-from lojax.text import printable
+from lojax.types import Shape
 
 SUMMARY = "merge a PEFT adapter into the safetensors of its base"
 EXAMPLE = "lojax merge ~/models/base ~/adapters/my-adapter ~/models/merged"
-INDEX = "model.safetensors.index.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
 def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, experts: str | None = None) -> None:
     """Writes the merged model: files of the same names, float32 sums, each tensor in the base's dtype.
 
+    4-bit weights of bitsandbytes are dequantized, with an adapter or without.
     Memory stays near the largest tensor of the base plus the adapter. ``experts`` is as in `patches`.
 
     Raises:
@@ -51,75 +61,61 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, e
             nothing is written.
     """
     paths = weight_files(base)
-    side_files = [*_side_files(base, {path.name for path in paths})]
-    foreign = lambda directory: _foreign_entry(directory, {path.name for path in side_files})
+    beside = [*side_files(base, {path.name for path in paths})]
+    foreign = lambda directory: foreign_entry(directory, {path.name for path in beside})
     check_target(target, [base, adapter, *paths, *adapter.glob("*")], overwrite=overwrite, foreign=foreign)
     files = [safetensors.open_file(path) for path in paths]
     entries = {name: entry for file in files for name, entry in file.entries.items()}
     if len(entries) < sum(len(file.entries) for file in files):
         raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
-    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    owners = {name: file for file in files for name in file.entries}
+    weights = {name: _open_quantized(name, owners) for name in weight_names(owners)}
+    inside = {part for name in weights for part in part_names(name, owners)} - set(weights)
+    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if name not in inside}
+    specs |= {name: (state.dtype, state.shape) for name, (state, _) in weights.items()}
+    readers = {name: read for name, (_, read) in weights.items()}
     changes = patches(adapter, specs, experts=experts)
     with atomic_directory(target, overwrite=overwrite) as fresh:
         for file in files:
-            _merge_file(file, changes, fresh / file.path.name)
-        for path in side_files:
-            shutil.copyfile(path, fresh / path.name)
+            held = {name: specs[name] for name in file.entries if name in specs}
+            _merge_file(file, held, readers, changes, fresh / file.path.name)
+        for path in beside:
+            if weights and path.name == INDEX:
+                index = update_index(path, [safetensors.open_file(fresh / file.path.name) for file in files])
+                (fresh / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            elif weights and path.name == CONFIG:
+                config = {key: value for key, value in read_object(path).items() if key != "quantization_config"}
+                (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(path, fresh / path.name)
 
 
-def _foreign_entry(directory: Path, side_names: set[str]) -> str | None:
-    """The name of something in a directory that is not of a model which `merge` wrote; None where all is."""
-    names = sorted(entry.name for entry in directory.iterdir())
-    merged = {name for name in names if name.endswith(".safetensors") and safetensors.is_from_lojax(directory / name)}
-    foreign = [name for name in names if name not in merged and (name not in side_names or not merged)]
-    return foreign[0] if foreign else None
+def _open_quantized(name: str, owners: Mapping[str, safetensors.File]) -> tuple[State, Callable[[], np.ndarray]]:
+    """What is said of a 4-bit weight, and a function that reads and dequantizes it.
+
+    ``owners`` are the files by tensor: a shard may end between the parts of a weight.
+    """
+    parts = part_names(name, owners)
+    where = owners[parts[0]].path
+    states = {part: owners[part].read(part) for part in parts if STATE in part}
+
+    def read() -> np.ndarray:
+        return np.array(from_tensors(name, {part: owners[part].read(part) for part in parts}, where=where).dense())
+
+    return read_state(name, states, where=where), read
 
 
-def _merge_file(file: safetensors.File, changes: Patches, target: Path) -> None:
+def _merge_file(
+    file: safetensors.File,
+    specs: Mapping[str, tuple[np.dtype, Shape]],
+    readers: Mapping[str, Callable[[], np.ndarray]],
+    changes: Patches,
+    target: Path,
+) -> None:
     def merged(name: str) -> np.ndarray:
-        tensor = file.read(name)
+        tensor = readers[name]() if name in readers else file.read(name)
         for patch in changes.get(name, ()):
             patch.apply(tensor)
         return tensor
 
-    specs = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
     safetensors.write(target, specs, merged, metadata=file.metadata, watch=watcher(file.path.name))
-
-
-def weight_files(base: Path) -> list[Path]:
-    """The safetensors files of a model.
-
-    Raises:
-        FileNotFoundError: There are none, or one that the index names is missing.
-        ValueError: The index is not of the right form, or names a file outside its directory.
-    """
-    if base.is_file():
-        return [base]
-    index = base / INDEX
-    if not index.is_file():
-        files = sorted(base.glob("model.safetensors")) or sorted(base.glob("*.safetensors"))
-        if len(files) == 1:
-            return files
-        what = "several .safetensors files and no index" if files else "no .safetensors file"
-        raise FileNotFoundError(f"{base} holds {what}; pass the file itself.")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {printable(repr(error))}.") from None
-    for name in names:
-        if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or name in (".", ".."):
-            raise ValueError(
-                f"{index} names {printable(repr(name))}, which is not a plain file name. It could lead out of {base}."
-            )
-        if not (base / name).is_file():
-            raise FileNotFoundError(f"{index} names {name}, which is not in {base}.")
-    return [base / name for name in names]
-
-
-def _side_files(base: Path, weights: set[str]) -> Iterator[Path]:
-    """The config, tokenizer and index beside the weights; other forms of the weights are left behind."""
-    if base.is_dir():
-        for path in sorted(base.iterdir()):
-            heavy = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
-            if path.is_file() and not path.is_symlink() and path.name not in weights and not heavy:
-                yield path

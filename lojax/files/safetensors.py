@@ -11,9 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     digest: str | None = None,
     watch: Callable[[Iterable[str]], Iterable[str]] = iter,
+    at_most: Collection[str] = (),
 ) -> None:
     """Writes tensors one at a time, in the order of ``shapes``.
 
@@ -211,6 +213,7 @@ def write(
         metadata: Strings to keep in the header; hashes among them are of another file, and are left out.
         digest: The hash of the bytes of all tensors (`new_hash`), where it is known, to leave in the header.
         watch: Wraps the iteration, for a progress bar.
+        at_most: The names whose shape is only known when they are produced; ``shapes`` has the largest.
 
     Raises:
         FileExistsError: ``path`` exists.
@@ -218,7 +221,32 @@ def write(
     """
     strings = {key: value for key, value in (metadata or {}).items() if key not in (DIGEST, HEADER_DIGEST, _OLD_DIGEST)}
     strings |= {DIGEST: digest} if digest else {}
-    header: dict[str, Any] = {"__metadata__": strings}
+    head = _head(shapes, strings)
+    written = dict(shapes)
+    with open(path, "xb") as stream:
+        stream.write(head)
+        for name in watch(shapes):
+            array = produce(name)
+            dtype, shape = written[name] = (array.dtype, array.shape)
+            largest_dtype, largest = shapes[name]
+            fits = len(shape) == len(largest) and all(map(operator.le, shape, largest))
+            if dtype != largest_dtype or not fits or (shape != largest and name not in at_most):
+                raise ValueError(f"{name} was announced as {shapes[name]}, and came as {dtype} {shape}.")
+            # As bytes, because bfloat16 and float8 have no buffer protocol; flat, because an array without axes has no
+            # such view.
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
+        if written != shapes:
+            # No number in the header grew, so the new one fits into the room of the first.
+            stream.seek(0)
+            stream.write(_head(written, strings, len(head)))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _head(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]], strings: Mapping[str, str], length: int = 0) -> bytes:
+    """What stands before the data: at least ``length`` bytes, filled up with spaces."""
+    header: dict[str, Any] = {"__metadata__": dict(strings)}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         if dtype not in NAMES:
@@ -226,22 +254,11 @@ def write(
         stop = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
-    strings[HEADER_DIGEST] = _digest_header(header)
+    header["__metadata__"][HEADER_DIGEST] = _digest_header(header)
     text = json.dumps(header, separators=(",", ":")).encode()
     # The data then starts at a multiple of eight bytes, so that a memory map of the file has aligned tensors.
-    text += b" " * (-len(text) % 8)
-    with open(path, "xb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in watch(shapes):
-            array = produce(name)
-            if (array.dtype, array.shape) != shapes[name]:
-                raise ValueError(f"{name} was announced as {shapes[name]}, and came as {array.dtype} {array.shape}.")
-            # As bytes, because bfloat16 and float8 have no buffer protocol; flat, because an array without axes has no
-            # such view.
-            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            del array  # before the next one is made
-        stream.flush()
-        os.fsync(stream.fileno())
+    text = text.ljust(max(len(text) + -len(text) % 8, length - 8))
+    return struct.pack("<Q", len(text)) + text
 
 
 def write_all(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -12,7 +12,8 @@ import pytest
 from helpers import message
 
 from lojax.cli.main import main
-from lojax.cli.merge_files import INDEX, merge
+from lojax.cli.merge_files import merge
+from lojax.cli.model_directory import INDEX
 from lojax.files import safetensors
 from lojax.peft import patch as patching
 from lojax.peft.patch import patches

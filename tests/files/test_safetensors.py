@@ -186,3 +186,21 @@ def test_other_dtypes_are_refused(tmp_path):
     assert "which safetensors cannot hold" in message(
         ValueError, safetensors.write_all, tmp_path / "x", {"a": array}, {}
     )
+
+
+def test_a_tensor_may_be_shorter_than_announced_where_that_is_said(tmp_path):
+    """Its header is written again, in the room of the first: the data stay where they are."""
+    shapes = {name: (np.dtype(np.uint8), (120,)) for name in "abc"}
+    tensors = {name: np.full(length, length, np.uint8) for name, length in (("a", 7), ("b", 120), ("c", 99))}
+    safetensors.write(tmp_path / "file", shapes, tensors.__getitem__, metadata={"x": "y"}, at_most={"a", "c"})
+    file = safetensors.open_file(tmp_path / "file")
+    assert dict(file.metadata).items() >= {"x": "y"}.items()
+    for name, expected in tensors.items():
+        np.testing.assert_array_equal(file.read(name), expected)
+    for name, at_most in (("a", {"b", "c"}), ("c", set("ab"))):
+        write = lambda: safetensors.write(tmp_path / name, shapes, tensors.__getitem__, at_most=at_most)
+        assert f"{name} was announced as" in message(ValueError, write)
+    longer = lambda: safetensors.write(
+        tmp_path / "longer", {"a": shapes["a"]}, lambda _: np.zeros(121, np.uint8), at_most="a"
+    )
+    assert "a was announced as" in message(ValueError, longer)
