@@ -67,6 +67,7 @@ def test_loftq_is_the_algorithm_of_the_paper_for_each_matrix_of_a_stack(kind):
     assert close.mean() > 0.98
 
 
+@pytest.mark.optimized
 def test_loftq_of_a_gaussian_falls_over_five_steps_below_quantization_alone():
     w = jax.random.normal(jax.random.key(3), (512, 512))
     errors = [norm(lojax.quantize({"w": w})["w"].dense() - w) / norm(w)]
