@@ -6,7 +6,7 @@ from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.rule import Rule
 from lojax.base.quantize import quantize
 from lojax.checkpoint.save_restore import read_metadata, restore, save
-from lojax.lowrank.merge import merge, unmerge
+from lojax.lowrank.merge import merge, requantization_loss, unmerge
 from lojax.report.summary import summary
 from lojax.rewrite.transform import transform
 from lojax.training import remat
@@ -31,6 +31,7 @@ __all__ = [
     "quantize",
     "read_metadata",
     "remat",
+    "requantization_loss",
     "rescale",
     "resize",
     "restore",

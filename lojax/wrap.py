@@ -105,9 +105,17 @@ class Model:
         adapted = transform(net, strict=self.strict, execution=self.execution)
         return adapted(frozen, lora, *args, dropout_key=dropout_key, **kwargs)
 
-    def merge(self, frozen: Params, lora: Params, *, donate: bool = False, check_finite: bool = False) -> Params:
-        """Plain parameters for the net; see `lojax.merge`."""
-        return merge(frozen, lora, donate=donate, check_finite=check_finite)
+    def merge(
+        self,
+        frozen: Params,
+        lora: Params,
+        *,
+        donate: bool = False,
+        check_finite: bool = False,
+        requantize: bool = False,
+    ) -> Params:
+        """Parameters for the net, plain ones unless ``requantize``; see `lojax.merge`."""
+        return merge(frozen, lora, donate=donate, check_finite=check_finite, requantize=requantize)
 
     def bind(self, params: Params, *, state: PyTree = None) -> Any:
         """A net of the same kind that holds ``params`` (NNX, Equinox, HF Flax); for the others ``params`` itself.
@@ -165,6 +173,7 @@ def wrap(
     exclude: Targets = (),
     axes: Sequence[str] | None = None,
     dtype: Dtype | None = None,
+    base: str | None = None,
     strict: bool = False,
     execution: str = "auto",
 ) -> Model:
@@ -180,7 +189,8 @@ def wrap(
         rank: The rank ``r`` of the updates; lowered for a weight whose min(m, n) is below it, and the summary says so.
         alpha: The numerator of the scale ``alpha / r``; None means ``alpha = rank``.
         scaling: ``"standard"`` or ``"rslora"``.
-        init: How ``a`` starts: ``"kaiming"``, ``"gaussian"``, or a function.
+        init: How the adapters start: ``"kaiming"``, ``"gaussian"``, or a function for ``a``; ``"pissa"``, ``"loftq"``
+            and others for both factors, see `Rule`.
         dropout: The rate of dropout on the adapters' inputs.
         variant: The member of the LoRA family.
         train: Targets of parameters trained in full, such as a head. They win over a pattern in ``targets``.
@@ -189,6 +199,9 @@ def wrap(
         exclude: Targets that stay frozen whatever else matches them.
         axes: The role of each axis of the targets, instead of inference from use.
         dtype: The dtype of the adapters; None means float32.
+        base: ``"nf4"``, ``"int4"``, ``"int8"`` or ``"float8_e4m3fn"``: ``init`` takes float parameters and quantizes
+            the adapted weights in ``frozen``, and no others, as `lojax.quantize` does. A start that takes its part
+            out of the weight does so before. None leaves the weights as they are.
         strict: Raise where a weight would have to be materialized, instead of materializing it.
         execution: How products with the weights are computed: ``"auto"``, ``"factored"``, ``"fused"`` or
             ``"materialize"``; see `lojax.transform`.
@@ -220,6 +233,7 @@ def wrap(
         variant=variant,
         axes=axes,
         dtype=dtype,
+        base=base,
     )
     return Model(as_net(net), rules, full, excluded, strict, check_execution(execution, strict), check_bias(bias))
 
@@ -248,7 +262,8 @@ def init(
         train: As in `wrap`.
         bias: As in `wrap`.
         exclude: As in `wrap`.
-        **settings: ``rank``, ``alpha``, ``scaling``, ``init``, ``dropout``, ``variant``, ``axes``, ``dtype``.
+        **settings: ``rank``, ``alpha``, ``scaling``, ``init``, ``dropout``, ``variant``, ``axes``, ``dtype``,
+            ``base``.
 
     Returns:
         ``(frozen, lora)``.

@@ -13,12 +13,13 @@ from jax.core import Tracer
 from lojax.adapters.adapter import Adapter, array_shapes, box_arrays
 from lojax.adapters.axes import Axes, check, convention, positions, size
 from lojax.adapters.initializers import STARTS_AT_ZERO, Site, initializer, key_for
-from lojax.adapters.matrices import at_least_float32, column_squares
+from lojax.adapters.matrices import at_least_float32, column_squares, subtract_update
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
 from lojax.adapters.rule import Rule
 from lojax.adapters.targets import layer_of
-from lojax.quantized.quantized import dense
+from lojax.quantized.formats import make_format
+from lojax.quantized.quantized import Quantized, dense, quantize_weight
 from lojax.text import spec
 from lojax.types import Array, Dtype, Key, Leaf, Params, Path, Shape
 
@@ -92,6 +93,8 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
     shape = tuple(weight.shape)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         _check_codes(path, weight, rule, seen)
+    if rule.base is not None:
+        _check_base(path, weight, rule)
     axes = check(rule.axes or seen or convention(len(shape)), shape, path)
     dtype = jnp.dtype(rule.dtype or jnp.float32)
     adapter = Adapter(a=None, b=None, scale=1.0, axes=axes)
@@ -110,9 +113,13 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
             moved_base=None if new_weight is weight else str(rule.init),
             frozen_a=rule.variant == "lora-fa",
         )
+        new_weight = _quantize(new_weight, rule)
         leaf = rebox(leaf, new_weight)
         if rule.variant == "dora":
-            adapter = dataclasses.replace(adapter, magnitude=_magnitude(path, dense(weight), axes, dtype))
+            start = dense(weight) if rule.base is None else _effective_weight(new_weight, adapter)
+            adapter = dataclasses.replace(adapter, magnitude=_magnitude(path, start, axes, dtype))
+    else:
+        leaf = rebox(leaf, _quantize(weight, rule))
     if rule.tokens:
         _check_tokens(path, shape, axes, rule)
         rows = jnp.zeros(array_shapes(axes, shape, 1, len(rule.tokens))["rows"], dtype)
@@ -136,6 +143,44 @@ def _check_codes(path: Path, weight: Array, rule: Rule, seen: Axes | None) -> No
         )
 
 
+def _check_base(path: Path, weight: Array | Quantized, rule: Rule) -> None:
+    """Raises unless the weight can be quantized."""
+    if isinstance(weight, Quantized):
+        raise ValueError(
+            f"{path}: is quantized already ({weight}), and base={rule.base!r} would quantize it again. Leave base= "
+            "out, or pass the float weights."
+        )
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(
+            f"{path}: holds codes ({spec(weight)}), and base={rule.base!r} quantizes floating-point weights. Leave "
+            "base= out."
+        )
+    finite = jnp.isfinite(weight)
+    if not isinstance(finite, Tracer) and not bool(finite.all()):
+        raise ValueError(
+            f"{path}: {int((~finite).sum())} of the {finite.size} entries of the weight are not finite, and "
+            f"base={rule.base!r} quantizes it. Load it again."
+        )
+
+
+# At module level, so that weights of equal shapes are compiled once.
+_quantize_weight = jax.jit(quantize_weight, static_argnums=1)
+
+
+def _quantize(weight: Array | Quantized, rule: Rule) -> Array | Quantized:
+    """The weight as its rule wants it stored."""
+    if rule.base is None or isinstance(weight, Quantized):  # by the start
+        return weight
+    return _quantize_weight(weight, make_format(rule.base))
+
+
+def _effective_weight(weight: Array | Quantized, adapter: Adapter) -> Array:
+    """The weight that the net starts with, the update included."""
+    if adapter.moved_base is None:  # the update is zero
+        return dense(weight)
+    return subtract_update(dense(weight), adapter.a, adapter.b, -adapter.one_scale, adapter.axes)
+
+
 def _site(path: Path, weight: Array, axes: Axes, rule: Rule, dtype: Dtype) -> Site:
     """The weight with the ranks and scales that its rule gives it."""
     shape = tuple(weight.shape)
@@ -157,6 +202,7 @@ def _site(path: Path, weight: Array, axes: Axes, rule: Rule, dtype: Dtype) -> Si
         scale=scales[0] if len(set(scales)) == 1 else scales,
         dtype=dtype,
         init=rule.init,
+        format=None if rule.base is None else make_format(rule.base),
     )
 
 

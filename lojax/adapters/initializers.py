@@ -2,7 +2,8 @@
 weight that goes with them.
 
 `INITIALIZERS` has them by name. Those that draw ``a`` at random set ``b`` to zero; those that factorize the weight
-take what the update starts with out of it. Either way the net starts exactly at the pretrained model.
+take what the update starts with out of it. Either way the net starts exactly at the pretrained model, or, where the
+weight is then quantized, at the quantized weight plus the update.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from jax.core import Tracer
 
 from lojax.adapters.adapter import array_shapes
 from lojax.adapters.axes import Axes, size
+from lojax.adapters.loftq import STEPS, alternate, share_singular_values, truncated_svd
 from lojax.adapters.matrices import as_matrices, subtract_update, zero_above_rank
-from lojax.quantized.quantized import dense, is_quantized
+from lojax.quantized.formats import Format
+from lojax.quantized.quantized import Quantized, dense
 from lojax.text import spec, suggest
 from lojax.types import Array, Dtype, Key, Leaf, Path, Shape
 
@@ -48,6 +51,7 @@ class Site:
         scale: The factor on the update, or one for each entry of the stack.
         dtype: The dtype of the factors.
         init: The initialization that was asked for, for errors.
+        format: How the weight will be quantized; None where it stays as it is.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class Site:
     scale: float | tuple[float, ...]
     dtype: Dtype
     init: str | DrawA | None
+    format: Format | None = None
 
     @property
     def rank(self) -> int:
@@ -174,8 +179,7 @@ def orthogonal(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
 def pissa(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
     """The largest singular values and vectors of the weight (PiSSA, Meng et al. 2024, arXiv:2404.02948, eq. 2 to 4)."""
     del key
-    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    return _share_singular_values(u[:, : site.rank], s[: site.rank], vt[: site.rank], site)
+    return truncated_svd(w, site.rank, site.one_scale)
 
 
 def fast_pissa(key: Key, w: Array, site: Site, *, steps: int) -> tuple[Array, Array]:
@@ -189,14 +193,14 @@ def fast_pissa(key: Key, w: Array, site: Site, *, steps: int) -> tuple[Array, Ar
         # A QR after each half step: the plain power (w w^T)^q would lose all but the largest direction to rounding.
         basis = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ basis)[0])[0]
     u, s, vt = jnp.linalg.svd(basis.T @ w, full_matrices=False)
-    return _share_singular_values((basis @ u)[:, : site.rank], s[: site.rank], vt[: site.rank], site)
+    return share_singular_values((basis @ u)[:, : site.rank], s[: site.rank], vt[: site.rank], site.one_scale)
 
 
 def milora(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
     """The smallest singular values and vectors of the weight (MiLoRA, Wang et al. 2024, arXiv:2406.09044, eq. 4)."""
     del key
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-    return _share_singular_values(u[:, -site.rank :], s[-site.rank :], vt[-site.rank :], site)
+    return share_singular_values(u[:, -site.rank :], s[-site.rank :], vt[-site.rank :], site.one_scale)
 
 
 def olora(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
@@ -204,12 +208,6 @@ def olora(key: Key, w: Array, site: Site) -> tuple[Array, Array]:
     del key
     q, r = jnp.linalg.qr(w.T)
     return r[: site.rank].T, q[:, : site.rank].T
-
-
-def _share_singular_values(u: Array, s: Array, vt: Array, site: Site) -> tuple[Array, Array]:
-    """Half of the singular values to each factor, such that ``scale * a @ b = u diag(s) vt``."""
-    root = jnp.sqrt(s / site.one_scale)
-    return u * root, root[:, None] * vt
 
 
 def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> Initializer:
@@ -221,15 +219,12 @@ def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> In
     """
 
     def initialize(key: Key, site: Site) -> tuple[Array, Array, Leaf]:
-        if site.uneven or isinstance(site.scale, tuple):
-            raise ValueError(
-                f"{site.path}: init={site.init!r} gives every entry of a stack the same rank, got {site.ranks}."
-            )
-        if subtract and is_quantized(site.weight):
+        _check_even(site)
+        if subtract and isinstance(site.weight, Quantized):
             raise ValueError(
                 f"{site.path}: init={site.init!r} takes its start out of the weight, and this one is quantized: "
                 f'{site.weight}. Use init="kaiming" or another start from zero, or init on the weights before '
-                "lojax.quantize and quantize what init returns as frozen."
+                f'lojax.quantize, with base="{site.weight.kind}" to quantize what is left of each.'
             )
         if subtract:
             _check_finite(site)
@@ -245,6 +240,35 @@ def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> In
         return a, b, subtract_update(site.weight, a, b, site.one_scale, site.axes)
 
     return initialize
+
+
+def loftq(steps: int) -> Initializer:
+    """The initialization with a quantized weight and the factors that make up for it, see `lojax.adapters.loftq`."""
+
+    def initialize(key: Key, site: Site) -> tuple[Array, Array, Leaf]:
+        del key
+        assert site.format is not None  # a rule with this start has a base
+        _check_even(site)
+        with jax.default_matmul_precision("highest"):
+            a, b, weight = alternate(
+                jnp.asarray(site.weight),
+                steps,
+                format=site.format,
+                axes=site.axes,
+                rank=site.rank,
+                scale=site.one_scale,
+                dtype=jnp.dtype(site.dtype),
+            )
+        return a.reshape(site.shapes["a"]), b.reshape(site.shapes["b"]), weight
+
+    return initialize
+
+
+def _check_even(site: Site) -> None:
+    if site.uneven or isinstance(site.scale, tuple):
+        raise ValueError(
+            f"{site.path}: init={site.init!r} gives every entry of a stack the same rank, got {site.ranks}."
+        )
 
 
 def _check_finite(site: Site) -> None:
@@ -266,8 +290,9 @@ INITIALIZERS: dict[str, Initializer] = {
     "pissa": initialize_from_weight(pissa),
     "milora": initialize_from_weight(milora),
     "olora": initialize_from_weight(olora),
+    "loftq": loftq(STEPS),
 }
-"""The initializations by name, besides ``"pissa_niter_<steps>"``."""
+"""The initializations by name, besides ``"pissa_niter_<steps>"`` and ``"loftq_niter_<steps>"``."""
 
 STARTS_AT_ZERO = ("kaiming", "gaussian")
 """Those that need no more of a weight than its shape."""
@@ -294,8 +319,10 @@ def initializer(init: str | DrawA | None) -> Initializer:
         raise ValueError(f"init={init!r} needs batches: init with another start, then call {call}.")
     if steps := re.fullmatch(r"pissa_niter_(\d{1,3})", name):
         return initialize_from_weight(functools.partial(fast_pissa, steps=int(steps[1])))
+    if steps := re.fullmatch(r"loftq_niter_([1-9]\d{0,2})", name):
+        return loftq(int(steps[1]))
     if name not in INITIALIZERS:
-        names = sorted({*INITIALIZERS, "pissa_niter_4"})
+        names = sorted({*INITIALIZERS, "pissa_niter_4", "loftq_niter_1"})
         raise ValueError(f"init={init!r} is unknown; expected one of {names}.{suggest(init, names)}")
     return INITIALIZERS[name]
 

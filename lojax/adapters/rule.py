@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lojax.adapters.axes import check_roles
 from lojax.adapters.initializers import DrawA, initializer
+from lojax.quantized.formats import KINDS
 from lojax.text import suggest
 from lojax.types import Dtype, Leaf, Path
 
@@ -43,6 +44,7 @@ SYNONYMS = {
     "layers_to_transform": "layers=",
     "use_rslora": 'scaling="rslora"',
     "use_dora": 'variant="dora"',
+    "loftq_config": 'init="loftq"',
 }
 """What PEFT calls our settings."""
 
@@ -91,6 +93,8 @@ class Rule:
             function ``(key, shape, dtype, *, fan_in, rank) -> array`` give ``a``, and ``b`` is zero.
             ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_<steps>"``, ``"olora"`` and ``"milora"`` give both (see
             `lojax.adapters.initializers`); all but the first take ``scale * a @ b`` out of the frozen weight.
+            ``"loftq"`` and ``"loftq_niter_<steps>"`` need ``base``: they choose the quantized weight and the update
+            such that the sum is near to the weight (see `lojax.adapters.loftq`).
         dropout: The rate of dropout on the adapter's input, in ``[0, 1)``.
         variant: The member of the LoRA family: ``"lora"``, ``"dora"`` or ``"lora-fa"``.
         train: ``"lora"`` trains an adapter, ``"full"`` the parameter itself, ``"tokens"`` chosen rows of an
@@ -100,6 +104,8 @@ class Rule:
         layers: Only these layers: the first number that a part of the path ends in (``layer_3``, ``h/3``), or the
             entries of the stack axis of a scanned weight.
         tokens: The rows of an embedding to train, alone (``train="tokens"``) or beside its adapter.
+        base: A kind of `lojax.quantize`, such as ``"nf4"``: the frozen weight is quantized, after the start took its
+            part out of it. ``None`` leaves it as it is.
 
     >>> Rule("**/query/kernel", rank=4)
     Rule('**/query/kernel', rank=4)
@@ -117,6 +123,7 @@ class Rule:
     dtype: Dtype | None = None
     layers: Sequence[int] | None = None
     tokens: Sequence[int] | None = None
+    base: str | None = None
     _exact_rank: bool = dataclasses.field(default=False, repr=False, compare=False)  # no rank but this one will do
 
     def __post_init__(self) -> None:
@@ -216,6 +223,9 @@ def _check(rule: Rule) -> Rule:
     if not _is_floating(rule.dtype or jnp.float32):
         text = f"{rule}: dtype={rule.dtype!r}; expected a real floating-point dtype, or None for float32."
         raise ValueError(text + _suggest_dtype(rule.dtype))
+    if rule.base is not None and rule.base not in KINDS:
+        hint = suggest(str(rule.base).lower(), KINDS)
+        raise ValueError(f"{rule}: base={rule.base!r}; expected one of {', '.join(KINDS)}, or None.{hint}")
     if rule.axes is not None:
         rule = dataclasses.replace(rule, axes=check_roles(rule.axes, str(rule)))
     return rule if rule.train == "tokens" else _check_update(rule)
@@ -240,6 +250,11 @@ def _check_update(rule: Rule) -> Rule:
     if not (is_finite(rule.dropout) and 0 <= rule.dropout < 1):
         raise ValueError(f"{rule}: dropout={rule.dropout!r}; expected a rate in [0, 1).")
     initializer(rule.init)  # raises if it is unknown
+    if rule.base is None and str(rule.init).startswith("loftq"):
+        raise ValueError(
+            f"{rule}: init={rule.init!r} makes a quantized weight and an adapter of each weight, and base= does not "
+            'say how to quantize it. Give base="nf4", or another kind of lojax.quantize.'
+        )
     return dataclasses.replace(rule, rank=tuple(map(int, ranks)) if by_entry else int(ranks[0]))
 
 

@@ -18,7 +18,9 @@ PARAMS = {
 }
 
 
-KNOWN = ["gaussian", "kaiming", "milora", "olora", "orthogonal", "pissa", "pissa_niter_4"]
+KNOWN = [
+    *("gaussian", "kaiming", "loftq", "loftq_niter_1", "milora", "olora", "orthogonal", "pissa", "pissa_niter_4"),
+]
 
 
 def init(targets, **settings):

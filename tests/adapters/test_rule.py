@@ -24,7 +24,7 @@ DEFAULTS = Rule(
 )
 
 
-KNOWN = ["gaussian", "kaiming", "milora", "olora", "orthogonal", "pissa", "pissa_niter_4"]
+KNOWN = ["gaussian", "kaiming", "loftq", "loftq_niter_1", "milora", "olora", "orthogonal", "pissa", "pissa_niter_4"]
 
 
 def has_two_axes(path, leaf):
