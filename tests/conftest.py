@@ -19,7 +19,10 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-collect_ignore_glob = ["*/conftest.py"]  # which hold no doctests, and share a name
+collect_ignore_glob = [
+    "*/conftest.py",
+    "*/make_golden.py",
+]  # which hold no doctests; the one shares a name, the other needs torch
 
 READS_COMPILED = re.compile(r"cost_analysis|memory_analysis|\.as_text\(")
 

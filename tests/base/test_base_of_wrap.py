@@ -68,15 +68,17 @@ def test_loftq_is_the_algorithm_of_the_paper_for_each_matrix_of_a_stack(kind):
 
 
 @pytest.mark.optimized
-def test_loftq_of_a_gaussian_falls_over_five_steps_below_quantization_alone():
-    w = jax.random.normal(jax.random.key(3), (512, 512))
+@pytest.mark.parametrize("width", [128, pytest.param(512, marks=pytest.mark.slow)])  # 15 decompositions of 512²: 40 s
+def test_loftq_of_a_gaussian_falls_over_five_steps_below_quantization_alone(width):
+    w = jax.random.normal(jax.random.key(3), (width, width))
     errors = [norm(lojax.quantize({"w": w})["w"].dense() - w) / norm(w)]
     for init in ("loftq_niter_1", "loftq_niter_2", "loftq_niter_3", "loftq_niter_4", "loftq"):  # five by default
         frozen, lora = lojax.init(KEY, {"w": w}, "w", rank=16, base="nf4", init=init)
         assert is_quantized(frozen["w"])
         errors.append(norm(lojax.merge(frozen, lora)["w"] - w) / norm(w))
     assert (np.diff(errors) < 0).all(), errors
-    assert (errors[0], errors[1], errors[5]) == pytest.approx((0.0921, 0.0868, 0.0788), abs=3e-4)
+    if width == 512:
+        assert (errors[0], errors[1], errors[5]) == pytest.approx((0.0921, 0.0868, 0.0788), abs=3e-4)
 
 
 def test_one_step_of_loftq_quantizes_the_weight_itself():

@@ -67,6 +67,7 @@ PARAMS = {
     "kernel": normal(3, 3, 6, 64),
     "heads": normal(64, 4, 16),
 }
+ONE_NAN = jnp.ones((2, 64)).at[1, 3].set(jnp.nan)
 NETS = {
     "dense": (dense, "k", X),
     "scan": (scanned, "stack", X),
@@ -226,6 +227,14 @@ def test_which_weights_are_quantized():
         (lambda: lojax.quantize({"i": jnp.ones(4, int)}, targets="i"), TypeError, ("i: holds int32[4]", "floating")),
         (lambda: lojax.quantize({"w": jnp.full((2, 64), jnp.nan)}), ValueError, ("w: the weight holds NaN",)),
         (lambda: lojax.quantize({"w": jnp.full((2, 64), jnp.inf)}, "int8"), ValueError, ("w: the weight holds NaN",)),
+        *(
+            (
+                lambda k=k: lojax.quantize({"w": jnp.ones((2, 64)).at[1, 3].set(jnp.nan)}, k),
+                ValueError,
+                ("w: the weight",),
+            )
+            for k in KINDS
+        ),
     ],
 )
 def test_bad_input(call, kind, pieces):
