@@ -3,12 +3,14 @@
     python examples/finetune_text.py                                   # docstrings, no download
     python examples/finetune_text.py --data mail.csv --text body --label folder
     python examples/finetune_text.py --predict "Draws a bar chart."
+    python examples/finetune_text.py --quantize nf4                    # the base in 4 bits (QLoRA)
     python examples/finetune_text.py --compare --seeds 0,1,2           # head only, LoRA, full
     python examples/finetune_text.py --tune --seeds 0,1,2              # choose their learning rates
 
 It trains low-rank adapters on the query and value kernels of every layer, and the classifier in full. The same command
 resumes an interrupted run. At the end it checks that the adapter works in a new process, and that merged weights
-predict the same as adapted ones.
+predict the same as adapted ones. With --quantize the kernels and embeddings of the base are stored in few bits; the
+head stays in float32.
 """
 
 import argparse
@@ -39,6 +41,7 @@ TARGETS = {
     "lora-all": ("**/layer_*/**/kernel",),  # every linear map of every layer
 }
 HEAD = "**/classifier/**"
+BASE = ("**/embeddings/*/embedding", "**/encoder/**/kernel")  # what --quantize quantizes; the head trains in full
 
 # Full fine-tuning moves every weight and needs small steps; a head alone needs large ones. `--tune` tries these rates
 # on rows held out of the training rows. LEARNING_RATES is what it chose for the default task; lora-all shares lora's.
@@ -49,6 +52,16 @@ GRID = {
     "full": (5e-5, 1e-4, 2e-4),
 }
 LEARNING_RATES = {"head": 1e-2, "lora": 1e-3, "lora-all": 1e-3, "full": 5e-5}
+
+# The rows of `--compare`: the method, and the kind of its quantized base. A quantized base takes the float base's rate.
+COMPARED = {
+    "head": ("head", None),
+    "lora": ("lora", None),
+    "lora-nf4": ("lora", "nf4"),
+    "lora-int8": ("lora", "int8"),
+    "lora-all": ("lora-all", None),
+    "full": ("full", None),
+}
 
 
 class Task(NamedTuple):
@@ -79,6 +92,7 @@ def make_settings(name: str, seed: int, task: Task, args: argparse.Namespace) ->
     return training.Settings(
         method=name,
         learning_rate=args.learning_rate or LEARNING_RATES[name],
+        quantize=args.quantize,
         seed=seed,
         epochs=args.epochs,
         batch=args.batch,
@@ -95,9 +109,12 @@ def make_settings(name: str, seed: int, task: Task, args: argparse.Namespace) ->
 
 
 def load(directory: Path, settings: training.Settings) -> tuple[bert.BertClassifier, Any]:
-    """The net and its variables; the seed initializes the head."""
+    """The net and its variables, quantized but for the head where settings say so; the seed initializes the head."""
     key = jax.random.key(settings.seed)
-    return bert.load(directory, len(settings.classes), key=key, dropout=settings.dropout)
+    net, variables = bert.load(directory, len(settings.classes), key=key, dropout=settings.dropout)
+    if settings.quantize is None:
+        return net, variables
+    return net, lojax.quantize(variables, settings.quantize, BASE)
 
 
 def make_model(net: bert.BertClassifier, settings: training.Settings) -> Any:
@@ -110,6 +127,8 @@ def finetune(args: argparse.Namespace) -> None:
     task = make_task(args)
     settings = make_settings("lora", args.seeds[0], task, args)
     net, variables = load(task.directory, settings)
+    if settings.quantize is not None:
+        print(text_report.base_size(variables, settings.quantize))
     model = make_model(net, settings)
     program = training.build(training.adapted(model), settings, len(task.rows[0]))
 
@@ -192,8 +211,10 @@ def compare(args: argparse.Namespace) -> None:
     """Compares head only, LoRA on few and on all weights, and full fine-tuning, on the same data and epochs."""
     task = make_task(args)
     records = []
-    for name in LEARNING_RATES:
-        settings = [make_settings(name, seed, task, args) for seed in args.seeds]
+    for name in args.only or COMPARED:
+        method, kind = COMPARED[name]
+        settings = [make_settings(method, seed, task, args) for seed in args.seeds]
+        settings = [dataclasses.replace(each, quantize=kind) for each in settings]
         for record in measure(task, settings, args.out / "compare" / name):
             records.append(record)
             text_report.write_json(args.out / "compare.json", records)
@@ -234,7 +255,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text", default="text", metavar="COLUMN", help="the column of texts in --data")
     add("--label", default="label", metavar="COLUMN", help="the column of labels in --data")
     add("--predict", metavar="TEXT", help="classify a text with the finished run in --out")
-    add("--compare", action="store_true", help="train head only, LoRA and full, print a table")
+    add(
+        "--compare", action="store_true", help="train head only, LoRA (also on quantized bases) and full; print a table"
+    )
+    add("--only", type=_rows, metavar="ROW,ROW", help=f"rows of --compare: {', '.join(COMPARED)}; default: all")
     add("--tune", action="store_true", help="choose the learning rates on held-out rows")
     add("--seeds", type=_integers, default=(0,), help="such as 0,1,2 (more than one: --compare, --tune)")
     add("--epochs", type=int, default=4)
@@ -245,6 +269,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dropout", type=float, default=0.0, help="inside the encoder, while training")
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
+    add("--quantize", metavar="KIND", help="quantize the frozen base: nf4, int4, int8 or float8_e4m3fn")
     add("--learning-rate", type=float, help=f"default: {LEARNING_RATES}")
     add("--save-every", type=int, default=100, help="steps between saved states")
     add("--fresh", action="store_true", help="discard an unfinished run in --out")
@@ -255,10 +280,21 @@ def _integers(string: str) -> tuple[int, ...]:
     return tuple(int(part) for part in string.split(","))
 
 
+def _rows(string: str) -> tuple[str, ...]:
+    names = tuple(string.split(","))
+    if unknown := [name for name in names if name not in COMPARED]:
+        raise argparse.ArgumentTypeError(f"no row {unknown[0]!r}; expected some of {', '.join(COMPARED)}")
+    return names
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command. Bad input ends it with one line that says what to do."""
     args = parse(argv)
     try:
+        if args.quantize is not None and (args.compare or args.tune):
+            raise ValueError(
+                "--quantize is for a single run; --compare has rows for quantized bases (--only lora-nf4)."
+            )
         if args.predict is not None:
             print(predict(args.out, args.predict))
         elif args.compare:

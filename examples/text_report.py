@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from text_training import History, Run, Settings
 
 import lojax
+from lojax.quantized.quantized import Quantized
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -90,6 +91,14 @@ def draw_curves(file: Path, history: History, *, chance: float) -> None:
     figure.savefig(file, dpi=120)
 
 
+def base_size(variables: Any, kind: str) -> str:
+    """One line: the bytes of the base, without the head, before it was quantized and after."""
+    base = {name: tree for name, tree in variables["params"].items() if name != "classifier"}
+    before = sum(leaf.size * leaf.dtype.itemsize for leaf in _weights(base))
+    after = sum(leaf.nbytes for leaf in _weights(base))
+    return f"The base in {kind}: {before:,} bytes before, {after:,} after ({after / before:.1%})."
+
+
 def record(settings: Settings, run: Run, folder: Path) -> dict[str, Any]:
     """The row of `--compare` for a run. Writes its checkpoint, to measure the size.
 
@@ -99,7 +108,8 @@ def record(settings: Settings, run: Run, folder: Path) -> dict[str, Any]:
         folder: Overwritten with the checkpoint.
 
     Returns:
-        The row. ``trained`` and ``parameters`` are numbers of parameters, sizes are in bytes.
+        The row. ``trained`` and ``parameters`` are numbers of parameters, sizes are in bytes; ``frozen_bytes`` is what
+        is stored of the frozen base.
     """
     shutil.rmtree(folder, ignore_errors=True)
     if settings.method == "full":
@@ -108,13 +118,14 @@ def record(settings: Settings, run: Run, folder: Path) -> dict[str, Any]:
     else:
         lojax.save(folder, run.state.trained, frozen=run.frozen)
     return {
-        "method": settings.method,
+        "method": settings.method if settings.quantize is None else f"{settings.method}-{settings.quantize}",
         "seed": settings.seed,
         "learning_rate": settings.learning_rate,
         "training_loss": run.history.epochs[-1]["loss"],
         "test_accuracy": run.history.epochs[-1]["test_accuracy"],
         "trained": _count(run.state.trained),
         "parameters": _count(run.state.trained) + _count(run.frozen),
+        "frozen_bytes": sum(leaf.nbytes for leaf in _weights(run.frozen)),
         "optimizer_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(run.state.optimizer)),
         "step_seconds": run.step_seconds,
         "checkpoint_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
@@ -131,8 +142,8 @@ def comparison(records: list[dict[str, Any]]) -> str:
         The table. The accuracy is a mean over the seeds, with its standard deviation.
     """
     lines = [
-        "| method | learning rate | test accuracy | trained parameters | optimizer state | step | checkpoint |",
-        "|---|---|---|---|---|---|---|",
+        "| method | learning rate | test accuracy | trained parameters | frozen base | optimizer | step | checkpoint |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(record["method"] for record in records):
         runs = [record for record in records if record["method"] == method]
@@ -143,6 +154,7 @@ def comparison(records: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {method} | {one['learning_rate']:g} | {scores.mean():.2%}{deviation} "
             f"| {one['trained']:,} ({one['trained'] / one['parameters']:.2%}) "
+            f"| {one['frozen_bytes'] / 1e6:.2f} MB "
             f"| {one['optimizer_bytes'] / 1e6:.2f} MB | {step * 1e3:.0f} ms "
             f"| {one['checkpoint_bytes'] / 1e6:.2f} MB |"
         )
@@ -164,4 +176,9 @@ def tuning(records: list[dict[str, Any]]) -> str:
 
 
 def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in _weights(tree))
+
+
+def _weights(tree: Any) -> list[Any]:
+    """The leaves, a quantized weight as one: its size and dtype are those of the weight, its bytes what is stored."""
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Quantized))

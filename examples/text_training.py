@@ -30,10 +30,14 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that a run depends on; a run resumes only with the same settings."""
+    """Everything that a run depends on; a run resumes only with the same settings.
+
+    `quantize` is the kind of the quantized base, as `lojax.quantize` takes it; None keeps it in float32.
+    """
 
     method: str
     learning_rate: float
+    quantize: str | None = None
     seed: int = 0
     epochs: int = 4
     batch: int = 8

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import text_report
 import text_training as training
-from conftest import EXAMPLES
+from conftest import EXAMPLES, tensors
+
+from lojax.quantized.quantized import is_quantized
 
 SCRIPT = EXAMPLES / "finetune_text.py"
 SMALL = ["--length", "12", "--rank", "2", "--batch", "8", "--accumulate", "2"]
@@ -128,16 +130,20 @@ def test_compare_prints_and_writes_a_table(tmp_path, one_layer_bert, table, caps
     finetune_text.main([*args, "--seeds", "0,0,1"])
     records = json.loads((tmp_path / "compare.json").read_text())
     assert [(record["method"], record["seed"]) for record in records] == [
-        (method, seed) for method in ("head", "lora", "lora-all", "full") for seed in (0, 0, 1)
+        (row, seed) for row in ("head", "lora", "lora-nf4", "lora-int8", "lora-all", "full") for seed in (0, 0, 1)
     ]
-    head, lora, every, full = records[::3]
+    head, lora, nf4, int8, every, full = records[::3]
+    assert lora["trained"] == nf4["trained"] == int8["trained"]
+    assert lora["parameters"] == nf4["parameters"] == int8["parameters"]
+    assert full["frozen_bytes"] == 0 < nf4["frozen_bytes"] < int8["frozen_bytes"] < lora["frozen_bytes"]
+    assert len({record["training_loss"] for record in (lora, nf4, int8)}) == 3
     assert head["trained"] == 8 * 3 + 3
     assert lora["trained"] == head["trained"] + 2 * 2 * (8 + 8)
     assert every["trained"] > lora["trained"]
     assert full["trained"] == full["parameters"]
     assert head["parameters"] == full["parameters"]
     assert head["optimizer_bytes"] < lora["optimizer_bytes"] < full["optimizer_bytes"]
-    assert capsys.readouterr().out.count("(3 seeds)") == 4
+    assert capsys.readouterr().out.count("(3 seeds)") == 6
     losses = [[record["training_loss"] for record in records[i::3]] for i in range(3)]
     assert losses[0] == losses[1] != losses[2]
 
@@ -149,6 +155,8 @@ def test_compare_prints_and_writes_a_table(tmp_path, one_layer_bert, table, caps
         (["--model", "./nowhere"], "neither a directory"),
         (["--predict", "x", "--out", "nowhere"], "holds no finished run"),
         (["--batch", "500"], "do not fill a batch of 500"),
+        (["--quantize", "nf5"], "'nf5' is unknown.*nf4"),
+        (["--quantize", "nf4", "--compare"], "--quantize is for a single run.*--only lora-nf4"),
     ],
 )
 def test_bad_input_ends_with_one_line(args, message, tmp_path, one_layer_bert, table):
@@ -193,3 +201,79 @@ def test_tuning_never_looks_at_the_test_rows(tmp_path, one_layer_bert, table, ca
         assert held and {row.text for row in (*kept, *held)} == {row.text for row in train}
         assert not {row.text for row in (*kept, *held)} & {row.text for row in test}
     assert folds[0][1] != folds[1][1]
+
+
+KINDS = ("nf4", "int4", "int8", "float8_e4m3fn")
+
+
+def stored(weights: dict[str, np.ndarray], kind: str) -> tuple[int, int]:
+    """The bytes of a base in float32 and in a kind, counted by the definition of the kind."""
+    before = after = 0
+    for name, w in weights.items():
+        if name.startswith("pooler"):
+            continue
+        before += 4 * w.size
+        blocks = -(-w.size // 64)
+        if w.ndim < 2:
+            after += 4 * w.size
+        elif kind in ("nf4", "int4"):  # codes, scales of 8 bits, their scales, their mean
+            after += -(-w.size // 2) + blocks + 4 * -(-blocks // 256) + 4
+        else:  # codes, a scale for each output (torch keeps kernels [out, in]) or column of an embedding
+            after += w.size + 4 * w.shape[1 if "embeddings" in name else 0]
+    return before, after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_on_a_quantized_base(kind, tmp_path, one_layer_bert, table, capsys, monkeypatch):
+    def in_this_process(folder, text, logits, classes):
+        restored = text_report.read_prediction(finetune_text.predict(folder, text), classes)
+        np.testing.assert_allclose(restored, text_report.softmax(logits), atol=2e-4)
+
+    if kind != "nf4":  # one new process is enough; what it does is the same for every kind
+        monkeypatch.setattr(finetune_text, "check_new_process", in_this_process)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    args = [*own(one_layer_bert, table), "--steps", "4", "--learning-rate", "0.03", "--out", str(tmp_path)]
+    finetune_text.main([*args, "--quantize", kind])
+    output = capsys.readouterr().out
+    before, after = stored(tensors(1), kind)
+    assert f"The base in {kind}: {before:,} bytes before, {after:,} after" in output
+    assert "Merged against adapted on 24 test rows: 100.00% the same" in output
+    assert ("restored in a new process" in output) == (kind == "nf4")
+    assert json.loads((tmp_path / "settings.json").read_text())["quantize"] == kind
+    finetune_text.main(["--predict", "a green bird", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.split("\n")
+    assert sorted(line.split()[1] for line in lines if line) == ["blue", "green", "red"]
+
+
+def test_quantized_base_holds_every_kernel_and_embedding_but_the_head(tmp_path, one_layer_bert, table):
+    args = [*own(one_layer_bert, table), "--quantize", "nf4"]
+    task = finetune_text.make_task(finetune_text.parse(args))
+    settings = finetune_text.make_settings("lora", 0, task, finetune_text.parse(args))
+    _, variables = finetune_text.load(task.directory, settings)
+    _, floats = finetune_text.load(task.directory, dataclasses.replace(settings, quantize=None))
+    head, base = variables["params"].pop("classifier"), variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, head, floats["params"].pop("classifier"))
+    kept = jax.tree.leaves(base, is_leaf=is_quantized)
+    wide = [leaf for leaf in jax.tree.leaves(floats["params"]) if leaf.ndim > 1]
+    assert sum(map(is_quantized, kept)) == len(wide) == 3 + 6
+    assert not any(leaf.ndim > 1 for leaf in kept if not is_quantized(leaf))
+
+
+def test_unfinished_run_on_another_base_is_not_mixed_in(tmp_path, one_layer_bert, table):
+    args = [*own(one_layer_bert, table), "--out", str(tmp_path)]
+    for there, now in ((None, "nf4"), ("nf4", "int8"), ("int8", None)):
+        parsed = finetune_text.parse([*args, *(["--quantize", there] if there else [])])
+        settings = finetune_text.make_settings("lora", 0, finetune_text.make_task(parsed), parsed)
+        training.prepare(tmp_path, settings, fresh=True)
+        message = rf"other settings \(quantize: {there!r} there, {now!r} now\)"
+        with pytest.raises(SystemExit, match=message):
+            finetune_text.main([*args, *(["--quantize", now] if now else [])])
+
+
+def test_compare_trains_the_rows_that_are_asked_for(tmp_path, one_layer_bert, table, capsys):
+    args = [*own(one_layer_bert, table), "--steps", "1", "--out", str(tmp_path), "--compare"]
+    finetune_text.main([*args, "--only", "lora-int8"])
+    assert [record["method"] for record in json.loads((tmp_path / "compare.json").read_text())] == ["lora-int8"]
+    with pytest.raises(SystemExit):
+        finetune_text.parse([*args, "--only", "lora-int7"])
+    assert "no row 'lora-int7'; expected some of head, lora, lora-nf4" in capsys.readouterr().err
