@@ -7,6 +7,7 @@ from lojax.adapters.rule import Rule
 from lojax.base.quantize import quantize
 from lojax.checkpoint.save_restore import read_metadata, restore, save
 from lojax.lowrank.merge import merge, requantization_loss, unmerge
+from lojax.quantized.quantized import Quantized
 from lojax.report.summary import summary
 from lojax.rewrite.transform import transform
 from lojax.training import remat
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Model",
+    "Quantized",
     "Rule",
     "combine",
     "eva",
