@@ -15,6 +15,11 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def var_type(var: Any) -> Any:
+    """The type of a variable or literal of a jaxpr: shape, dtype, sharding. `jax.typeof` takes values only."""
+    return var.aval
+
+
 def remove_dead_equations(closed: Any) -> Any:
     """``closed`` without the equations, inside bodies too, whose results nothing reads."""
     jaxpr, _ = opened(closed)

@@ -138,7 +138,7 @@ def rescale(lora: Params, factor: float) -> Params:
         The same arrays with other scales.
 
     Raises:
-        ValueError: ``factor`` is not a finite number, or a parameter is trained in full: there is no update to scale.
+        ValueError: ``factor`` is not a finite number, or a parameter is trained in full and so has no update to scale.
 
     >>> import lojax
     >>> _, lora = lojax.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, "w", rank=2, alpha=4)

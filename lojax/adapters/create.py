@@ -13,6 +13,7 @@ from jax.core import Tracer
 from lojax.adapters.adapter import Adapter, array_shapes, box_arrays
 from lojax.adapters.axes import Axes, check, convention, positions, size
 from lojax.adapters.initializers import STARTS_AT_ZERO, Site, initializer, key_for
+from lojax.adapters.leaves import check_finite
 from lojax.adapters.matrices import at_least_float32, column_squares, subtract_update
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import map_paths
@@ -155,23 +156,14 @@ def _check_base(path: Path, weight: Array | Quantized, rule: Rule) -> None:
             f"{path}: holds codes ({spec(weight)}), and base={rule.base!r} quantizes floating-point weights. Leave "
             "base= out."
         )
-    finite = jnp.isfinite(weight)
-    if not isinstance(finite, Tracer) and not bool(finite.all()):
-        raise ValueError(
-            f"{path}: {int((~finite).sum())} of the {finite.size} entries of the weight are not finite, and "
-            f"base={rule.base!r} quantizes it. Load it again."
-        )
-
-
-# At module level, so that weights of equal shapes are compiled once.
-_quantize_weight = jax.jit(quantize_weight, static_argnums=1)
+    check_finite(path, weight, f"base={rule.base!r} quantizes it", "Load it again.")
 
 
 def _quantize(weight: Array | Quantized, rule: Rule) -> Array | Quantized:
     """The weight as its rule wants it stored."""
     if rule.base is None or isinstance(weight, Quantized):  # by the start
         return weight
-    return _quantize_weight(weight, make_format(rule.base))
+    return quantize_weight(weight, make_format(rule.base))
 
 
 def _effective_weight(weight: Array | Quantized, adapter: Adapter) -> Array:

@@ -19,10 +19,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from lojax.adapters.adapter import array_shapes
 from lojax.adapters.axes import Axes, size
+from lojax.adapters.leaves import check_finite
 from lojax.adapters.loftq import STEPS, alternate, share_singular_values, truncated_svd
 from lojax.adapters.matrices import as_matrices, subtract_update, zero_above_rank
 from lojax.quantized.formats import Format
@@ -227,7 +227,8 @@ def initialize_from_weight(factorize: Factorize, *, subtract: bool = True) -> In
                 f'lojax.quantize, with base="{site.weight.kind}" to quantize what is left of each.'
             )
         if subtract:
-            _check_finite(site)
+            remedy = 'Repair the weight, or use init="kaiming".'
+            check_finite(site.path, site.weight, f"init={site.init!r} factorizes it", remedy)
         matrices = as_matrices(dense(site.weight), site.axes)
         keys = jax.random.split(key, matrices.shape[0])
         with jax.default_matmul_precision("highest"):
@@ -268,15 +269,6 @@ def _check_even(site: Site) -> None:
     if site.uneven or isinstance(site.scale, tuple):
         raise ValueError(
             f"{site.path}: init={site.init!r} gives every entry of a stack the same rank, got {site.ranks}."
-        )
-
-
-def _check_finite(site: Site) -> None:
-    finite = jnp.isfinite(site.weight)
-    if not isinstance(finite, Tracer) and not bool(finite.all()):
-        raise ValueError(
-            f"{site.path}: {int((~finite).sum())} of the {finite.size} entries of the weight are not finite, and "
-            f'init={site.init!r} factorizes it. Repair the weight, or use init="kaiming".'
         )
 
 

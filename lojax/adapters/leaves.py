@@ -5,12 +5,33 @@ from __future__ import annotations
 import numbers
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import unbox
 from lojax.text import spec
-from lojax.types import Leaf, Path
+from lojax.types import Array, Leaf, Path
+
+
+def check_finite(path: Path, weight: Array, purpose: str, remedy: str) -> None:
+    """Raises if a weight holds NaN or infinity. Tracers and shapes have no values, and pass.
+
+    Args:
+        path: Where it is.
+        weight: The weight.
+        purpose: What needs finite values, for the error.
+        remedy: What to do instead.
+    """
+    if isinstance(weight, (Tracer, jax.ShapeDtypeStruct)):
+        return
+    # Of the weight itself: what is computed of it, such as the largest value of a block, may pass over a NaN.
+    bad = int(jnp.sum(~jnp.isfinite(weight)))
+    if bad:
+        raise ValueError(
+            f"{path}: {bad} of the {weight.size} entries of the weight are not finite, and {purpose}. {remedy}"
+        )
 
 
 def check_leaf(path: Path, leaf: Leaf, tree: str) -> None:

@@ -8,6 +8,7 @@ Letters as in `lojax.adapters.matrices`: ``S`` entries of a stack, ``m`` in, ``n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from lojax.adapters.axes import Axes
 from lojax.adapters.matrices import as_matrices, from_matrices
 from lojax.quantized.formats import Format
-from lojax.quantized.quantized import Quantized
+from lojax.quantized.quantized import Quantized, quantize_weight
 from lojax.types import Array, Dtype
 
 STEPS = 5
@@ -54,7 +55,7 @@ def alternate(
         # From the factors as they are stored: what rounding takes from them, the quantized weight may hold.
         product = jnp.matmul(a.astype(matrices.dtype), b.astype(matrices.dtype), precision=lax.Precision.HIGHEST)
         remainder = from_matrices(matrices - scale * product, axes, w.shape, matrices.dtype)
-        quantized = Quantized(format.quantize(remainder), format, tuple(w.shape), jnp.dtype(w.dtype))
+        quantized = dataclasses.replace(quantize_weight(remainder, format), dtype=jnp.dtype(w.dtype))
         # The values that the net will multiply with, in the dtype of the weight.
         left, right = split(matrices - as_matrices(quantized.dense(), axes))
         return left.astype(dtype), right.astype(dtype), quantized

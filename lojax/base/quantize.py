@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
+from lojax.adapters.leaves import check_finite
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.rule import Rule, as_rules
@@ -15,7 +14,7 @@ from lojax.adapters.targets import match_rule
 from lojax.quantized.formats import KINDS, make_format
 from lojax.quantized.quantized import is_quantized, quantize_weight
 from lojax.text import spec, suggest
-from lojax.types import Array, Leaf, Params, Path
+from lojax.types import Leaf, Params, Path
 
 
 def quantize(params: Params, kind: str = "nf4", targets: Any = None, *, block: int = 64, double: bool = True) -> Params:
@@ -64,10 +63,9 @@ def quantize(params: Params, kind: str = "nf4", targets: Any = None, *, block: i
         if path not in chosen:
             return leaf
         weight = unbox(leaf)
-        if not isinstance(weight, Tracer):
-            _check_finite(path, weight)
+        check_finite(path, weight, "so would its scales be", "Load it again.")
         format = make_format(kind, block=block, double=double)
-        return rebox(leaf, jax.jit(quantize_weight, static_argnums=1)(weight, format))
+        return rebox(leaf, quantize_weight(weight, format))
 
     return map_paths(replace, params)
 
@@ -86,10 +84,3 @@ def _check(path: Path, leaf: Leaf) -> None:
         raise TypeError(
             f"{path}: holds {got}, and only floating-point weights can be quantized. Leave it out of targets."
         )
-
-
-def _check_finite(path: Path, weight: Array) -> None:
-    # Of the weight and not of the scales: the largest value of a block may pass over a NaN.
-    if isinstance(weight, jax.ShapeDtypeStruct) or bool(jnp.isfinite(weight).all()):
-        return
-    raise ValueError(f"{path}: the weight holds NaN or infinity, and so would its scales. Load it again.")

@@ -95,7 +95,7 @@ def effective_rank(values: np.ndarray) -> float:
 def singular_values(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
     """Those of ``scale * a @ b`` for ``a`` ``[..., m, r]`` and ``b`` ``[..., r, n]``, the product never materialized.
 
-    They are NaN if a factor holds NaN or infinity, for which there is no decomposition.
+    They are NaN if a factor holds NaN or infinity.
     """
     if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
         return np.full((1, 1), np.nan)

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -162,7 +161,6 @@ def _quantize_file(file: safetensors.File, chosen: Collection[str], format: Bloc
     for name, entry in file.entries.items():
         specs |= largest_specs(name, entry.shape, format) if name in chosen else {name: (entry.dtype, entry.shape)}
     parts: dict[str, np.ndarray] = {}
-    quantizer = jax.jit(quantize_weight, static_argnums=1)
 
     def produce(name: str) -> np.ndarray:
         if name in chosen:
@@ -172,7 +170,7 @@ def _quantize_file(file: safetensors.File, chosen: Collection[str], format: Bloc
                 raise ValueError(f"{file.path}: tensor {name!r} holds NaN or infinity. Fetch or save it again.")
             weight = jnp.asarray(tensor)
             del tensor  # JAX may have copied it
-            parts.update(to_tensors(name, quantizer(weight, format)))
+            parts.update(to_tensors(name, quantize_weight(weight, format)))
         return parts.pop(name) if name in parts else file.read(name)
 
     variable = {name for name in specs if weight_names([name])}

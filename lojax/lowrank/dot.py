@@ -82,7 +82,7 @@ class Dot:
         if strategy == "fused":
             in_fused = functools.partial(update, opaque=False)
             y = add_updates(
-                # The base below is frozen part and update in one, so there is no term to add. A gain still applies.
+                # The base below includes the update already, so there is no term to add. A gain still applies.
                 value.with_terms(()),
                 self.named_x,
                 self.out,

@@ -236,7 +236,7 @@ def opaque_product(
         inner_tangents: list[list[Array]] = [] if is_symbolic_zero(dx) else [down(dx, a)]
         if not all(is_symbolic_zero(d.array) for d in da):
             # `down` takes all factors at once (those of a group are joined along the rank), so a factor without a
-            # tangent has zeros here. Where none has one, there is no product at all.
+            # tangent gets zeros here. If no factor has one, the product is left out.
             moved = [
                 NamedArray(jnp.zeros_like(v.array), v.dims) if is_symbolic_zero(d.array) else d
                 for v, d in zip(a, da, strict=True)

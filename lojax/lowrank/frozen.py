@@ -154,11 +154,17 @@ class RecomputedWeight:
         return RecomputedWeight((self,), f) if isinstance(f, Step) else DenseWeight(f(self.dense()))
 
     def entries(self) -> FrozenWeight:
-        """The weight with steps that compute one entry, or its value where there is no such step."""
+        """The weight with steps for one entry, or its value as an array if a step has no form for one entry."""
         if self.compute.by_entry is None:
             return DenseWeight(self.dense())
-        entries = tuple(operand.entries() for operand in self.operands)
-        return RecomputedWeight(entries, self.compute.by_entry)
+
+        def entries_of(operand: FrozenWeight) -> FrozenWeight:
+            if operand.shape[:1] == self.shape[:1]:
+                return operand.entries()
+            # A scalar, or an array that repeats along the first axis: once for each entry.
+            return DenseWeight(jnp.broadcast_to(operand.dense(), (self.shape[0], *operand.shape[1:])))
+
+        return RecomputedWeight(tuple(map(entries_of, self.operands)), self.compute.by_entry)
 
     def product(self, f: Callable[..., Array], *operands: Array) -> Array:
         """``f`` of the value and the operands. For the backward pass, what is stored is saved, and not the value."""
@@ -228,7 +234,7 @@ def is_frozen(value: object) -> TypeGuard[DenseWeight | RecomputedWeight]:
 
 
 def recomputed(weight: FrozenWeight) -> RecomputedWeight:
-    """``weight`` in the form that puts off all that is done to it."""
+    """``weight`` in the form that defers all that is done to it."""
     return weight if isinstance(weight, RecomputedWeight) else RecomputedWeight((weight,), IDENTITY)
 
 

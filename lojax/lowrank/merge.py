@@ -120,8 +120,8 @@ def _refuse_codes(pair: tuple[dict[Path, Leaf], dict[Path, Leaf]]) -> None:
     for path, leaf in trained.items():
         if is_adapter(leaf) and not jnp.issubdtype(unbox(weights[path]).dtype, jnp.floating):
             raise ValueError(
-                f"{path}: holds codes ({spec(unbox(weights[path]))}) that the net dequantizes by itself, and the sum "
-                "with an update is no such code. Serve frozen and lora with model.apply, or merge into the float "
+                f"{path}: holds codes ({spec(unbox(weights[path]))}) that the net dequantizes by itself, and an "
+                "update cannot be added to codes. Serve frozen and lora with model.apply, or merge into the float "
                 "weights."
             )
 

@@ -17,9 +17,10 @@ class Step:
     Attributes:
         function: A function of arrays and of the options.
         options: The names and values of its options.
-        elementwise: Whether it computes each entry of the result from the same entry of operands of its shape.
+        elementwise: Whether it computes each entry of the result from the same entry of its
+            operands, which may repeat along axes.
         entry: If it is not elementwise: the step that computes one entry along the first axis of the result from the
-            same entry of each operand; None where there is no such step.
+            same entry of each operand; None if there is none.
     """
 
     function: Callable[..., Array]

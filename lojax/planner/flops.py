@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import jax
 
-from lojax.compat import opened
-from lojax.types import Eqn, Jaxpr, PyTree, Shape, Var
+from lojax.compat import opened, var_type
+from lojax.types import Eqn, Jaxpr, PyTree
 
 
 def count_flops(f: Callable[..., PyTree], *args: PyTree) -> int:
@@ -28,23 +28,20 @@ def _count(jaxpr: Jaxpr) -> int:
     return sum(_count_equation(eqn) for eqn in body.eqns)
 
 
-def _shape(var: Var) -> Shape:
-    return var.aval.shape  # type: ignore[attr-defined]  # AbstractValue does not declare it
-
-
 def _count_equation(eqn: Eqn) -> int:
     p, name = eqn.params, eqn.primitive.name
     if name == "dot_general":
         (contracted, _), _ = p["dimension_numbers"]
-        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(_shape(eqn.invars[0])[d] for d in contracted)
+        lhs = var_type(eqn.invars[0]).shape
+        return 2 * math.prod(var_type(eqn.outvars[0]).shape) * math.prod(lhs[d] for d in contracted)
     if {"x_dims", "y_dims"} <= p.keys():  # a product over named axes, see `lojax.lowrank.factor_product`
         length_by_name = {}
         for dims, var in zip((p["x_dims"], p["y_dims"]), eqn.invars, strict=True):
-            length_by_name |= dict(zip(dims, _shape(var), strict=True))
+            length_by_name |= dict(zip(dims, var_type(var).shape, strict=True))
         return 2 * math.prod(length_by_name.values())
     if name == "conv_general_dilated":
-        kernel, spec = _shape(eqn.invars[1]), p["dimension_numbers"].rhs_spec
-        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel[d] for d in spec[1:])
+        kernel, spec = var_type(eqn.invars[1]).shape, p["dimension_numbers"].rhs_spec
+        return 2 * math.prod(var_type(eqn.outvars[0]).shape) * math.prod(kernel[d] for d in spec[1:])
     if name == "cond":
         return max(_count(branch) for branch in p["branches"])
     inner = sum(_count(value) for value in p.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr"))

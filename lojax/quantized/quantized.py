@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -75,6 +76,8 @@ def dense(leaf: Array | Quantized) -> Array:
     return leaf.dense() if isinstance(leaf, Quantized) else leaf
 
 
+# At module level, so that weights of equal shapes are compiled once.
+@functools.partial(jax.jit, static_argnums=1)
 def quantize_weight(w: Array, format: Format) -> Quantized:
     """``w`` in a format."""
     return Quantized(format.quantize(w), format, tuple(w.shape), jnp.dtype(w.dtype))

@@ -102,11 +102,12 @@ class Report:
                     f"{weight.path} is never used by this program: its adapter gets no gradient. "
                     "Take it out of targets, or report on the inputs that use it."
                 )
-        for stored in sorted({weight.stored for weight in self.weights} - {""}):
-            count = sum(weight.stored == stored for weight in self.weights)
+        computed = [weight for weight in self.weights if weight.how not in ("materialized", "both", "unused")]
+        for stored in sorted({weight.stored for weight in computed} - {""}):
+            count = sum(weight.stored == stored for weight in computed)
             notes.append(
                 f"{count} of {len(self.weights)} adapted weights stored as {stored}: their values are computed at each "
-                "product, forward and backward, and never kept"
+                "product, forward and again backward, and not kept"
             )
         fused = " or fused" if any("fused" in weight.how for weight in self.weights) else ""
         return [*notes, f"{self.factored} of {len(self.weights)} adapted weights fully factored{fused}"]

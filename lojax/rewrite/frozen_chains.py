@@ -3,49 +3,51 @@
 A chain that changes values is not computed where the program says, but at each product that uses it, forward and
 again backward (`RecomputedWeight`). What JAX saves for the backward pass is then the leaf and not the result of the
 chain. A chain that only moves values (a transpose) is computed as it stands: XLA makes it part of the product.
+`chain_sources` finds the leaves that a chain leads from. In front of a function with a derivative of its own
+(`custom_jvp`, `custom_vjp`) and of a `shard_map`, a chain is computed as it stands as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal, Primitive
 
-from lojax.compat import opened, scan_counts
+from lojax.compat import var_type
 from lojax.lowrank import steps
-from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight, is_frozen, recomputed, slice_entry
+from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight, is_frozen, slice_entry
 from lojax.lowrank.lookup import Lookup
 from lojax.lowrank.steps import Step
 from lojax.lowrank.value import LowRank
-from lojax.rewrite.primitives import ARITHMETIC, CALLS, CASTS, CHAINED, MOVES, MULTIPLICATIONS
-from lojax.types import Array, Eqn, Jaxpr, Shape, Var
+from lojax.rewrite.primitives import ARITHMETIC, CASTS, CHAINED, MOVES
+from lojax.types import Array, Eqn
 
 Value: TypeAlias = Any
 """The value of a variable: an array, a `LowRank`, or a frozen weight without an update."""
 
-WORTHWHILE = 1024
-"""The entries of the largest leaf of a chain that is put off. Below, the result may as well be saved."""
+Constant: TypeAlias = tuple[int, np.dtype, bytes]
+"""A number in an equation: its position, dtype and bytes. Its value would not do: to Python 0.0 equals -0.0."""
 
 
 def evaluate_chained(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
-    """The result of an equation on frozen weights alone, put off; None if the equation belongs to no chain."""
+    """The result of an equation on frozen weights alone, deferred; None if the equation belongs to no chain."""
     if (entry := pick_entry(eqn, operands)) is not None:
         return entry
     if eqn.primitive.name not in CHAINED or len(eqn.outvars) != 1:
         return None
     weights: list[FrozenWeight] = []
-    literals: list[tuple[int, Hashable]] = []
+    literals: list[Constant] = []
     for i, (var, value) in enumerate(zip(eqn.invars, operands, strict=True)):
         if is_frozen(value):
             weights.append(value)
         elif isinstance(var, Literal):
-            literals.append((i, cast(Hashable, np.asarray(value)[()])))  # a NumPy scalar
+            number = np.asarray(value, var_type(var).dtype)
+            literals.append((i, number.dtype, number.tobytes()))
         elif isinstance(value, Tracer):
             return None
         else:  # a constant of the program, such as a code book
@@ -104,11 +106,11 @@ def pick_entry(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
     return slice_entry(weight, index, lambda w: eqn.primitive.bind(w, *starts, **p))
 
 
-def equation_step(eqn: Eqn, literals: tuple[tuple[int, Hashable], ...] = ()) -> Step | None:
+def equation_step(eqn: Eqn, literals: tuple[Constant, ...] = ()) -> Step | None:
     """An equation of a chain as a step; None if it has parameters that cannot be compared."""
     name, p = eqn.primitive.name, eqn.params
     if name in MOVES and len(eqn.invars) == 1 and p.get("sharding") is None:
-        old = _shape(eqn.invars[0])
+        old = var_type(eqn.invars[0]).shape
         if name == "transpose":
             return steps.transpose(p["permutation"])
         if name == "squeeze":
@@ -126,115 +128,19 @@ def equation_step(eqn: Eqn, literals: tuple[tuple[int, Hashable], ...] = ()) -> 
     return Step(_bind, options, elementwise=name in (*CASTS, *ARITHMETIC))
 
 
-def _shape(var: Var) -> Shape:
-    return var.aval.shape  # type: ignore[attr-defined]  # AbstractValue does not declare it
-
-
 def _bind(
     *arrays: Array,
     primitive: Primitive,
     params: tuple[tuple[str, Any], ...],
-    literals: tuple[tuple[int, Any], ...],
+    literals: tuple[Constant, ...],
 ) -> Array:
     operands = list(arrays)
-    for i, value in literals:
-        operands.insert(i, value)
+    for i, dtype, data in literals:
+        operands.insert(i, np.frombuffer(data, dtype)[0])
     return primitive.bind(*operands, **dict(params))
 
 
-# --- which leaves a program uses through a chain ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a variable is made of, if it is made of frozen leaves alone.
-
-    Attributes:
-        leaves: The numbers of the leaves.
-        changed: Whether their values were changed, and not only moved.
-    """
-
-    leaves: frozenset[int]
-    changed: bool = False
-
-
-def put_off_chains(jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
-    """``values``, the inputs of ``jaxpr``; those that a chain leads from are put off, other frozen weights are arrays.
-
-    An adapted weight keeps its update; only its frozen part is put off.
-    """
-    weights = [value.frozen if isinstance(value, LowRank) and not value.probe else value for value in values]
-    size_of = {i: math.prod(weight.shape) for i, weight in enumerate(weights) if isinstance(weight, DenseWeight)}
-    chains: set[frozenset[int]] = set()
-    _follow(jaxpr, [Source(frozenset([i])) if i in size_of else None for i in range(len(values))], chains)
-    chained = {i for leaves in chains if max(size_of[i] for i in leaves) >= WORTHWHILE for i in leaves}
-
-    def put_off(i: int, value: Value) -> Value:
-        if isinstance(value, LowRank):
-            return value.with_frozen(recomputed(value.frozen)) if i in chained else value
-        if isinstance(value, DenseWeight) and i not in chained:
-            return value.array
-        return value
-
-    return [put_off(i, v) for i, v in enumerate(values)]
-
-
-def _follow(jaxpr: Jaxpr, sources: Sequence[Source | None], chains: set[frozenset[int]]) -> list[Source | None]:
-    """The sources of the outputs of ``jaxpr``. The leaves that reach a product changed are added to ``chains``."""
-    jaxpr, _ = opened(jaxpr)
-    source_of: dict[Any, Source] = {v: s for v, s in zip(jaxpr.invars, sources, strict=True) if s is not None}
-    constants = set(jaxpr.constvars)
-
-    def read(variables: Sequence[Any]) -> list[Source | None]:
-        return [None if isinstance(v, Literal) else source_of.get(v) for v in variables]
-
-    for eqn in jaxpr.eqns:
-        inputs = read(eqn.invars)
-        if not any(inputs):
-            continue
-        name = eqn.primitive.name
-        if name in MULTIPLICATIONS:
-            chains.update(s.leaves for s in inputs if s is not None and s.changed)
-        elif name in CHAINED:
-            free = [isinstance(v, Literal) or v in constants for v in eqn.invars]
-            if all(s is not None or is_free for s, is_free in zip(inputs, free, strict=True)):
-                made_of = [s for s in inputs if s is not None]
-                changed = name not in MOVES or any(s.changed for s in made_of)
-                source_of[eqn.outvars[0]] = Source(frozenset().union(*(s.leaves for s in made_of)), changed)
-        else:
-            outputs = _follow_bodies(eqn, inputs, chains)
-            source_of |= {v: s for v, s in zip(eqn.outvars, outputs, strict=True) if s is not None}
-    return read(jaxpr.outvars)
-
-
-def _follow_bodies(eqn: Eqn, inputs: Sequence[Source | None], chains: set[frozenset[int]]) -> list[Source | None]:
-    """The sources of the outputs of an equation with bodies."""
-    name, p = eqn.primitive.name, eqn.params
-    none: list[Source | None] = [None] * len(eqn.outvars)
-    if name in CALLS:
-        return _follow(p["call_jaxpr" if "call_jaxpr" in p else "jaxpr"], inputs, chains)
-    if name == "cond":
-        for branch in p["branches"]:
-            _follow(branch, inputs[1:], chains)
-    elif name == "scan":
-        num_consts, num_carry = scan_counts(p)
-        _follow_loop(p["jaxpr"], inputs, num_consts, num_carry, chains)
-    elif name == "while":
-        num_cond = p["cond_nconsts"]
-        _follow_loop(p["body_jaxpr"], inputs[num_cond:], p["body_nconsts"], len(eqn.outvars), chains)
-    return none
-
-
-def _follow_loop(
-    body: Jaxpr, inputs: Sequence[Source | None], num_consts: int, num_carry: int, chains: set[frozenset[int]]
-) -> None:
-    """Follows what a loop does not change: constants, entries, and carries that come out as they go in."""
-    opened_body, _ = opened(body)
-    sources = list(inputs)
-    for i in range(num_carry):
-        if opened_body.outvars[i] is not opened_body.invars[num_consts + i]:
-            sources[num_consts + i] = None
-    _follow(body, sources, chains)
+# --- products ---
 
 
 def read_gather(eqn: Eqn, indices: Array, bind: Callable[..., Array]) -> Lookup:

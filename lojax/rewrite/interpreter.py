@@ -1,7 +1,7 @@
 """The evaluator: runs a jaxpr with low-rank values where its adapted weights were.
 
 An equation without a low-rank operand is bound unchanged. For the others, one table maps the primitive to a rule (see
-`rules`); where there is no rule, or the rule finds no factored form, that one use is materialized.
+`rules`). A use without a rule, or for which the rule finds no factored form, is materialized.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from lojax.compat import remove_dead_equations
 from lojax.lowrank.frozen import frozen_weight, is_frozen
 from lojax.lowrank.strategy import check_execution
 from lojax.lowrank.value import LowRank, from_adapter
+from lojax.rewrite.chain_sources import defer_chains
 from lojax.rewrite.constant_base import warn_if_frozen_is_constant
-from lojax.rewrite.frozen_chains import put_off_chains
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.rewrite.rules import RULES
@@ -159,7 +159,7 @@ def evaluate(
     # The interpreter binds every equation, so a dead one would cost time outside of jit, count as a use in reports, and
     # might raise in strict mode.
     program = remove_dead_equations(jax.make_jaxpr(flat)(jax.tree.unflatten(tree, avals)))
-    outputs = interpreter.run(program, put_off_chains(program, values))
+    outputs = interpreter.run(program, defer_chains(program, values))
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)
 

@@ -177,7 +177,7 @@ def test_derivatives_forward_and_of_second_order():
 
 
 def test_a_net_without_a_chain_is_the_same_program():
-    """A weight that is moved and not changed is not put off, and nothing is added to the program."""
+    """A weight that is moved and not changed is not deferred, and nothing is added to the program."""
 
     def net(p, x):
         return jnp.tanh(x @ p["w"][0]) @ p["v"][0].T

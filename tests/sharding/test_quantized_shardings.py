@@ -67,4 +67,4 @@ def test_the_report_says_how_weights_are_stored():
     frozen, lora = model.init(jax.random.key(0), lojax.quantize(params(), "int8", "out"), jnp.ones((2, 128)))
     text = str(model.report(frozen, lora, jnp.ones((2, 128))))
     assert "1 of 2 adapted weights stored as int8 (8.25 bits)" in text
-    assert "never kept" in text
+    assert "not kept" in text

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lojax.compat import var_type
 from lojax.lowrank import carriers, combine
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, has_explicit_sharding
@@ -18,7 +19,7 @@ from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.frozen_chains import Value, equation_step, pick_entry
 from lojax.rewrite.interpreter import Interpreter, bind, bind_one
 from lojax.rewrite.rules.table import Table, registrar
-from lojax.types import Array, Eqn, Shape, Var
+from lojax.types import Array, Eqn, Var
 
 RULES: Table = {}
 rule = registrar(RULES)
@@ -33,7 +34,7 @@ def _bind_frozen(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight:
 
 
 def _step(eqn: Eqn) -> Callable[[Array], Array]:
-    """An equation of one operand as a function of it: a `Step` where it can be one, which a weight can put off."""
+    """An equation of one operand as a function of it: a `Step` where it can be one, which a weight can defer."""
     return equation_step(eqn) or (lambda w: bind_one(eqn, w))
 
 
@@ -216,7 +217,7 @@ def _varying_axes(interp: Interpreter, var: Var) -> Axes:
     """The axes along which an array may vary. If broadcasts and casts made it, those of what they began with only."""
     # jnp broadcasts a scale or a predicate to the shape of the weight before the equation, and vmap broadcasts it once
     # more. By its shape alone it would differ from element to element, for which there is no factored form.
-    shape = _shape(var)
+    shape = var_type(var).shape
     producer = interp.producer(var)
     made_by = None if producer is None else producer.primitive.name
     if producer is not None and made_by == "convert_element_type":
@@ -224,12 +225,8 @@ def _varying_axes(interp: Interpreter, var: Var) -> Axes:
     if producer is None or made_by != "broadcast_in_dim":
         return tuple(d for d, n in enumerate(shape) if n != 1)
     operand = producer.invars[0]
-    varying, old = _varying_axes(interp, operand), _shape(operand)
+    varying, old = _varying_axes(interp, operand), var_type(operand).shape
     return tuple(d for i, d in enumerate(_broadcast_axes(producer)) if i in varying and old[i] == shape[d])
-
-
-def _shape(var: Var) -> Shape:
-    return var.aval.shape  # type: ignore[attr-defined]  # AbstractValue does not declare it
 
 
 # --- arithmetic that is linear in the weight ---

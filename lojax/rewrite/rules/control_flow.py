@@ -16,7 +16,8 @@ from lojax.compat import opened, scan_counts, unspecified_sharding
 from lojax.lowrank.frozen import DenseWeight, RecomputedWeight, is_frozen
 from lojax.lowrank.named_array import NamedArray
 from lojax.lowrank.value import LowRank
-from lojax.rewrite.frozen_chains import WORTHWHILE, Value
+from lojax.rewrite.chain_sources import WORTHWHILE
+from lojax.rewrite.frozen_chains import Value
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.recorder import Use
 from lojax.rewrite.rules.table import Table, registrar
