@@ -3,7 +3,10 @@
 from lojax import peft, sharding
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
+from lojax.adapters.bank import Bank
+from lojax.adapters.conform import conform
 from lojax.adapters.rule import Rule
+from lojax.adapters.stack import stack, unstack
 from lojax.base.quantize import quantize
 from lojax.checkpoint.save_restore import read_metadata, restore, save
 from lojax.lowrank.merge import merge, requantization_loss, unmerge
@@ -20,10 +23,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Bank",
     "Model",
     "Quantized",
     "Rule",
     "combine",
+    "conform",
     "eva",
     "init",
     "lora_ga",
@@ -39,10 +44,12 @@ __all__ = [
     "restore",
     "save",
     "sharding",
+    "stack",
     "subtract",
     "summary",
     "transform",
     "unmerge",
+    "unstack",
     "wrap",
 ]
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 from flax import nnx
 
+from lojax.adapters.bank import Bank
 from lojax.adapters.create import check_key, create
 from lojax.adapters.leaves import check_leaf
 from lojax.adapters.paths import flatten
@@ -24,7 +25,10 @@ from lojax.nets.nnx import NNXNet
 from lojax.report.execution import Report, report
 from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
-from lojax.rewrite.transform import trace_abstractly, trace_uses, transform
+from lojax.rewrite.batch_axes import BatchAxes
+from lojax.rewrite.evaluate import trace_abstractly
+from lojax.rewrite.mixed_batch import MixedBatch, check_bank, one_entry
+from lojax.rewrite.transform import trace_uses, transform
 from lojax.text import check_flags
 from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
 
@@ -88,22 +92,46 @@ class Model:
         return summary(*trace_abstractly(start, params, args, kwargs))
 
     def apply(
-        self, frozen: Params, lora: Params, *args: object, dropout_key: Key | None = None, **kwargs: object
+        self,
+        frozen: Params,
+        lora: Params | Bank | None,
+        *args: object,
+        dropout_key: Key | None = None,
+        adapter: Any = None,
+        batch_axes: BatchAxes = 0,
+        check_rows: bool = True,
+        **kwargs: object,
     ) -> PyTree:
         """What the net returns, computed with the adapted weights.
 
+        With a `lojax.Bank` and ``adapter=``, each row of the batch has its own adapter. Each row is computed as a batch
+        of one, with one program and one product of all rows for each frozen weight, so the net must not let rows meet
+        (batch statistics in training, experts of limited capacity). A single PRNG key among the arguments is folded
+        with the number of the row.
+
         Args:
             frozen: The frozen tree. No gradient flows to it.
-            lora: The trained tree. Differentiate with respect to this one.
+            lora: The trained tree. Differentiate with respect to this one. A `lojax.Bank` where ``adapter=`` says which
+                row uses which adapter. None for the base alone, ``frozen`` as it is.
             *args: What the net's own apply takes after its parameters; never traced by lojax.
             dropout_key: A PRNG key for dropout on the adapters' inputs; without one there is no such dropout.
+            adapter: Integers ``[batch]``, the number of the adapter of each row, or their names; -1 (or None among
+                names) is the base alone. Or floats ``[batch, N]``, the weights of the N updates for each row. A single
+                number or name is the adapter of the whole batch. Under `jit`, where numbers cannot be checked, one out
+                of range gives NaN.
+            batch_axes: Where the rows are in the arguments, with ``adapter=``: an axis; or one for each positional
+                argument; or a dict by position or keyword, 0 for what is not in it. None is an argument that all rows
+                share, and in place of an axis there may be a tree of axes for an argument that is a tree. Scalars are
+                shared. Where they are in the outputs is found by a trace.
+            check_rows: Whether to refuse a net in which rows meet, with ``adapter=``, as far as a trace shows it.
             **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``; NNX: ``mutable=``, ``state=``,
                 ``method=``, see `lojax.nets.nnx.NNXNet.apply`).
         """
         net = lambda params, *args, **kwargs: self.net.apply(params, *args, **kwargs)
         net.__name__ = net.__qualname__ = self.net.name  # tracer errors and profiles show it
         adapted = transform(net, strict=self.strict, execution=self.execution)
-        return adapted(frozen, lora, *args, dropout_key=dropout_key, **kwargs)
+        choice = {"adapter": adapter, "batch_axes": batch_axes, "check_rows": check_rows}
+        return adapted(frozen, lora, *args, dropout_key=dropout_key, **choice, **kwargs)
 
     def merge(
         self,
@@ -150,11 +178,21 @@ class Model:
         """The parameters that the net holds. A net that holds none raises `AttributeError`."""
         return self.net.params
 
-    def report(self, frozen: Params, lora: Params, *args: object, **kwargs: object) -> Report:
-        """How each adapted weight is executed for these inputs (shapes are enough)."""
+    def report(
+        self,
+        frozen: Params,
+        lora: Params | Bank,
+        *args: object,
+        adapter: Any = None,
+        batch_axes: BatchAxes = 0,
+        check_rows: bool = True,
+        **kwargs: object,
+    ) -> Report:
+        """How each adapted weight is executed for these inputs (shapes are enough); ``adapter=`` as in `apply`."""
+        mixed = None if adapter is None else MixedBatch(check_bank(lora), adapter, batch_axes, check_rows)
         observe = bind_named_axes(self.net.observe)
-        uses = trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution)
-        return report(frozen, lora, uses)
+        uses = trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution, mixed=mixed)
+        return report(frozen, lora if mixed is None else one_entry(lora), uses)
 
 
 @explain_unknown_arguments

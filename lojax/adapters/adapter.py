@@ -17,6 +17,25 @@ from lojax.adapters.metadata import rebox, unbox
 from lojax.types import Array, Leaf, Shape
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is static about one adapter of a stack of adapters, where the stack holds its arrays.
+
+    Attributes:
+        scale: As in `Adapter`.
+        rank: Its own rank; the stack pads it with zeros to the largest.
+        dropout: As in `Adapter`.
+        ranks: As in `Adapter`.
+        requested_rank: As in `Adapter`.
+    """
+
+    scale: float | tuple[float, ...]
+    rank: int
+    dropout: float = 0.0
+    ranks: tuple[int, ...] | None = None
+    requested_rank: int | None = None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -50,6 +69,8 @@ class Adapter:
             ``"lora_ga"``). The adapter then belongs to that weight, not to the pretrained one. None for the others.
         frozen_a: Whether ``a`` stays as it is (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): no gradient reaches
             it, and the input of the weight is not kept for the backward pass. `lojax.optimizer` does not update it.
+        entries: In a `lojax.Bank`, where every array has one more axis in front: what is static about each adapter of
+            the stack, and None for one that does not adapt this weight. None for a single adapter.
     """
 
     # An array field says which axes it has, by their role in the weight; "rank" and "tokens" are its own. All code
@@ -66,6 +87,7 @@ class Adapter:
     requested_rank: int | None = dataclasses.field(default=None, metadata={"static": True})
     moved_base: str | None = dataclasses.field(default=None, metadata={"static": True})
     frozen_a: bool = dataclasses.field(default=False, metadata={"static": True})
+    entries: tuple[Entry | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def rank(self) -> int:
@@ -227,13 +249,19 @@ _STATIC = [field for field in dataclasses.fields(Adapter) if field.metadata.get(
 
 def _serialize_static(values: tuple[Any, ...]) -> bytes:
     fields = dict(zip((field.name for field in _STATIC), values, strict=True))
-    return json.dumps(fields, default=float).encode()
+    return json.dumps(fields, default=lambda x: vars(x) if isinstance(x, Entry) else float(x)).encode()
 
 
 def _deserialize_static(data: bytes) -> tuple[Any, ...]:
     fields = json.loads(data)
     values = (fields.get(field.name, field.default) for field in _STATIC)
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return Entry(**{name: restore(x) for name, x in value.items()})
+        return tuple(map(restore, value)) if isinstance(value, list) else value
+
+    return tuple(map(restore, values))
 
 
 serialization.register_serialization_state(Adapter, _to_state_dict, _from_state_dict)

@@ -12,10 +12,9 @@ from jax.core import Tracer
 from lojax.adapters.adapter import Adapter, is_adapter, scale_update
 from lojax.adapters.initializers import key_for
 from lojax.adapters.matrices import factor_matrices, pad_rank, truncate_rank, unify_scale_and_rank, with_factors
-from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.paths import check_same_structure, flatten, map_paths
 from lojax.adapters.rule import is_finite, is_integer
 from lojax.adapters.task_vectors import prune_and_sum
-from lojax.adapters.trees import check_same_structure
 from lojax.text import suggest
 from lojax.types import Array, Key, Leaf, Params, Path
 

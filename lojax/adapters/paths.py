@@ -14,7 +14,7 @@ import jax
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.metadata import is_box
 from lojax.quantized.quantized import is_quantized
-from lojax.types import Leaf, Path, PyTree
+from lojax.types import Leaf, Params, Path, PyTree
 
 
 def is_leaf(node: object) -> bool:
@@ -78,3 +78,30 @@ def map_paths(f: Callable[..., Leaf], tree: PyTree, *rest: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda keys, *leaves: f(path_of(keys), *leaves), tree, *rest, is_leaf=is_leaf
     )
+
+
+def check_same_structure(
+    frozen: Params, lora: Params, *, name: str = "frozen", other: str = "lora"
+) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
+    """Both trees by path, or an error unless they have the same paths in the same containers. Both may hold adapters.
+
+    Args:
+        frozen: The tree that goes with ``lora``.
+        lora: The trained tree.
+        name: What to call the first one.
+        other: What to call the second one.
+    """
+    weights, trained = flatten(frozen), flatten(lora)
+    for path in (*weights, *trained):
+        if path not in weights or path not in trained:
+            missing, holder = (other, name) if path in weights else (name, other)
+            raise ValueError(
+                f"{name} and {other} have different structure: {path} is in {holder} but not in {missing}. "
+                "Use the pair that one init (or restore onto the same frozen) returned."
+            )
+    if jax.tree.structure(frozen, is_leaf=is_leaf) != jax.tree.structure(lora, is_leaf=is_leaf):
+        raise ValueError(
+            f"{name} and {other} have the same paths in different containers (such as a dict against a FrozenDict, or "
+            "a list against a tuple). Convert one, or use the pair that one init returned."
+        )
+    return weights, trained

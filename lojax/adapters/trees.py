@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import size
+from lojax.adapters.bank import is_bank
 from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten, is_leaf
+from lojax.adapters.paths import check_same_structure, flatten
 from lojax.text import spec
 from lojax.types import Leaf, Params, Path, PyTree, Shape
 
@@ -43,30 +44,15 @@ def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tu
     return check_same_structure(frozen, lora, name=name)
 
 
-def check_same_structure(
-    frozen: Params, lora: Params, *, name: str = "frozen"
-) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
-    """`check_structure` for two trees that may both hold adapters."""
-    weights, trained = flatten(frozen), flatten(lora)
-    for path in (*weights, *trained):
-        if path not in weights or path not in trained:
-            missing, holder = ("lora", name) if path in weights else (name, "lora")
-            raise ValueError(
-                f"{name} and lora have different structure: {path} is in {holder} but not in {missing}. "
-                "Use the pair that one init (or restore onto the same frozen) returned."
-            )
-    if jax.tree.structure(frozen, is_leaf=is_leaf) != jax.tree.structure(lora, is_leaf=is_leaf):
-        raise ValueError(
-            f"{name} and lora have the same paths in different containers (such as a dict against a FrozenDict, or a "
-            "list against a tuple). Convert one, or use the pair that one init returned."
-        )
-    return weights, trained
-
-
 def _check_places(
     frozen: Params, lora: Params, weights: Mapping[Path, Leaf], trained: Mapping[Path, Leaf], name: str
 ) -> None:
     """Raises if an argument is in the place of another one, which the first differing path would not show."""
+    if is_bank(lora):
+        raise ValueError(
+            f"lora is a stack of {len(lora)} adapters: index one, as bank[0], or say which row uses which with "
+            "apply(..., adapter=ids)."
+        )
     if weights.keys() != trained.keys():
         for argument, tree in ((name, frozen), ("lora", lora)):
             if type(tree) is tuple and len(tree) == 2 and _holds_adapters(tree[1]) and not _holds_adapters(tree[0]):
@@ -106,6 +92,11 @@ def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
             f"{path}: a weight of shape {shape} with axes {adapter.axes} needs an adapter of "
             f"shapes {_join(expected[name] for name in got)}, got {_join(got.values())}. "
             "Were these params, or this adapter, made for another model?"
+        )
+    if len({entry.scale for entry in adapter.entries or () if entry is not None}) > 1:
+        raise ValueError(
+            f"{path}: this is one adapter of a bank whose adapters have different scales, and which one is not known "
+            "here. Map over bank.for_vmap(), whose b holds the scales, or pass apply(frozen, bank, x, adapter=ids)."
         )
     entries = size(adapter.axes, shape, "stack")
     if isinstance(adapter.scale, tuple) and len(adapter.scale) != entries:

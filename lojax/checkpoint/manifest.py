@@ -31,8 +31,12 @@ _DTYPE = re.compile(r"bool|u?int\d+|b?float\d+(_\w+)?|complex\d+")
 _ALWAYS_WRITTEN = ("scale", "axes", "dropout")
 _FOR_READERS = ("rank", "alpha", "scaling", "weight")
 
-STATIC_FIELDS = {field.name: field.default for field in dataclasses.fields(Adapter) if field.metadata.get("static")}
-"""The fields of `Adapter` that are written as JSON, with their defaults."""
+STATIC_FIELDS = {
+    field.name: field.default
+    for field in dataclasses.fields(Adapter)
+    if field.metadata.get("static") and field.name != "entries"
+}
+"""The fields of `Adapter` that are written as JSON, with their defaults; adapters of a bank are written one by one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,7 @@ def reshape(value: LowRank, shape: Sequence[int]) -> LowRank:
     arrays = [_reshape_array(value, x, groups, shape, factor_axes) for term in value.terms for x in term]
     if value.gain is not None:  # it repeats along every axis that it does not have, so it may take on any
         arrays.append(_reshape_array(value, value.gain, groups, shape, set()))
+    arrays += [value.mix] if value.mix is not None else []
     return value.map_frozen(steps.reshape(value.shape, shape)).with_named_arrays(arrays)
 
 

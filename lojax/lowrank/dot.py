@@ -62,7 +62,7 @@ class Dot:
         update = sum(term_flops(self.named_x, term, self.out) for term in completed(value).terms)
         base = multiply_flops(self.named_x, NamedArray(value.frozen, tuple(range(value.ndim))))
         work = Work(base, update, 2 * value.size * value.terms[0][0].size(RANK))
-        if len(value.terms) > 1 or value.dropout is not None or not value.fusible:
+        if len(value.terms) != 1 or value.dropout is not None or not value.fusible:
             return work, "factored"
         dtypes = (value.frozen.dtype, self.x.dtype, self.dtype or self.x.dtype)
         return work, choose_strategy(execution, work, dtypes=dtypes, precision=self.precision)

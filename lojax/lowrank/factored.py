@@ -80,16 +80,21 @@ def add_updates(
     if precomputed is not None:
         y = y + precomputed
     else:
-        for term in value.terms:
+        for i, term in enumerate(value.terms):
             own = None if x is None else (x.array if factor_input is None else factor_input)
             if own is not None and dropout is not None:
                 own = drop_out(own, dropout.key, dropout.rate)
-            y = y + update(own, term, y, tap)
+            y = y + update(own, term, y, _mixed(tap, value.mix) if i == 0 and value.mix is not None else tap)
     return y if gain is None else apply_gain(y, gain, out)
 
 
 def _identity(inner: Array) -> Array:
     return inner
+
+
+def _mixed(tap: Tap, mix: NamedArray) -> Tap:
+    """``tap``, and then the entries along the rank times ``mix``. The rank is the last axis of ``x a``."""
+    return lambda inner: tap(inner) * mix.array.astype(inner.dtype)
 
 
 def apply_gain(y: Array, gain: NamedArray, dims: Sequence[Name]) -> Array:

@@ -62,7 +62,8 @@ class Dropout:
 class LowRank:
     """A frozen weight plus a low-rank update.
 
-    A variant of LoRA adds `dropout` on the input of the update, `tap` between its factors, or `gain` on the sum.
+    A variant of LoRA adds `dropout` on the input of the update, `tap` or `mix` between its factors, or `gain` on the
+    sum.
     `factored.add_updates` applies all of them, for every kind of product.
 
     Attributes:
@@ -71,6 +72,8 @@ class LowRank:
         path: The path of the weight, for reports and errors.
         dropout: The dropout on the input of the update, or None.
         gain: What multiplies the sum of frozen part and update, along some axes of the value (DoRA); None for 1.
+        mix: ``[r]``, what multiplies the entries of ``x a`` of the first term: the weights of the adapters that lie
+            side by side there (see `bank_value`); None for 1. `absorb_mix` multiplies it into the factor instead.
         probe: Whether the value only shows how the weight is used (see `lojax.rewrite.axis_inference`).
         fusible: Whether a product may be fused. Not where ``a`` is frozen: the fused product saves the activation for
             the backward pass, and the factored one then does not.
@@ -83,6 +86,7 @@ class LowRank:
     path: Path = dataclasses.field(metadata={"static": True})
     dropout: Dropout | None = None
     gain: NamedArray | None = None
+    mix: NamedArray | None = None
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
     fusible: bool = dataclasses.field(default=True, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -110,14 +114,23 @@ class LowRank:
 
     @property
     def named_arrays(self) -> list[NamedArray]:
-        """Every array besides the frozen part: the factors of all terms, and the gain where there is one."""
-        return [x for term in self.terms for x in term] + ([] if self.gain is None else [self.gain])
+        """Every array besides the frozen part: the factors of all terms, and the gain and the mix where there are."""
+        return [x for term in self.terms for x in term] + [x for x in (self.gain, self.mix) if x is not None]
 
     def with_named_arrays(self, arrays: Sequence[NamedArray]) -> LowRank:
         """The same value with other `named_arrays`, in the same order."""
         following = iter(arrays)
         terms = tuple(tuple(next(following) for _ in term) for term in self.terms)
-        return dataclasses.replace(self, terms=terms, gain=None if self.gain is None else next(following))
+        gain = None if self.gain is None else next(following)
+        return dataclasses.replace(self, terms=terms, gain=gain, mix=None if self.mix is None else next(following))
+
+    def absorb_mix(self) -> LowRank:
+        """The same value without a `mix`: its first factor is multiplied instead."""
+        if self.mix is None:
+            return self
+        (first, *rest), *others = self.terms
+        first = NamedArray(first.array * self.mix.broadcastable(first.dims).astype(first.array.dtype), first.dims)
+        return dataclasses.replace(self, terms=((first, *rest), *others), mix=None)
 
     def with_terms(self, terms: tuple[Term, ...]) -> LowRank:
         """The same frozen part with other updates."""
@@ -138,7 +151,7 @@ class LowRank:
     def dense(self) -> Array:
         """``w + a b``, the update in float32 (or wider), cast once to the dtype of ``w``."""
         w = self.frozen.dense()
-        return w if self.probe else self._add_update(w)
+        return w if self.probe else self.absorb_mix()._add_update(w)
 
     def _add_update(self, w: Array) -> Array:
         wide = at_least_float32(w.dtype)
@@ -193,7 +206,7 @@ def from_adapter(path: Path, weight: FrozenWeight, adapter: Adapter, *, key: Key
         # Token rows are an update of rank k whose first factor picks the k rows. As one more term it needs no rule of
         # its own: products, look-ups and merges treat it like any other.
         rows = unbox(adapter.rows)
-        picks = jax.nn.one_hot(jnp.array(adapter.tokens), weight.shape[ins[0]], dtype=rows.dtype, axis=0)
+        picks = pick_rows(adapter, weight.shape[ins[0]], rows.dtype)
         terms.append((NamedArray(picks, (*ins, RANK)), NamedArray(rows, (RANK, *outs))))
     tap = isinstance(adapter, SecondMomentProbe)
     value = LowRank(
@@ -215,6 +228,11 @@ def from_adapter(path: Path, weight: FrozenWeight, adapter: Adapter, *, key: Key
     # gradient of the magnitude NaN, since the derivative of the outer one multiplies it by zero.
     gain = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
     return dataclasses.replace(value, gain=NamedArray(gain, dims))
+
+
+def pick_rows(adapter: Adapter, length: int, dtype: Dtype) -> Array:
+    """The one-hot columns ``[length, k]`` of the token rows of an adapter."""
+    return jax.nn.one_hot(jnp.array(adapter.tokens), length, dtype=dtype, axis=0)
 
 
 def _broadcast_scale(adapter: Adapter, b: Array) -> Array:

@@ -22,9 +22,9 @@ from lojax.lowrank.frozen import FrozenWeight, frozen_weight
 from lojax.lowrank.named_array import RANK, NamedArray
 from lojax.lowrank.value import PATH_SEPARATOR, LowRank
 from lojax.quantized.quantized import is_quantized
+from lojax.rewrite.evaluate import evaluate, trace_abstractly
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.rules import RULES
-from lojax.rewrite.transform import evaluate, trace_abstractly
 from lojax.types import Leaf, Params, Path, PyTree
 
 

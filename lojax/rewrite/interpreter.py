@@ -23,7 +23,7 @@ from lojax.lowrank.strategy import Product
 from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.activations import Activations
 from lojax.rewrite.frozen_chains import Value, evaluate_chained, evaluate_pending, multiply_frozen, settle_pending
-from lojax.rewrite.primitives import BODIES, MOVERS, MULTIPLICATIONS
+from lojax.rewrite.primitives import BODIES, KEEPS_MIX, MOVERS, MULTIPLICATIONS
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.types import Array, Eqn, Jaxpr, PyTree, Var
 
@@ -162,6 +162,8 @@ class Interpreter:
             if eqn.primitive.name == "sharding_constraint":
                 self.frame.activations.record_constraint(eqn, operands[0])
             return bind(eqn, operands)
+        if name not in KEEPS_MIX:
+            operands = [v.absorb_mix() if isinstance(v, LowRank) else v for v in operands]
         operands = [self._with_own_dropout(v) for v in operands]
         try:
             if name not in self.rules:

@@ -21,3 +21,6 @@ ARITHMETIC = (
 )
 CHAINED = (*MOVES, *CASTS, *ARITHMETIC)
 """The primitives of a frozen chain. Each entry of their results is made of few entries of the operands."""
+
+KEEPS_MIX = ("dot_general", *MOVERS, *MOVES, *BODIES)
+"""The primitives whose rules know the `mix` of a value; for others it is multiplied into a factor first."""
