@@ -17,6 +17,7 @@ from lojax.training import remat
 from lojax.training.eva import eva
 from lojax.training.lora_ga import lora_ga
 from lojax.training.optimizer import optimizer
+from lojax.training.sweep import Sweep, SweepState, sweep
 from lojax.wrap import Model, init, wrap
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "Model",
     "Quantized",
     "Rule",
+    "Sweep",
+    "SweepState",
     "combine",
     "conform",
     "eva",
@@ -47,6 +50,7 @@ __all__ = [
     "stack",
     "subtract",
     "summary",
+    "sweep",
     "transform",
     "unmerge",
     "unstack",

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "lowrank": {"adapters", "quantized"},
     "rewrite": {"adapters", "lowrank", "quantized"},
     "nets": ENGINE,
-    "training": ENGINE,
+    "training": ENGINE | {"report"},
     "report": ENGINE,
     "sharding": {"adapters", "quantized"},
     "checkpoint": {"adapters", "files"},

@@ -70,7 +70,8 @@ class Adapter:
         frozen_a: Whether ``a`` stays as it is (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): no gradient reaches
             it, and the input of the weight is not kept for the backward pass. `lojax.optimizer` does not update it.
         entries: In a `lojax.Bank`, where every array has one more axis in front: what is static about each adapter of
-            the stack, and None for one that does not adapt this weight. None for a single adapter.
+            the stack, and None for one that does not adapt this weight. None for a single adapter. Empty for one of
+            many that `jax.vmap` maps over: its products are not fused, which would form a weight for each.
     """
 
     # An array field says which axes it has, by their role in the weight; "rank" and "tokens" are its own. All code

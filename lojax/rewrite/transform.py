@@ -7,6 +7,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from lojax.adapters.adapter import is_adapter
 from lojax.adapters.trees import check_pair
 from lojax.lowrank.strategy import check_execution
 from lojax.rewrite.batch_axes import BatchAxes
@@ -74,7 +77,8 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
             mixed = MixedBatch(check_bank(lora), adapter, batch_axes, check_rows)
             interpreter = Interpreter(RULES, mixed_execution(execution), Recorder(strict))
             return mixed.evaluate(f, interpreter, frozen, args, kwargs, dropout_key)
-        interpreter = Interpreter(RULES, execution, Recorder(strict))
+        chosen = mixed_execution(execution) if is_mapped(lora) else execution
+        interpreter = Interpreter(RULES, chosen, Recorder(strict))
         if lora is None:
             return evaluate(f, interpreter, base_params(frozen), args, kwargs)
         warn_if_frozen_is_constant(frozen, lora)
@@ -108,6 +112,11 @@ def trace_uses(
     return uses
 
 
+def is_mapped(lora: Params | None) -> bool:
+    """Whether ``lora`` is one of many that `jax.vmap` maps over, as far as its maker says so (``entries=()``)."""
+    return any(is_adapter(leaf) and leaf.entries == () for leaf in jax.tree.leaves(lora, is_leaf=is_adapter))
+
+
 def mixed_execution(execution: str) -> str:
-    """How the rows of a mixed batch are computed: a fused product would form a weight for each row."""
+    """How the rows of a mixed batch, or mapped adapters, are computed: a fused product would form a weight for each."""
     return "factored" if execution == "auto" else execution

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.paths import flatten
@@ -54,12 +55,13 @@ def optimizer(
     {'frozen': [-0.0, -0.0], 'lora': [-0.5, -0.5, -0.5]}
     """
     for name, transform in (("tx", tx), ("magnitude", magnitude), ("full", full)):
-        _check_transformation(name, transform)
-    if not (isinstance(b_ratio, numbers.Real) and math.isfinite(b_ratio) and b_ratio > 0):
+        check_transformation(name, transform)
+    traced = isinstance(b_ratio, Tracer)  # in a `lojax.sweep` over ratios
+    if not traced and not (isinstance(b_ratio, numbers.Real) and math.isfinite(b_ratio) and b_ratio > 0):
         raise ValueError(f"b_ratio={b_ratio!r}; expected a finite number above 0: the rate of b over that of a.")
     by_group = {
         "train": tx,
-        "b": tx if b_ratio == 1 else optax.chain(tx, optax.scale(b_ratio)),
+        "b": tx if not traced and b_ratio == 1 else optax.chain(tx, optax.scale(b_ratio)),
         "magnitude": tx if magnitude is None else magnitude,
         "full": tx if full is None else full,
     }
@@ -76,7 +78,8 @@ def optimizer(
     return optax.multi_transform(transforms | {"frozen": _zero_updates()}, label)
 
 
-def _check_transformation(name: str, value: object) -> None:
+def check_transformation(name: str, value: object) -> None:
+    """Raises unless ``value`` is an optax transformation; any but ``tx`` may be None."""
     if (value is None and name != "tx") or (hasattr(value, "init") and hasattr(value, "update")):
         return
     hint = ""
