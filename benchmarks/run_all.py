@@ -25,6 +25,7 @@ CLOCKS = [
     ["trace_compile.py"],
     ["merge_and_switch.py"],
     ["minilm_step.py"],
+    ["sweep.py"],
     ["checkpoint.py"],
     ["quantized_base.py"],
 ]
