@@ -150,7 +150,7 @@ class Sweep:
         @jax.jit
         @jax.vmap
         def init(lora: Params, values: Mapping[str, Array]) -> PyTree:
-            return jax.tree.map(_strong, self._transformation(values).init(lora))
+            return self._transformation(values).init(lora)
 
         return frozen, SweepState(bank, init(bank.lora, values), jnp.ones(len(self), bool), values)
 
@@ -235,7 +235,7 @@ class Sweep:
         def update(grads: Params, own: PyTree, lora: Params, values: dict[str, Array], loss: Array) -> PyTree:
             tx = optax.with_extra_args_support(self._transformation(values))
             updates, own = tx.update(grads, own, lora, value=loss)
-            return optax.apply_updates(lora, updates), jax.tree.map(_strong, own)
+            return optax.apply_updates(lora, updates), own
 
         grads, output = jax.grad(total, has_aux=True)(state.bank.lora)
         losses = output[0] if self.has_aux else output
@@ -371,13 +371,6 @@ def _keep_padding(new: Adapter, old: Adapter) -> Adapter:
 def _select(which: Array, new: Array, old: Array) -> Array:
     """``new`` in the entries ``which`` ``[N]`` of the first axis, and ``old`` in the others."""
     return jnp.where(which.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-
-def _strong(x: Array) -> Array:
-    """``x`` without a weak type, which the first step would not return: the second would compile again."""
-    if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        return x
-    return jax.lax.convert_element_type(x, x.dtype)
 
 
 def _check_same_base(frozen: Params, own: Params, i: int) -> None:

@@ -160,13 +160,24 @@ def test_plateaus_and_accumulation_are_those_of_each_run(optimizer):
 
 def test_adapters_in_bfloat16_train_as_alone():
     own_start = functools.partial(start, dtype=jnp.bfloat16, train=())
-    optimizer = lambda run: optax.sgd(run["learning_rate"])
-    losses, state = train_at_once(RUNS[:2], batches(3), start=own_start, optimizer=optimizer)
+    losses, state = train_at_once(RUNS[:2], batches(3), start=own_start, optimizer=_sgd)
     for i, run in enumerate(RUNS[:2]):
-        expected, lora = train_alone(run, batches(3), start=own_start, optimizer=optimizer)
+        expected, lora = train_alone(run, batches(3), start=own_start, optimizer=_sgd)
         assert state.bank[i]["up"]["kernel"].a.dtype == jnp.bfloat16
         np.testing.assert_allclose(losses[:, i], expected, atol=1e-5)
         assert_close(state.bank[i], lora, atol=1e-2)
+
+
+def test_a_rate_takes_the_dtype_of_what_it_meets():
+    """As a Python number does: a float32 one would be an error here, and compute in float32 elsewhere."""
+    own_start = functools.partial(start, dtype=jnp.bfloat16, train=())
+    with jax.numpy_dtype_promotion("strict"):
+        losses, _ = train_at_once(RUNS[3:5], batches(2), start=own_start, optimizer=_sgd)
+    assert np.isfinite(losses).all()
+
+
+def _sgd(run):
+    return optax.sgd(run["learning_rate"])
 
 
 def test_keys_metrics_and_dropout_of_each_run():
@@ -234,7 +245,8 @@ def test_a_start_that_moves_the_base_in_the_same_way():
 def test_one_compilation_for_eight_runs():
     events, traces = [], []
     listen = lambda event, _, **__: events.append(event)
-    sweep = lojax.sweep(RUNS, lambda *args: traces.append(1) or loss(*args), clipped_adamw)
+    injected = lambda run: optax.inject_hyperparams(optax.adamw)(run["learning_rate"])
+    sweep = lojax.sweep(RUNS, lambda *args: traces.append(1) or loss(*args), injected)
     frozen, state = sweep.init(start)
     data = batches(4)
     active = jnp.arange(8) != 2
