@@ -80,6 +80,8 @@ def plot_runs(
     places = [run[x] for run in runs]
     if all(_is_number(place) for place in places) and min(places) > 0 and max(places) >= 4 * min(places):
         axes.set_xscale("log")
+        axes.set_xticks(sorted({*places}), [_text(place) for place in sorted({*places})])
+        axes.set_xticks([], minor=True)  # whose labels would overlap
     axes.set(xlabel=x.replace("_", " "), ylabel=label)
     axes.spines[["top", "right"]].set_visible(False)
     if others:

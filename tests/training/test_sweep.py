@@ -439,6 +439,7 @@ def test_plot_has_a_line_for_each_rank():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rank 2", "rank 4"]
     lines = [container.lines[0].get_xydata().tolist() for container in axes.containers]
     assert lines == [[[1e-3, 0.5], [1e-2, 4.5]], [[1e-3, 2.5], [1e-2, 6.5]]]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.001", "0.01"]
     assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "learning rate", "accuracy")
 
 
