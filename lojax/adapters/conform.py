@@ -14,7 +14,7 @@ from lojax.adapters.adapter import Adapter, is_adapter
 from lojax.adapters.axes import positions
 from lojax.adapters.matrices import at_least_float32, pad_rank
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import check_same_structure, map_paths
+from lojax.adapters.paths import check_same_structure, flatten, map_paths
 from lojax.types import Array, Leaf, Params, Path
 
 
@@ -45,6 +45,9 @@ def conform(lora: Params, like: Params) -> Params:
     >>> conform(small, large)["w"].a.shape, jax.tree.structure(conform(small, large)) == jax.tree.structure(large)
     ((4, 2), True)
     """
+    for name, tree in (("lora", lora), ("like", like)):
+        if any(is_adapter(leaf) and leaf.entries is not None for leaf in flatten(tree).values()):
+            raise ValueError(f"{name} is a stack of adapters: index one, as bank[0], or put lora in with bank.replace.")
     leaves, _ = check_same_structure(lora, like, name="lora", other="like")
     return map_paths(lambda path, target: conform_leaf(path, leaves[path], target), like)
 

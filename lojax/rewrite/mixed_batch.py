@@ -118,9 +118,9 @@ class MixedBatch:
                 raise
             shared = [name for name, axis in zip(outputs.names, outputs.axes, strict=True) if axis is None]
             raise ValueError(
-                f"One of the outputs {', '.join(shared)} has no axis for the rows of the batch and yet depends on them "
-                "(a mean over the batch, new batch statistics), and each row has another adapter. Return one value for "
-                "each row, or call the net with one adapter (bank[i])."
+                f"One of the outputs {', '.join(shared)} has no axis for the rows of the batch and yet differs from "
+                "row to row, as a mean over the batch, new batch statistics or a norm of the weights does. Return one "
+                "value for each row, or call the net with one adapter (bank[i])."
             ) from error
         interpreter.recorder.replay(uses, rows)
         return jax.tree.unflatten(tree, leaves)
