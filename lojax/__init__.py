@@ -5,6 +5,7 @@ from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.bank import Bank
 from lojax.adapters.conform import conform
+from lojax.adapters.invocation import active_tokens
 from lojax.adapters.rule import Rule
 from lojax.adapters.stack import stack, unstack
 from lojax.base.quantize import quantize
@@ -27,6 +28,7 @@ __all__ = [
     "Model",
     "Quantized",
     "Rule",
+    "active_tokens",
     "combine",
     "conform",
     "eva",

@@ -68,6 +68,11 @@ def conform_leaf(path: Path, leaf: Leaf, like: Leaf) -> Leaf:
     if not is_adapter(leaf):
         raise ValueError(f"{path}: lora trains this parameter in full and like adapts it. The two must do the same.")
     check_same_kind(path, leaf, like, "lora", "like")
+    if leaf.invocation_tokens != like.invocation_tokens:
+        raise ValueError(
+            f"{path}: lora acts from the tokens {_shorten(leaf.invocation_tokens)} on, and like from "
+            f"{_shorten(like.invocation_tokens)}. Make like with the same ones, or stack the two in a bank."
+        )
     if leaf.rank > like.rank or (like.ranks is not None and any(np.greater(_ranks(leaf, like), like.ranks))):
         raise ValueError(
             f"{path}: rank {leaf.ranks or leaf.rank} does not fit into the rank {like.ranks or like.rank} of like. "

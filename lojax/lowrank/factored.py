@@ -125,6 +125,7 @@ def apply_term(
     dtype: Dtype | None = None,
     like: ShapedArray | None = None,
     tap: Tap = _identity,
+    active: Array | None = None,
     opaque: bool = True,
 ) -> NamedArray:
     """``(x . first) . second``: the axes of ``x`` that are not in ``out`` are summed; the result has the axes ``out``.
@@ -137,6 +138,7 @@ def apply_term(
         dtype: The dtype in which the sums are accumulated.
         like: The type of an array whose dtype and sharding the result takes.
         tap: What is applied between the two products.
+        active: The tokens on which the update acts, see `LowRank`.
         opaque: Whether remat policies see the two products as one primitive (see `opaque_product`).
     """
     first, second, summed = contraction_order(x, term, out)
@@ -154,9 +156,25 @@ def apply_term(
         y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings, like=like)
         return y if like is None else y.astype(like.dtype)
 
+    if active is not None:
+        inner = mask_tokens(tap(project_down(x.array, [first])[0]), middle, active)
+        return NamedArray(project_up(inner, second), tuple(out))
     if opaque and tap is _identity:
         return NamedArray(opaque_product(project_down, [project_up])(x.array, [first], [second])[0], tuple(out))
     return NamedArray(project_up(tap(project_down(x.array, [first])[0]), second), tuple(out))
+
+
+def mask_tokens(x: Array, dims: Sequence[Name], active: Array) -> Array:
+    """``x`` with zeros at the tokens that are not ``active``. Its axes of an activation have tuples as names."""
+    count = active.shape[0]
+    axes = [i for i, d in enumerate(dims) if isinstance(d, tuple) and x.shape[i] == count]
+    if count == 1:  # one step of a decoder: there is nothing to tell apart
+        axes = axes[:1]
+    if len(axes) != 1:
+        have = "no axis" if not axes else "more than one axis"
+        raise NotFactored(f"its activation has {have} of the length of active, {count}")
+    shape = [count if i == axes[0] else 1 for i in range(x.ndim)]
+    return jnp.where(active.reshape(shape), x, jnp.zeros_like(x))
 
 
 def multiply_factor(

@@ -74,6 +74,8 @@ class LowRank:
         gain: What multiplies the sum of frozen part and update, along some axes of the value (DoRA); None for 1.
         mix: ``[r]``, what multiplies the entries of ``x a`` of the first term: the weights of the adapters that lie
             side by side there (see `bank_value`); None for 1. `absorb_mix` multiplies it into the factor instead.
+        active: ``bool [T]``, the tokens on which the update acts, along the axis of an activation that has as many
+            entries; None for all. Such a value has no dense form.
         probe: Whether the value only shows how the weight is used (see `lojax.rewrite.axis_inference`).
         fusible: Whether a product may be fused. Not where ``a`` is frozen: the fused product saves the activation for
             the backward pass, and the factored one then does not.
@@ -87,6 +89,7 @@ class LowRank:
     dropout: Dropout | None = None
     gain: NamedArray | None = None
     mix: NamedArray | None = None
+    active: Array | None = None
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
     fusible: bool = dataclasses.field(default=True, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -167,7 +167,7 @@ def _row_axis(name: str, leaf: Any, axis: Any, rows: int) -> int | str | None:
     if not isinstance(axis, int) or not -len(shape) <= axis < len(shape) or shape[axis] != rows:
         got = f"{shape[axis]} at axis {axis}" if isinstance(axis, int) and axis < len(shape) else f"no axis {axis}"
         raise ValueError(
-            f"adapter= names {rows} rows, and {name} ({spec(leaf)}) has {got}. Say where its rows are with "
+            f"adapter= or active= has {rows} rows, and {name} ({spec(leaf)}) has {got}. Say where its rows are with "
             "batch_axes={position or keyword: axis}, with None where all rows share the argument."
         )
     return axis % len(shape)

@@ -53,7 +53,7 @@ def test_trees_of_axes():
 @pytest.mark.parametrize(
     ("axes", "says"),
     [
-        (1, r"names 3 rows, and args/0 \(float32\[3,5,4\]\) has 5 at axis 1"),
+        (1, r"has 3 rows, and args/0 \(float32\[3,5,4\]\) has 5 at axis 1"),
         (7, "has no axis 7"),
         ({1: 0}, "batch_axes names the argument 1, and apply got 0"),
         ([0, 0], "one for each of the 1 positional arguments"),

@@ -260,7 +260,7 @@ def test_a_quantized_base():
     [
         ([0, 1, 3], ValueError, "adapter= holds 3, and the bank 3 adapters; expected integers"),
         ([0, 1, -2], ValueError, "adapter= holds -2"),
-        ([0, 1], ValueError, r"adapter= names 2 rows, and args/0 \(float32\[3,6\]\) has 3 at axis 0"),
+        ([0, 1], ValueError, r"adapter= or active= has 2 rows, and args/0 \(float32\[3,6\]\) has 3 at axis 0"),
         ([0.0, 1.0, 2.0], ValueError, r"adapter= is float32\[3\]; expected integers"),
         ([[0, 1, 2]], ValueError, r"adapter= is int32\[1,3\]"),
         (np.ones((3, 2), np.float32), ValueError, r"adapter= is float32\[3,2\]; .*floats \[batch, 3\]"),
