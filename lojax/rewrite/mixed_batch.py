@@ -20,7 +20,7 @@ from lojax.adapters.bank import Bank
 from lojax.adapters.create import check_key
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.paths import flatten, map_paths, path_of
 from lojax.adapters.stack import stack
 from lojax.adapters.trees import check_pair
 from lojax.lowrank.bank_value import BankValue, from_bank, mix_full, pick_full, prefers_wide
@@ -88,11 +88,14 @@ class MixedBatch:
     ) -> PyTree:
         rows = choice.shape[0]
         active = None if self.active is None else check_active(self.active, rows)
-        axes = named_axes(args, kwargs, self.batch_axes)
+        asked, cache_axes = split_cache_axes(self.batch_axes, kwargs)
+        axes = named_axes(args, kwargs, asked)
         inputs = {f"args/{i}": x for i, x in enumerate(args)} | {f"kwargs/{name}": x for name, x in kwargs.items()}
         # A Linen net decodes with a collection of its variables that has an entry for each row.
         cache = values.cache
-        arguments = split_arguments(inputs | {CACHE: cache}, rows, axes | {CACHE: _cache_axes(cache, rows)})
+        arguments = split_arguments(
+            inputs | {CACHE: cache}, rows, axes | {CACHE: find_cache_axes(cache, rows, cache_axes)}
+        )
 
         def call(params: Params, inputs: dict[str, Any], interpreter: Interpreter) -> PyTree:
             own_args = [inputs[f"args/{i}"] for i in range(len(args))]
@@ -258,11 +261,13 @@ def check_choice(bank: Bank, adapter: Any) -> Array:
     elif isinstance(adapter, (list, tuple)) and any(isinstance(name, str) or name is None for name in adapter):
         adapter = bank.ids(adapter)
     choice = jnp.asarray(adapter)
+    if choice.size == 0:
+        raise ValueError("adapter= is empty; expected the number of an adapter for each row of the batch.")
     usage = f"expected integers [batch] from -1 (the base alone) to {len(bank) - 1}, or floats [batch, {len(bank)}]"
     if jnp.issubdtype(choice.dtype, jnp.integer):
         if choice.ndim > 1:
             raise ValueError(f"adapter= is {spec(choice)}; {usage}.")
-        if not isinstance(choice, Tracer) and choice.size:
+        if not isinstance(choice, Tracer):
             values = np.asarray(choice)
             bad = values[(values < -1) | (values >= len(bank))]
             if bad.size:
@@ -339,14 +344,28 @@ def check_invocation(lora: Params) -> None:
             )
 
 
-def _cache_axes(cache: PyTree, rows: int) -> PyTree:
-    """The axis of rows of each leaf of a Linen cache: the first that has their number. What counts steps has none."""
+def split_cache_axes(batch_axes: BatchAxes, kwargs: Mapping[str, Any]) -> tuple[BatchAxes, Any]:
+    """``batch_axes`` without its entry for the cache, and that entry: axes, or "auto"."""
+    if isinstance(batch_axes, Mapping) and CACHE in batch_axes and CACHE not in kwargs:
+        return {name: axis for name, axis in batch_axes.items() if name != CACHE}, batch_axes[CACHE]
+    return batch_axes, "auto"
 
-    def axis(leaf: Any) -> int | None:
-        shape = jnp.shape(leaf)
-        return next((d for d, n in enumerate(shape) if n == rows), None)
 
-    return jax.tree.map(axis, cache)
+def find_cache_axes(cache: PyTree, rows: int, asked: Any) -> PyTree:
+    """The axis of rows of each leaf of a Linen cache: the one of their number. What counts the steps has none."""
+    if asked != "auto":
+        return asked
+
+    def axis(keys: tuple[Any, ...], leaf: Any) -> int | None:
+        axes = [d for d, n in enumerate(jnp.shape(leaf)) if n == rows]
+        if len(axes) > 1:
+            raise ValueError(
+                f"{CACHE}/{path_of(keys)} ({spec(leaf)}) has {len(axes)} axes of the length of the batch, {rows}. Say "
+                'which one counts the rows with batch_axes={"cache": axis}, or a tree of axes.'
+            )
+        return axes[0] if axes else None
+
+    return jax.tree_util.tree_map_with_path(axis, cache)
 
 
 def _without_axis(x: Array, axis: int, name: str) -> Array:

@@ -73,6 +73,8 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
         check_rows: bool = True,
         **kwargs: PyTree,
     ) -> PyTree:
+        if lora is not None:
+            warn_if_frozen_is_constant(frozen, lora)
         mixed = mixed_batch(lora, adapter, active, batch_axes, check_rows)
         if mixed is not None:
             interpreter = Interpreter(RULES, mixed_execution(execution), Recorder(strict))
@@ -80,7 +82,6 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
         interpreter = Interpreter(RULES, execution, Recorder(strict))
         if lora is None:
             return evaluate(f, interpreter, base_params(frozen), args, kwargs)
-        warn_if_frozen_is_constant(frozen, lora)
         check_invocation(lora)
         return evaluate(f, interpreter, lowrank_params(frozen, lora, dropout_key), args, kwargs)
 

@@ -137,6 +137,21 @@ def test_decoding_with_a_cache_is_the_whole_sequence():
         near(logits[:, 0], whole[:, t], 3e-6)
 
 
+def test_the_axis_of_a_cache_is_asked_for_where_it_is_not_plain():
+    model, _, frozen, loras, tokens = decoder()
+    bank, tokens = lojax.stack(loras), tokens[:2]  # two rows, two heads
+    cache = Decoder(decode=True).init(jax.random.key(0), tokens)["cache"]
+    step = lojax.wrap(Decoder(decode=True), "**/{kernel,embedding}", rank=2)
+    call = lambda **kwargs: step.apply(
+        {**frozen, "cache": cache}, with_cache(bank, cache), tokens[:, :1], adapter=[0, 1], mutable=["cache"], **kwargs
+    )
+    with pytest.raises(ValueError, match=r"cache/.*/cached_key .* has 2 axes of the length of the batch, 2"):
+        call()
+    axes = jax.tree.map(lambda x: 0 if x.ndim else None, cache)
+    logits, _ = call(batch_axes={"cache": axes})
+    near(logits[:, 0], by_hand(model, frozen, loras, [0, 1], tokens)[:, 0], 3e-6)
+
+
 def with_cache(bank, cache):
     return dataclasses.replace(bank, lora={**bank.lora, "cache": jax.tree.map(lambda _: None, cache)})
 
@@ -262,6 +277,7 @@ def test_a_quantized_base():
         ([0, 1, -2], ValueError, "adapter= holds -2"),
         ([0, 1], ValueError, r"adapter= or active= has 2 rows, and args/0 \(float32\[3,6\]\) has 3 at axis 0"),
         ([0.0, 1.0, 2.0], ValueError, r"adapter= is float32\[3\]; expected integers"),
+        ([], ValueError, "adapter= is empty"),
         ([[0, 1, 2]], ValueError, r"adapter= is int32\[1,3\]"),
         (np.ones((3, 2), np.float32), ValueError, r"adapter= is float32\[3,2\]; .*floats \[batch, 3\]"),
         ([True, False, True], TypeError, r"adapter= is bool\[3\]"),
