@@ -39,7 +39,7 @@ def stack(adapters: Sequence[Params], *, names: Sequence[str] | None = None, ran
         TypeError: ``adapters`` is no sequence of ``lora`` trees.
         ValueError: It is empty; the adapters are of different bases or variants; a rank is above ``rank``.
 
-    >>> import lojax
+    >>> import jax, lojax
     >>> params = {"w": jnp.ones((4, 3))}
     >>> loras = [lojax.init(jax.random.key(r), params, "w", rank=r)[1] for r in (1, 2)]
     >>> bank = stack(loras, names=["one", "two"])
@@ -77,7 +77,7 @@ def unstack(bank: Bank) -> list[Params]:
     Raises:
         TypeError: ``bank`` is no `Bank`.
 
-    >>> import lojax
+    >>> import jax, lojax
     >>> loras = [lojax.init(jax.random.key(r), {"w": jnp.ones((4, 3))}, "w", rank=r)[1] for r in (1, 2)]
     >>> [lora["w"].rank for lora in unstack(stack(loras))]
     [1, 2]
