@@ -126,7 +126,7 @@ class Model:
             batch_axes: Where the rows are in the arguments, with ``adapter=``: an axis; or one for each positional
                 argument; or a dict by position or keyword, 0 for what is not in it. None is an argument that all rows
                 share, and in place of an axis there may be a tree of axes for an argument that is a tree. Scalars are
-                shared. ``"cache"`` names the cache in the variables of a Linen net, where its axes are not plain to see.
+                shared. ``"cache"`` names the cache in a Linen net's variables, where its axes are not plain to see.
                 Where they are in the outputs is found by a trace.
             check_rows: Whether to refuse a net in which rows meet, with ``adapter=``, as far as a trace shows it.
             **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``; NNX: ``mutable=``, ``state=``,

@@ -22,7 +22,7 @@ from lojax.adapters.bank import scale_entries, scales_of
 from lojax.adapters.metadata import unbox
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, NamedArray
-from lojax.lowrank.value import LowRank, NotFactored, Term, from_adapter, pick_rows
+from lojax.lowrank.value import LowRank, Term, from_adapter, pick_rows
 from lojax.types import Array, Path
 
 MATRIX_UNIT = 128
@@ -75,8 +75,6 @@ class BankValue:
             choice: The number of the only one that acts, if it is one.
         """
         template, like = self.template, self._like()
-        if template.gain is not None and choice is None:
-            raise NotFactored("DoRA adapters under weights")
         arrays = list(self.arrays)
         if self.scales is not None:
             arrays[1] = _scale(arrays[1], self.scales)
@@ -89,8 +87,24 @@ class BankValue:
         if self.picks is not None and self.rows is not None:
             rows = jnp.tensordot(weights.astype(self.rows.array.dtype), self.rows.array, 1)
             terms.append((self.picks, NamedArray(rows, self.rows.dims)))
-        gain = None if choice is None or template.gain is None else self.pick(choice).gain
-        return dataclasses.replace(template, terms=tuple(terms), gain=gain, mix=mix, fusible=False)
+        mixed = dataclasses.replace(template, terms=tuple(terms), gain=None, mix=mix, fusible=False)
+        if template.gain is None:
+            return mixed
+        if choice is not None:
+            return dataclasses.replace(mixed, gain=self.pick(choice).gain)
+        return self._mix_gains(mixed, named[-1], weights)
+
+    def _mix_gains(self, mixed: LowRank, gains: NamedArray, weights: Array) -> LowRank:
+        """The weighted sum of what DoRA adapters add: ``W0 + sum w_i (g_i (W0 + a_i b_i) - W0)``.
+
+        That is ``(1 + sum w_i (g_i - 1)) W0 + sum w_i a_i (g_i b_i)``: each ``b`` takes its own gain.
+        """
+        first, second = mixed.terms[0]
+        own = jnp.repeat(gains.array, self.template.rank, axis=0)
+        own = NamedArray(own, (RANK, *gains.dims[1:])).broadcastable(second.dims)
+        terms = ((first, NamedArray(second.array * own.astype(second.array.dtype), second.dims)), *mixed.terms[1:])
+        gain = 1 + jnp.tensordot(weights.astype(gains.array.dtype), gains.array - 1, 1)
+        return dataclasses.replace(mixed, terms=terms, gain=NamedArray(gain, gains.dims[1:]), gain_on_update=False)
 
     def _like(self) -> list[NamedArray]:
         return self.template.named_arrays

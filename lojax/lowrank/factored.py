@@ -69,14 +69,19 @@ def add_updates(
         precomputed: The sum of all updates, if it was computed together with those of other weights.
     """
     dropout, tap, gain = value.dropout, (second_moment_tap if value.tap else _identity), value.gain
+    plain_x = x
     if gain is not None and not set(gain.dims) <= set(out):
         # The product sums the axes of the gain (a tied head), so the gain goes on the input instead of the result.
         if x is None or not set(gain.dims) <= set(x.dims):
             raise NotFactored("a product that sums some of the axes of a DoRA magnitude")
-        factor_input = None if factor_input is None else apply_gain(factor_input, gain, x.dims)
+        if value.gain_on_update and factor_input is not None:
+            factor_input = apply_gain(factor_input, gain, x.dims)
         x = NamedArray(apply_gain(x.array, gain, x.dims), x.dims)
         gain = None
     y = base(None if x is None else x.array)
+    if not value.gain_on_update:
+        x = plain_x
+        y, gain = (y if gain is None else apply_gain(y, gain, out)), None
     if precomputed is not None:
         y = y + precomputed
     else:

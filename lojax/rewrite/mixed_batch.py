@@ -24,7 +24,7 @@ from lojax.adapters.paths import flatten, map_paths, path_of
 from lojax.adapters.stack import stack
 from lojax.adapters.trees import check_pair
 from lojax.lowrank.bank_value import BankValue, from_bank, mix_full, pick_full, prefers_wide
-from lojax.lowrank.value import Dropout, LowRank, NotFactored
+from lojax.lowrank.value import Dropout, LowRank
 from lojax.rewrite.batch_axes import BatchAxes, named_axes, probe_outputs, split_arguments
 from lojax.rewrite.evaluate import evaluate, frozen_leaf
 from lojax.rewrite.interpreter import Interpreter
@@ -183,13 +183,7 @@ class _Values:
 
     def _value(self, value: BankValue, choice: Array) -> LowRank:
         if choice.ndim == 1:
-            try:
-                return value.mix(choice)
-            except NotFactored as reason:
-                raise ValueError(
-                    f"{value.template.path}: {reason} are no sum of updates. Pass the number of one adapter for each "
-                    "row, adapter=ids of an integer dtype."
-                ) from None
+            return value.mix(choice)
         if prefers_wide(value.width, jax.default_backend()):
             count = len(self.bank)
             inside = (choice >= -1) & (choice < count)
