@@ -1,14 +1,17 @@
 """lojax: LoRA as a pure JAX function transform, on any model, without touching its code."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from lojax import peft, sharding
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.bank import Bank
 from lojax.adapters.conform import conform
+from lojax.adapters.invocation import active_tokens
 from lojax.adapters.rule import Rule
 from lojax.adapters.stack import stack, unstack
 from lojax.base.quantize import quantize
-from lojax.checkpoint.save_restore import read_metadata, restore, save
 from lojax.lowrank.merge import merge, requantization_loss, unmerge
 from lojax.quantized.quantized import Quantized
 from lojax.report.summary import summary
@@ -20,6 +23,9 @@ from lojax.training.optimizer import optimizer
 from lojax.training.sweep import Sweep, SweepState, sweep
 from lojax.wrap import Model, init, wrap
 
+if TYPE_CHECKING:
+    from lojax.checkpoint.save_restore import read_metadata, restore, save
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "Rule",
     "Sweep",
     "SweepState",
+    "active_tokens",
     "combine",
     "conform",
     "eva",
@@ -63,7 +70,15 @@ def __dir__() -> list[str]:
     return [*__all__, *(name for name in globals() if name.startswith("__"))]
 
 
+_ON_FIRST_USE = dict.fromkeys(("read_metadata", "restore", "save"), "lojax.checkpoint.save_restore")
+"""Names whose modules are imported when they are first asked for: orbax takes a seventh of the whole import."""
+
+
 def __getattr__(name: str) -> object:
-    """Says where a name of earlier versions is now."""
+    """Imports what is imported on first use, and says where a name of earlier versions is now."""
+    if name in _ON_FIRST_USE:
+        value = getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+        globals()[name] = value
+        return value
     hint = " lojax.scale is now lojax.sharding; its plans are in lojax.planner." if name == "scale" else ""
     raise AttributeError(f"module 'lojax' has no attribute {name!r}.{hint}")

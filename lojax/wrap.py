@@ -27,7 +27,7 @@ from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
 from lojax.rewrite.batch_axes import BatchAxes
 from lojax.rewrite.evaluate import trace_abstractly
-from lojax.rewrite.mixed_batch import MixedBatch, check_bank, one_entry
+from lojax.rewrite.mixed_batch import mixed_batch, one_entry
 from lojax.rewrite.transform import trace_uses, transform
 from lojax.text import check_flags
 from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
@@ -98,6 +98,7 @@ class Model:
         *args: object,
         dropout_key: Key | None = None,
         adapter: Any = None,
+        active: Any = None,
         batch_axes: BatchAxes = 0,
         check_rows: bool = True,
         **kwargs: object,
@@ -119,10 +120,14 @@ class Model:
                 names) is the base alone. Or floats ``[batch, N]``, the weights of the N updates for each row. A single
                 number or name is the adapter of the whole batch. Under `jit`, where numbers cannot be checked, one out
                 of range gives NaN.
+            active: ``bool [batch, T]``, the tokens on which the adapters act; None for all. A row is then computed by
+                itself, as with ``adapter=``, which it may go with. On the other tokens each adapted product is that of
+                the base, bit for bit, so tokens before the first active one leave the keys and values of the base.
             batch_axes: Where the rows are in the arguments, with ``adapter=``: an axis; or one for each positional
                 argument; or a dict by position or keyword, 0 for what is not in it. None is an argument that all rows
                 share, and in place of an axis there may be a tree of axes for an argument that is a tree. Scalars are
-                shared. Where they are in the outputs is found by a trace.
+                shared. ``"cache"`` names the cache in a Linen net's variables, where its axes are not plain to see.
+                Where they are in the outputs is found by a trace.
             check_rows: Whether to refuse a net in which rows meet, with ``adapter=``, as far as a trace shows it.
             **kwargs: Passed on as well (Linen: ``rngs=``, ``mutable=``, ``method=``; NNX: ``mutable=``, ``state=``,
                 ``method=``, see `lojax.nets.nnx.NNXNet.apply`).
@@ -130,7 +135,7 @@ class Model:
         net = lambda params, *args, **kwargs: self.net.apply(params, *args, **kwargs)
         net.__name__ = net.__qualname__ = self.net.name  # tracer errors and profiles show it
         adapted = transform(net, strict=self.strict, execution=self.execution)
-        choice = {"adapter": adapter, "batch_axes": batch_axes, "check_rows": check_rows}
+        choice = {"adapter": adapter, "active": active, "batch_axes": batch_axes, "check_rows": check_rows}
         return adapted(frozen, lora, *args, dropout_key=dropout_key, **choice, **kwargs)
 
     def merge(
@@ -184,15 +189,16 @@ class Model:
         lora: Params | Bank,
         *args: object,
         adapter: Any = None,
+        active: Any = None,
         batch_axes: BatchAxes = 0,
         check_rows: bool = True,
         **kwargs: object,
     ) -> Report:
         """How each adapted weight is executed for these inputs (shapes are enough); ``adapter=`` as in `apply`."""
-        mixed = None if adapter is None else MixedBatch(check_bank(lora), adapter, batch_axes, check_rows)
+        mixed = mixed_batch(lora, adapter, active, batch_axes, check_rows)
         observe = bind_named_axes(self.net.observe)
         uses = trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution, mixed=mixed)
-        return report(frozen, lora if mixed is None else one_entry(lora), uses)
+        return report(frozen, lora if mixed is None else one_entry(mixed.bank), uses)
 
 
 @explain_unknown_arguments

@@ -27,6 +27,7 @@ class Entry:
         dropout: As in `Adapter`.
         ranks: As in `Adapter`.
         requested_rank: As in `Adapter`.
+        invocation_tokens: As in `Adapter`.
     """
 
     scale: float | tuple[float, ...]
@@ -34,6 +35,7 @@ class Entry:
     dropout: float = 0.0
     ranks: tuple[int, ...] | None = None
     requested_rank: int | None = None
+    invocation_tokens: tuple[int, ...] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +71,8 @@ class Adapter:
             ``"lora_ga"``). The adapter then belongs to that weight, not to the pretrained one. None for the others.
         frozen_a: Whether ``a`` stays as it is (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): no gradient reaches
             it, and the input of the weight is not kept for the backward pass. `lojax.optimizer` does not update it.
+        invocation_tokens: The tokens from whose last occurrence on the adapter acts (activated LoRA, Greenewald et al.
+            2025, arXiv:2512.17910), see `lojax.active_tokens`. None for an adapter that acts on every token.
         entries: In a `lojax.Bank`, where every array has one more axis in front: what is static about each adapter of
             the stack, and None for one that does not adapt this weight. None for a single adapter. Empty for one of
             many that `jax.vmap` maps over: its products are not fused, which would form a weight for each.
@@ -88,6 +92,7 @@ class Adapter:
     requested_rank: int | None = dataclasses.field(default=None, metadata={"static": True})
     moved_base: str | None = dataclasses.field(default=None, metadata={"static": True})
     frozen_a: bool = dataclasses.field(default=False, metadata={"static": True})
+    invocation_tokens: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     entries: tuple[Entry | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property

@@ -335,6 +335,10 @@ def _combine_updates(
 def _check_same_weight(path: Path, leaves: Sequence[Leaf]) -> None:
     for leaf in filter(is_adapter, leaves):
         _refuse_variant(path, leaf)
+    if len({leaf.invocation_tokens for leaf in filter(is_adapter, leaves)}) > 1:
+        raise ValueError(
+            f"{path}: the adapters act from different invocation tokens on, and their sum from none of them."
+        )
     kinds = {(leaf.axes, leaf.weight_shape) if is_adapter(leaf) else "an array trained in full" for leaf in leaves}
     if len(kinds) > 1:
         listed = " and ".join(sorted(map(str, kinds)))

@@ -132,16 +132,20 @@ def scale_entries(adapter: Adapter) -> Adapter:
     """The adapters of a bank at one weight, each ``b`` times its scale, as one adapter of scale 1."""
     if adapter.a is None or adapter.entries is None:
         return dataclasses.replace(adapter, entries=None)
-    scales = np.broadcast_arrays(*(np.asarray(1.0 if e is None else e.scale) for e in adapter.entries))
+    # In float32, as for a single adapter (`lowrank.value.from_adapter`).
+    scales = scales_of(adapter)
+    plain = dataclasses.replace(adapter, scale=1.0, entries=None, ranks=None)
+    return with_arrays(plain, {"b": adapter.arrays["b"].astype(scales.dtype) * scales})
+
+
+def scales_of(adapter: Adapter) -> Array:
+    """The scales of the adapters of a bank at one weight, in a shape that multiplies ``b``: float32 or wider."""
+    scales = np.broadcast_arrays(*(np.asarray(1.0 if e is None else e.scale) for e in adapter.entries or ()))
     scale = np.stack(scales)  # [N], or [N, S] where the scales differ along a stack
     b = adapter.arrays["b"]
     stack = len(positions(adapter.axes, "stack"))
     shape = (*b.shape[: 1 + stack], *[1] * (b.ndim - 1 - stack)) if scale.ndim > 1 else (-1, *[1] * (b.ndim - 1))
-    wide = at_least_float32(b.dtype)
-    # In float32, as for a single adapter (`lowrank.value.from_adapter`).
-    b = b.astype(wide) * jnp.asarray(scale.reshape(shape), wide)
-    plain = dataclasses.replace(adapter, scale=1.0, entries=None, ranks=None)
-    return with_arrays(plain, {"b": b})
+    return jnp.asarray(scale.reshape(shape), at_least_float32(b.dtype))
 
 
 def _take_entry(leaf: Leaf, i: int) -> Leaf:

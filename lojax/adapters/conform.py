@@ -14,7 +14,7 @@ from lojax.adapters.adapter import Adapter, is_adapter
 from lojax.adapters.axes import positions
 from lojax.adapters.matrices import at_least_float32, pad_rank
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import check_same_structure, map_paths
+from lojax.adapters.paths import check_same_structure, flatten, map_paths
 from lojax.types import Array, Leaf, Params, Path
 
 
@@ -45,6 +45,9 @@ def conform(lora: Params, like: Params) -> Params:
     >>> conform(small, large)["w"].a.shape, jax.tree.structure(conform(small, large)) == jax.tree.structure(large)
     ((4, 2), True)
     """
+    for name, tree in (("lora", lora), ("like", like)):
+        if any(is_adapter(leaf) and leaf.entries is not None for leaf in flatten(tree).values()):
+            raise ValueError(f"{name} is a stack of adapters: index one, as bank[0], or put lora in with bank.replace.")
     leaves, _ = check_same_structure(lora, like, name="lora", other="like")
     return map_paths(lambda path, target: conform_leaf(path, leaves[path], target), like)
 
@@ -65,6 +68,11 @@ def conform_leaf(path: Path, leaf: Leaf, like: Leaf) -> Leaf:
     if not is_adapter(leaf):
         raise ValueError(f"{path}: lora trains this parameter in full and like adapts it. The two must do the same.")
     check_same_kind(path, leaf, like, "lora", "like")
+    if leaf.invocation_tokens != like.invocation_tokens:
+        raise ValueError(
+            f"{path}: lora acts from the tokens {_shorten(leaf.invocation_tokens)} on, and like from "
+            f"{_shorten(like.invocation_tokens)}. Make like with the same ones, or stack the two in a bank."
+        )
     if leaf.rank > like.rank or (like.ranks is not None and any(np.greater(_ranks(leaf, like), like.ranks))):
         raise ValueError(
             f"{path}: rank {leaf.ranks or leaf.rank} does not fit into the rank {like.ranks or like.rank} of like. "

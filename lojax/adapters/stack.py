@@ -39,7 +39,7 @@ def stack(adapters: Sequence[Params], *, names: Sequence[str] | None = None, ran
         TypeError: ``adapters`` is no sequence of ``lora`` trees.
         ValueError: It is empty; the adapters are of different bases or variants; a rank is above ``rank``.
 
-    >>> import lojax
+    >>> import jax, lojax
     >>> params = {"w": jnp.ones((4, 3))}
     >>> loras = [lojax.init(jax.random.key(r), params, "w", rank=r)[1] for r in (1, 2)]
     >>> bank = stack(loras, names=["one", "two"])
@@ -77,7 +77,7 @@ def unstack(bank: Bank) -> list[Params]:
     Raises:
         TypeError: ``bank`` is no `Bank`.
 
-    >>> import lojax
+    >>> import jax, lojax
     >>> loras = [lojax.init(jax.random.key(r), {"w": jnp.ones((4, 3))}, "w", rank=r)[1] for r in (1, 2)]
     >>> [lora["w"].rank for lora in unstack(stack(loras))]
     [1, 2]
@@ -128,7 +128,13 @@ def _stack_leaf(path: Path, leaves: Sequence[Leaf], rank: int | None) -> Leaf:
     present_entries = [entry for entry in entries if entry is not None]
     common = {
         name: values.pop() if len(values := {getattr(entry, name) for entry in present_entries}) == 1 else default
-        for name, default in (("scale", 1.0), ("dropout", 0.0), ("ranks", None), ("requested_rank", None))
+        for name, default in (
+            ("scale", 1.0),
+            ("dropout", 0.0),
+            ("ranks", None),
+            ("requested_rank", None),
+            ("invocation_tokens", None),
+        )
     }
     return dataclasses.replace(like, **arrays, **common, entries=entries)
 
@@ -136,10 +142,10 @@ def _stack_leaf(path: Path, leaves: Sequence[Leaf], rank: int | None) -> Leaf:
 def _entry(leaf: Adapter | None, like: Adapter, room: int | None) -> Entry | None:
     """What is static about one adapter."""
     if leaf is None:
-        return None if room is None else Entry(like.scale, room, like.dropout)
+        return None if room is None else Entry(like.scale, room, like.dropout, invocation_tokens=like.invocation_tokens)
     if room is not None:
-        return Entry(leaf.scale, room, leaf.dropout)
-    return Entry(leaf.scale, leaf.rank, leaf.dropout, leaf.ranks, leaf.requested_rank)
+        return Entry(leaf.scale, room, leaf.dropout, invocation_tokens=leaf.invocation_tokens)
+    return Entry(leaf.scale, leaf.rank, leaf.dropout, leaf.ranks, leaf.requested_rank, leaf.invocation_tokens)
 
 
 def _pad(adapter: Adapter, rank: int) -> dict[str, Array]:

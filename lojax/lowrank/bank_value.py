@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.axes import positions
-from lojax.adapters.bank import scale_entries
+from lojax.adapters.bank import scale_entries, scales_of
 from lojax.adapters.metadata import unbox
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, NamedArray
-from lojax.lowrank.value import LowRank, NotFactored, Term, from_adapter, pick_rows
+from lojax.lowrank.value import LowRank, Term, from_adapter, pick_rows
 from lojax.types import Array, Path
 
 MATRIX_UNIT = 128
@@ -35,13 +35,15 @@ class BankValue:
 
     Attributes:
         template: The value of one of them. Its frozen part is the weight; its other arrays are shapes.
-        arrays: The `named_arrays` of all of them, each with an axis of the adapters in front.
+        arrays: The `named_arrays` of all of them, each with an axis of the adapters in front, ``b`` without the scales.
+        scales: What multiplies ``b``, in a shape that does: ``[N, *1]``, or ``[N, *S, *1]``; None for 1.
         picks: The first factor of the token rows, the same for all adapters; None without such rows.
         rows: Their second factors, ``[N, k, *out]``.
     """
 
     template: LowRank
     arrays: list[Array]
+    scales: Array | None = None
     picks: NamedArray | None = None
     rows: NamedArray | None = None
 
@@ -52,17 +54,18 @@ class BankValue:
 
     def pick(self, i: Array) -> LowRank:
         """The value of adapter ``i``; -1 is the weight alone. Any other number out of range gives NaN."""
-        value = self.template.with_named_arrays(
-            [NamedArray(pick_entry(x, i), like.dims) for x, like in zip(self.arrays, self._like(), strict=True)]
-        )
-        terms = [self._switch_off(term, i) for term in value.terms]
-        gain = value.gain
-        if gain is not None:
-            gain = NamedArray(jnp.where(i == -1, jnp.ones_like(gain.array), gain.array), gain.dims)
+        template, terms, gain = self.template, list[Term](), None
+        if template.terms:
+            (a, b), (all_a, all_b) = template.terms[0], self.arrays[:2]
+            # Every pass over a factor counts while decoding: a has none, and b is scaled once it is picked, since a
+            # bank may hold many more adapters than a batch has rows.
+            own_a, own_b = _take(all_a, i), pick_entry(all_b, i, 0, scales=self.scales)
+            terms.append((NamedArray(own_a, a.dims), NamedArray(own_b, b.dims)))
+        if template.gain is not None:
+            gain = NamedArray(pick_entry(self.arrays[-1], i, 1), template.gain.dims)
         if self.picks is not None and self.rows is not None:
-            rows = NamedArray(pick_entry(self.rows.array, i), self.rows.dims)
-            terms.append(self._switch_off((self.picks, rows), i))
-        return dataclasses.replace(value, terms=tuple(terms), gain=gain, fusible=False)
+            terms.append((self.picks, NamedArray(pick_entry(self.rows.array, i, 0), self.rows.dims)))
+        return dataclasses.replace(template, terms=tuple(terms), gain=gain, fusible=False)
 
     def mix(self, weights: Array, choice: Array | None = None) -> LowRank:
         """The weight plus the sum of all updates, each times its entry of ``weights`` ``[N]``: the wide form.
@@ -72,9 +75,10 @@ class BankValue:
             choice: The number of the only one that acts, if it is one.
         """
         template, like = self.template, self._like()
-        if template.gain is not None and choice is None:
-            raise NotFactored("DoRA adapters under weights")
-        named = [NamedArray(x, ("entry", *y.dims)) for x, y in zip(self.arrays, like, strict=True)]
+        arrays = list(self.arrays)
+        if self.scales is not None:
+            arrays[1] = _scale(arrays[1], self.scales)
+        named = [NamedArray(x, ("entry", *y.dims)) for x, y in zip(arrays, like, strict=True)]
         terms: list[Term] = []
         mix = None
         if template.terms:
@@ -83,16 +87,27 @@ class BankValue:
         if self.picks is not None and self.rows is not None:
             rows = jnp.tensordot(weights.astype(self.rows.array.dtype), self.rows.array, 1)
             terms.append((self.picks, NamedArray(rows, self.rows.dims)))
-        gain = None if choice is None or template.gain is None else self.pick(choice).gain
-        return dataclasses.replace(template, terms=tuple(terms), gain=gain, mix=mix, fusible=False)
+        mixed = dataclasses.replace(template, terms=tuple(terms), gain=None, mix=mix, fusible=False)
+        if template.gain is None:
+            return mixed
+        if choice is not None:
+            return dataclasses.replace(mixed, gain=self.pick(choice).gain)
+        return self._mix_gains(mixed, named[-1], weights)
+
+    def _mix_gains(self, mixed: LowRank, gains: NamedArray, weights: Array) -> LowRank:
+        """The weighted sum of what DoRA adapters add: ``W0 + sum w_i (g_i (W0 + a_i b_i) - W0)``.
+
+        That is ``(1 + sum w_i (g_i - 1)) W0 + sum w_i a_i (g_i b_i)``: each ``b`` takes its own gain.
+        """
+        first, second = mixed.terms[0]
+        own = jnp.repeat(gains.array, self.template.rank, axis=0)
+        own = NamedArray(own, (RANK, *gains.dims[1:])).broadcastable(second.dims)
+        terms = ((first, NamedArray(second.array * own.astype(second.array.dtype), second.dims)), *mixed.terms[1:])
+        gain = 1 + jnp.tensordot(weights.astype(gains.array.dtype), gains.array - 1, 1)
+        return dataclasses.replace(mixed, terms=terms, gain=NamedArray(gain, gains.dims[1:]), gain_on_update=False)
 
     def _like(self) -> list[NamedArray]:
         return self.template.named_arrays
-
-    def _switch_off(self, term: Term, i: Array) -> Term:
-        """``term``, or an update of zeros for -1."""
-        first, second = term
-        return first, NamedArray(jnp.where(i == -1, jnp.zeros_like(second.array), second.array), second.dims)
 
 
 def from_bank(path: Path, weight: FrozenWeight, adapter: Adapter) -> BankValue:
@@ -112,31 +127,32 @@ def from_bank(path: Path, weight: FrozenWeight, adapter: Adapter) -> BankValue:
     entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), plain)
     template = jax.eval_shape(value, entry).with_frozen(weight)
     arrays: list[Array] = []
+    scales = None
     if jax.tree.leaves(plain):
         # Once for each adapter and not for each row: the norms of DoRA take a product of the size of the weight.
         arrays = jax.vmap(lambda entry: [x.array for x in value(entry).named_arrays])(plain)
+        if adapter.b is not None:
+            arrays[1], scales = unbox(adapter.b), scales_of(adapter)
     if scaled.rows is None:
-        return BankValue(template, arrays)
+        return BankValue(template, arrays, scales)
     ins, outs = (positions(adapter.axes, role) for role in ("in", "out"))
     picks = pick_rows(scaled, weight.shape[ins[0]], jnp.asarray(unbox(scaled.rows)).dtype)
     rows = NamedArray(unbox(scaled.rows), (RANK, *outs))
-    return BankValue(template, arrays, NamedArray(picks, (*ins, RANK)), rows)
+    return BankValue(template, arrays, scales, NamedArray(picks, (*ins, RANK)), rows)
 
 
-def pick_entry(x: Array, i: Array) -> Array:
-    """``x[i]``: the first entry for -1, which its caller switches off, and NaN for any other number out of range."""
-    i = jnp.asarray(i)
-    inside = jnp.maximum(i, jnp.where(i == -1, 0, i))
-    fill: dict[str, Any] = {"mode": "fill"} if jnp.issubdtype(x.dtype, jnp.inexact) else {"mode": "clip"}
-    # A negative number would count from the end.
-    return jnp.take(x, jnp.where(inside < 0, x.shape[0], inside), axis=0, **fill)
+def pick_entry(x: Array, i: Array, base: Array | float, *, scales: Array | None = None) -> Array:
+    """``x[i]`` times its scale; ``base`` for -1, whatever ``x`` holds, and NaN for any other number out of range."""
+    entry = _take(x, i)
+    if scales is not None:
+        entry = _scale(entry, _take(scales, i))
+    outside = jnp.where(i == -1, jnp.asarray(base, entry.dtype), jnp.asarray(jnp.nan, entry.dtype))
+    return jnp.where((i >= 0) & (i < x.shape[0]), entry, outside)
 
 
 def pick_full(x: Array, i: Array, base: Array | None) -> Array:
     """Entry ``i`` of a parameter that is trained in full, ``[N, ...]``; for -1 the ``base``, or NaN without one."""
-    if base is None:
-        return pick_entry(x, jnp.where(i == -1, x.shape[0], i))
-    return jnp.where(i == -1, base, pick_entry(x, i))
+    return pick_entry(x, i, jnp.nan if base is None else base)
 
 
 def mix_full(x: Array, weights: Array, base: Array) -> Array:
@@ -147,6 +163,16 @@ def mix_full(x: Array, weights: Array, base: Array) -> Array:
 def prefers_wide(width: int, platform: str) -> bool:
     """Whether the factors of all adapters side by side cost less than gathering those of each row."""
     return platform == "tpu" and width <= MATRIX_UNIT
+
+
+def _take(x: Array, i: Array) -> Array:
+    """``x[i]``, of the nearest number that there is."""
+    return jnp.take(x, i, axis=0, mode="clip")
+
+
+def _scale(b: Array, scales: Array) -> Array:
+    """``b`` times its scale, in float32 or wider, as for a single adapter (`value.from_adapter`)."""
+    return b.astype(scales.dtype) * scales
 
 
 def _side_by_side(x: NamedArray) -> NamedArray:

@@ -192,7 +192,7 @@ def _factor_along(term: Term, axes: Sequence[int]) -> int:
 def _form(value: LowRank) -> Hashable:
     """What two values must have in common to be cases of one choice."""
     rate = None if value.dropout is None else value.dropout.rate
-    return tuple(frozenset(x.dims) for x in value.named_arrays), value.gain is None, rate
+    return tuple(frozenset(x.dims) for x in value.named_arrays), (value.gain is None, value.gain_on_update), rate
 
 
 def _broadcast_axes(x: NamedArray, names: Sequence[int], shape: Sequence[int]) -> NamedArray:

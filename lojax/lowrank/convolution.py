@@ -49,6 +49,8 @@ class Convolution:
         """The convolution, with the cost of its update."""
         if self.batch_groups != 1:
             raise NotFactored("a convolution with batch groups")
+        if value.active is not None:
+            raise NotFactored("it tells no tokens apart")
         if len(value.terms) > 1:
             raise NotFactored("a convolution with a sum of updates")
         out_axis, in_axis, *window = self.numbers.rhs_spec

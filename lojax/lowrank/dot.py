@@ -72,11 +72,17 @@ class Dot:
         work, strategy = self.choose(value, execution)
         # JAX may cache these functions beyond the trace, so they close over shapes and names only, never over a tracer.
         settings: dict[str, Any] = {"precision": self.precision, "dtype": self.dtype}
-        x_dims, out, shape = self.x_dims, self.out, value.shape
+        x_dims, out, shape, active = self.x_dims, self.out, value.shape, value.active
 
         def update(x: Array, term: Term, like: Array, **options: Any) -> Array:
             return apply_term(
-                NamedArray(x, x_dims), complete_term(term, shape), out, **settings, like=jax.typeof(like), **options
+                NamedArray(x, x_dims),
+                complete_term(term, shape),
+                out,
+                **settings,
+                like=jax.typeof(like),
+                active=active,
+                **options,
             ).array
 
         if strategy == "fused":

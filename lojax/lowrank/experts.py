@@ -50,6 +50,8 @@ class Experts:
         """The product, with the cost of its update."""
         ((x_sum, w_sum), (x_batch, _)) = self.numbers.dot_dimension_numbers
         (ragged,), groups = self.numbers.lhs_ragged_dimensions, self.numbers.rhs_group_dimensions
+        if value.active is not None:
+            raise NotFactored("it tells no tokens apart")
         if len(value.terms) > 1:
             raise NotFactored("experts with a sum of updates")
         if x_batch or len(groups) != 1 or ragged in x_sum:

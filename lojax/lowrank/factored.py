@@ -69,14 +69,19 @@ def add_updates(
         precomputed: The sum of all updates, if it was computed together with those of other weights.
     """
     dropout, tap, gain = value.dropout, (second_moment_tap if value.tap else _identity), value.gain
+    plain_x = x
     if gain is not None and not set(gain.dims) <= set(out):
         # The product sums the axes of the gain (a tied head), so the gain goes on the input instead of the result.
         if x is None or not set(gain.dims) <= set(x.dims):
             raise NotFactored("a product that sums some of the axes of a DoRA magnitude")
-        factor_input = None if factor_input is None else apply_gain(factor_input, gain, x.dims)
+        if value.gain_on_update and factor_input is not None:
+            factor_input = apply_gain(factor_input, gain, x.dims)
         x = NamedArray(apply_gain(x.array, gain, x.dims), x.dims)
         gain = None
     y = base(None if x is None else x.array)
+    if not value.gain_on_update:
+        x = plain_x
+        y, gain = (y if gain is None else apply_gain(y, gain, out)), None
     if precomputed is not None:
         y = y + precomputed
     else:
@@ -125,6 +130,7 @@ def apply_term(
     dtype: Dtype | None = None,
     like: ShapedArray | None = None,
     tap: Tap = _identity,
+    active: Array | None = None,
     opaque: bool = True,
 ) -> NamedArray:
     """``(x . first) . second``: the axes of ``x`` that are not in ``out`` are summed; the result has the axes ``out``.
@@ -137,6 +143,7 @@ def apply_term(
         dtype: The dtype in which the sums are accumulated.
         like: The type of an array whose dtype and sharding the result takes.
         tap: What is applied between the two products.
+        active: The tokens on which the update acts, see `LowRank`.
         opaque: Whether remat policies see the two products as one primitive (see `opaque_product`).
     """
     first, second, summed = contraction_order(x, term, out)
@@ -154,9 +161,25 @@ def apply_term(
         y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings, like=like)
         return y if like is None else y.astype(like.dtype)
 
+    if active is not None:
+        inner = mask_tokens(tap(project_down(x.array, [first])[0]), middle, active)
+        return NamedArray(project_up(inner, second), tuple(out))
     if opaque and tap is _identity:
         return NamedArray(opaque_product(project_down, [project_up])(x.array, [first], [second])[0], tuple(out))
     return NamedArray(project_up(tap(project_down(x.array, [first])[0]), second), tuple(out))
+
+
+def mask_tokens(x: Array, dims: Sequence[Name], active: Array) -> Array:
+    """``x`` with zeros at the tokens that are not ``active``. Its axes of an activation have tuples as names."""
+    count = active.shape[0]
+    axes = [i for i, d in enumerate(dims) if isinstance(d, tuple) and x.shape[i] == count]
+    if count == 1:  # one step of a decoder: there is nothing to tell apart
+        axes = axes[:1]
+    if len(axes) != 1:
+        have = "no axis" if not axes else "more than one axis"
+        raise NotFactored(f"its activation has {have} of the length of active, {count}")
+    shape = [count if i == axes[0] else 1 for i in range(x.ndim)]
+    return jnp.where(active.reshape(shape), x, jnp.zeros_like(x))
 
 
 def multiply_factor(

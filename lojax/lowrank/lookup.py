@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lojax.lowrank.factored import add_updates
+from lojax.lowrank.factored import add_updates, mask_tokens
 from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, multiply, multiply_flops
 from lojax.lowrank.strategy import Product
-from lojax.lowrank.value import LowRank, array_bytes, complete_term
+from lojax.lowrank.value import LowRank, Term, array_bytes, complete_term
 from lojax.types import Array
 
 
@@ -74,12 +74,18 @@ class Lookup:
         y = rows.frozen.dense()
         axes = range(y.ndim)
         terms = tuple(tuple(cast(x, y.dtype) for x in complete_term(term, y.shape)) for term in rows.terms)
+        names = [d if d in self.numbers.offset_dims else ("i", d) for d in axes]
+
+        def update(term: Term) -> Array:
+            rows_of_term = multiply(term[0], term[1], axes).array
+            return rows_of_term if value.active is None else mask_tokens(rows_of_term, names, value.active)
+
         result = add_updates(
             rows.with_terms(terms),
             None,
             axes,
             base=lambda _: y,
-            update=lambda _x, term, _like, _tap: multiply(term[0], term[1], axes).array,
+            update=lambda _x, term, _like, _tap: update(term),
         )
         made = sum(array_bytes(a.array) + array_bytes(y) for a, _ in terms)
         return Product(result, 0, sum(multiply_flops(a, b) for a, b in terms), made)

@@ -62,6 +62,7 @@ def merge(
     check_flags(donate=donate, check_finite=check_finite, requantize=requantize)
     pair = check_pair(frozen, lora)
     _refuse_codes(pair)
+    _refuse_invocation(pair[1])
     if requantize and not any(is_quantized(unbox(leaf)) for leaf in pair[0].values()):
         raise ValueError(
             "requantize=True quantizes again what was quantized, and frozen holds no quantized weight. Leave it out, "
@@ -113,6 +114,15 @@ def requantization_loss(frozen: Params, lora: Params) -> dict[Path, float]:
                 )
             shares[path] = float(share)
     return shares
+
+
+def _refuse_invocation(trained: dict[Path, Leaf]) -> None:
+    for path, leaf in trained.items():
+        if is_adapter(leaf) and leaf.invocation_tokens:
+            raise ValueError(
+                f"{path}: this adapter acts from its invocation tokens {leaf.invocation_tokens} on, and a merged "
+                "weight acts on every token. Serve frozen and lora with model.apply(..., active=)."
+            )
 
 
 def _refuse_codes(pair: tuple[dict[Path, Leaf], dict[Path, Leaf]]) -> None:

@@ -72,8 +72,12 @@ class LowRank:
         path: The path of the weight, for reports and errors.
         dropout: The dropout on the input of the update, or None.
         gain: What multiplies the sum of frozen part and update, along some axes of the value (DoRA); None for 1.
+        gain_on_update: Whether the gain multiplies the update as well. Not in a weighted sum of DoRA adapters, whose
+            factors hold their own gains (see `bank_value`).
         mix: ``[r]``, what multiplies the entries of ``x a`` of the first term: the weights of the adapters that lie
             side by side there (see `bank_value`); None for 1. `absorb_mix` multiplies it into the factor instead.
+        active: ``bool [T]``, the tokens on which the update acts, along the axis of an activation that has as many
+            entries; None for all. Such a value has no dense form.
         probe: Whether the value only shows how the weight is used (see `lojax.rewrite.axis_inference`).
         fusible: Whether a product may be fused. Not where ``a`` is frozen: the fused product saves the activation for
             the backward pass, and the factored one then does not.
@@ -86,7 +90,9 @@ class LowRank:
     path: Path = dataclasses.field(metadata={"static": True})
     dropout: Dropout | None = None
     gain: NamedArray | None = None
+    gain_on_update: bool = dataclasses.field(default=True, metadata={"static": True})
     mix: NamedArray | None = None
+    active: Array | None = None
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
     fusible: bool = dataclasses.field(default=True, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -156,14 +162,15 @@ class LowRank:
     def _add_update(self, w: Array) -> Array:
         wide = at_least_float32(w.dtype)
         total = w.astype(wide)
+        gain = None if self.gain is None else cast(self.gain, wide).broadcastable(range(w.ndim))
+        if gain is not None and not self.gain_on_update:
+            total, gain = total * gain, None
         for term in self.terms:
             a, b = (cast(x, wide) for x in complete_term(term, self.shape))
             # HIGHEST: by default a TPU multiplies float32 in bfloat16 and a GPU may in TF32, and the update would be
             # rounded before it is added.
             total = total + multiply(a, b, range(w.ndim), precision=lax.Precision.HIGHEST, dtype=wide).array
-        if self.gain is not None:
-            total = total * cast(self.gain, wide).broadcastable(range(w.ndim))
-        return total.astype(w.dtype)
+        return (total if gain is None else total * gain).astype(w.dtype)
 
 
 def complete_term(term: Term, shape: Shape, axes: Iterable[int] | None = None) -> Term:

@@ -26,7 +26,6 @@ REFUSED = {
     "lora_bias": "it adds a bias to B",
     "ensure_weight_tying": "it ties the adapters of tied layers",
     "layer_replication": "it repeats layers of the base",
-    "alora_invocation_tokens": "the update depends on where invocation tokens stand",
     "use_qalora": "it pools inputs before A",
     "use_bdlora": "its factors are block-diagonal",
     "arrow_config": "it routes between adapters",
@@ -277,6 +276,10 @@ def _is_flag(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
+def _is_invocation(value: object) -> bool:
+    return value is None or (isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value))
+
+
 HONORED: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda v: True,  # checked first, by itself
     "init_lora_weights": lambda v: True,
@@ -296,6 +299,7 @@ HONORED: dict[str, Callable[[Any], bool]] = {
     "use_dora": _is_flag,
     "fan_in_fan_out": lambda v: True,  # shapes and the name map tell
     "trainable_token_indices": _is_tokens,
+    "alora_invocation_tokens": _is_invocation,
 }
 """The fields that lojax acts on, and whether a value is one that they can have."""
 KNOWN = {*HONORED, *HARMLESS, *REFUSED}

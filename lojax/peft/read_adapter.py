@@ -273,7 +273,8 @@ def _finish(leaf: Leaf, adapter: Adapter, config: Config) -> Adapter:
     """``adapter`` with JAX arrays, in boxes like that of its weight, and the dropout of the config."""
     arrays = {name: jnp.asarray(x) for name, x in adapter.arrays.items()}
     dropout = 0.0 if adapter.a is None else float(config["lora_dropout"] or 0.0)
-    return box_arrays(leaf, dataclasses.replace(adapter, dropout=dropout, **arrays))
+    invocation = tuple(config["alora_invocation_tokens"] or ()) or None
+    return box_arrays(leaf, dataclasses.replace(adapter, dropout=dropout, invocation_tokens=invocation, **arrays))
 
 
 def _full_leaf(leaf: Leaf, count: int, saved: Sequence[tuple[TorchParameter, str]], file: safetensors.File) -> Leaf:

@@ -264,6 +264,9 @@ def _fields(
     dropouts = {adapter.dropout for adapter in adapters.values() if adapter.a is not None}
     if len(dropouts) > 1:
         raise ValueError(f"PEFT has one lora_dropout for all adapters; these have {sorted(dropouts)}.")
+    invocations = {adapter.invocation_tokens for adapter in adapters.values()}
+    if len(invocations) > 1:
+        raise ValueError(f"PEFT has one alora_invocation_tokens for all adapters; these have {[*invocations]}.")
     adapted = [parameter for parameter, _ in updates.values()]
     fields = {
         "peft_type": "LORA",
@@ -273,6 +276,7 @@ def _fields(
         "rank_pattern": {"^" + re.escape(key): r for key, (r, _) in settings.items() if r != rank},
         "alpha_pattern": {"^" + re.escape(key): a for key, (_, a) in settings.items() if a != alpha},
         "lora_dropout": dropouts.pop() if dropouts else 0.0,
+        "alora_invocation_tokens": list(*filter(None, invocations)) or None,
         "fan_in_fan_out": bool(adapted) and all(parameter.kind == "conv1d" for parameter in adapted),
         "bias": _bias(adapted, trained_full, modules),
         "target_modules": _target_modules(table, {p.module for p in adapted if not p.is_experts}),

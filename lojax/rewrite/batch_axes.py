@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import source_info_util
 
 from lojax.adapters.paths import path_of
@@ -149,20 +150,24 @@ def _broadcast(name: str, prefix: Any, tree: PyTree) -> PyTree:
         raise ValueError(f"batch_axes of {name} is no prefix of the argument: {error}") from None
 
 
+def is_raw_key(leaf: Any) -> bool:
+    """Whether an array may be one PRNG key in the old style, as `jax.random.PRNGKey` makes it."""
+    return leaf.dtype == jnp.uint32 and leaf.shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+
+
 def _row_axis(name: str, leaf: Any, axis: Any, rows: int) -> int | str | None:
     """The axis of rows of one leaf, `KEY` for a single key, None for what all rows share."""
-    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-    if shape is None or dtype is None or axis == SHARED:
+    if axis == SHARED or not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return None
-    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    shape, dtype = leaf.shape, leaf.dtype
     if not shape:
-        return KEY if is_key else None
-    if dtype == jnp.uint32 and shape == jax.random.key_data(jax.eval_shape(lambda: jax.random.key(0))).shape:
-        return None
+        return KEY if jnp.issubdtype(dtype, jax.dtypes.prng_key) else None
+    if is_raw_key(leaf):
+        return KEY
     if not isinstance(axis, int) or not -len(shape) <= axis < len(shape) or shape[axis] != rows:
         got = f"{shape[axis]} at axis {axis}" if isinstance(axis, int) and axis < len(shape) else f"no axis {axis}"
         raise ValueError(
-            f"adapter= names {rows} rows, and {name} ({spec(leaf)}) has {got}. Say where its rows are with "
+            f"adapter= or active= has {rows} rows, and {name} ({spec(leaf)}) has {got}. Say where its rows are with "
             "batch_axes={position or keyword: axis}, with None where all rows share the argument."
         )
     return axis % len(shape)
@@ -198,7 +203,15 @@ def probe_outputs(f: Callable[[dict[int, Any]], PyTree], arguments: Arguments, r
     """
     # A multiple of the number of rows: what divides that divides this (shards, micro-batches).
     count = max(rows, 1) * PROBE
-    program, shapes = jax.make_jaxpr(f, return_shape=True)(arguments.probe(count))
+    try:
+        program, shapes = jax.make_jaxpr(f, return_shape=True)(arguments.probe(count))
+    except Exception as error:
+        error.add_note(
+            f"lojax traced the net with {count} rows instead of {rows}, to see where the rows are in its outputs. If "
+            "the net depends on their number, or the axis is not that of the rows, use jax.vmap over the rows and "
+            "bank.for_vmap(), or say batch_axes=."
+        )
+        raise
     if check and (meeting := _find_meeting(program, count)):
         raise ValueError(
             f"The net lets the rows of a batch meet ({meeting}), as batch statistics in training or experts of limited "
@@ -227,12 +240,17 @@ def _find_meeting(program: Jaxpr, count: int) -> str:
     for eqn in jaxpr.eqns:
         for body in _bodies(eqn):
             if found := _find_meeting(body, count):
-                return found
+                # The body of a function of JAX itself has no line of the user's; the call does.
+                return found if " at " in found else found + _at(eqn)
         shapes = [getattr(var_type(v), "shape", ()) for v in eqn.invars]
         if any(shapes[i][d] % count == 0 and shapes[i][d] for i, d in _combined_axes(eqn, shapes)):
-            where = source_info_util.summarize(eqn.source_info)
-            return f"{eqn.primitive.name} at {where}"
+            return eqn.primitive.name + _at(eqn)
     return ""
+
+
+def _at(eqn: Eqn) -> str:
+    where = source_info_util.summarize(eqn.source_info)
+    return f" at {where}" if where and "unknown" not in where else ""
 
 
 def _combined_axes(eqn: Eqn, shapes: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -20,10 +20,11 @@ from lojax.adapters.bank import Bank
 from lojax.adapters.create import check_key
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import flatten, map_paths
+from lojax.adapters.paths import flatten, map_paths, path_of
+from lojax.adapters.stack import stack
 from lojax.adapters.trees import check_pair
 from lojax.lowrank.bank_value import BankValue, from_bank, mix_full, pick_full, prefers_wide
-from lojax.lowrank.value import Dropout, LowRank, NotFactored
+from lojax.lowrank.value import Dropout, LowRank
 from lojax.rewrite.batch_axes import BatchAxes, named_axes, probe_outputs, split_arguments
 from lojax.rewrite.evaluate import evaluate, frozen_leaf
 from lojax.rewrite.interpreter import Interpreter
@@ -42,12 +43,14 @@ class MixedBatch:
     Attributes:
         bank: The adapters.
         adapter: ``int [batch]``, ``float [batch, N]``, or an ``int []`` for the whole batch.
+        active: ``bool [batch, T]``, the tokens on which the adapters act; None for all.
         batch_axes: See `lojax.Model.apply`.
         check_rows: Whether to refuse a net whose rows meet.
     """
 
     bank: Bank
     adapter: Any
+    active: Any = None
     batch_axes: BatchAxes = 0
     check_rows: bool = True
 
@@ -64,6 +67,10 @@ class MixedBatch:
         choice = check_choice(self.bank, self.adapter)
         if dropout_key is not None:
             check_key(dropout_key, "dropout_key takes a PRNG key, a new one for each call.")
+        if self.active is None:
+            check_invocation(self.bank.lora)
+        elif choice.ndim == 0:
+            choice = jnp.full(jnp.shape(self.active)[:1], choice)
         values = _Values(frozen, self.bank, choice)
         if choice.ndim == 0:
             return evaluate(f, interpreter, values.pick(choice, dropout_key), args, kwargs)
@@ -80,11 +87,15 @@ class MixedBatch:
         dropout_key: Key | None,
     ) -> PyTree:
         rows = choice.shape[0]
-        axes = named_axes(args, kwargs, self.batch_axes)
+        active = None if self.active is None else check_active(self.active, rows)
+        asked, cache_axes = split_cache_axes(self.batch_axes, kwargs)
+        axes = named_axes(args, kwargs, asked)
         inputs = {f"args/{i}": x for i, x in enumerate(args)} | {f"kwargs/{name}": x for name, x in kwargs.items()}
         # A Linen net decodes with a collection of its variables that has an entry for each row.
         cache = values.cache
-        arguments = split_arguments(inputs | {CACHE: cache}, rows, axes | {CACHE: _cache_axes(cache, rows)})
+        arguments = split_arguments(
+            inputs | {CACHE: cache}, rows, axes | {CACHE: find_cache_axes(cache, rows, cache_axes)}
+        )
 
         def call(params: Params, inputs: dict[str, Any], interpreter: Interpreter) -> PyTree:
             own_args = [inputs[f"args/{i}"] for i in range(len(args))]
@@ -100,27 +111,27 @@ class MixedBatch:
         uses: list[Use] = []
         tree: Any = None
 
-        def row(own_choice: Array, own_key: Key | None, own: list[Array]) -> list[Array]:
+        def row(own_choice: Array, own_key: Key | None, own_active: Array | None, own: list[Array]) -> list[Array]:
             nonlocal tree
             with interpreter.recorder.collect(uses):
-                result = call(values.pick(own_choice, own_key), arguments.one_row(own), interpreter)
+                result = call(values.pick(own_choice, own_key, own_active), arguments.one_row(own), interpreter)
             leaves, tree = jax.tree.flatten(result)
             return [
                 x if axis is None else _without_axis(x, axis, name)
                 for x, axis, name in zip(leaves, outputs.axes, outputs.names, strict=True)
             ]
 
-        mapped = jax.vmap(row, in_axes=(0, 0, arguments.in_axes()), out_axes=list(outputs.axes))
+        mapped = jax.vmap(row, in_axes=(0, 0, 0, arguments.in_axes()), out_axes=list(outputs.axes))
         try:
-            leaves = mapped(choice, keys, arguments.own_keys(rows))
+            leaves = mapped(choice, keys, active, arguments.own_keys(rows))
         except ValueError as error:
             if "out_axes" not in str(error):
                 raise
             shared = [name for name, axis in zip(outputs.names, outputs.axes, strict=True) if axis is None]
             raise ValueError(
-                f"One of the outputs {', '.join(shared)} has no axis for the rows of the batch and yet depends on them "
-                "(a mean over the batch, new batch statistics), and each row has another adapter. Return one value for "
-                "each row, or call the net with one adapter (bank[i])."
+                f"One of the outputs {', '.join(shared)} has no axis for the rows of the batch and yet differs from "
+                "row to row, as a mean over the batch, new batch statistics or a norm of the weights does. Return one "
+                "value for each row, or call the net with one adapter (bank[i])."
             ) from error
         interpreter.recorder.replay(uses, rows)
         return jax.tree.unflatten(tree, leaves)
@@ -153,14 +164,14 @@ class _Values:
 
         return map_paths(put, self.bank.lora)
 
-    def pick(self, choice: Array, key: Key | None) -> Params:
+    def pick(self, choice: Array, key: Key | None, active: Array | None = None) -> Params:
         """The parameters of one adapter, or of a weighted sum of them."""
 
         def put(path: Path, leaf: Leaf) -> Leaf:
             if leaf is None:
                 return self.weights[path]
             if is_adapter(leaf):
-                value = self._value(self.adapted[path], choice)
+                value = _with_active(self._value(self.adapted[path], choice), active)
                 return rebox(self.weights[path], _with_dropout(value, leaf, path, key))
             return rebox(leaf, self._full(path, unbox(leaf), choice))
 
@@ -172,13 +183,7 @@ class _Values:
 
     def _value(self, value: BankValue, choice: Array) -> LowRank:
         if choice.ndim == 1:
-            try:
-                return value.mix(choice)
-            except NotFactored as reason:
-                raise ValueError(
-                    f"{value.template.path}: {reason} are no sum of updates. Pass the number of one adapter for each "
-                    "row, adapter=ids of an integer dtype."
-                ) from None
+            return value.mix(choice)
         if prefers_wide(value.width, jax.default_backend()):
             count = len(self.bank)
             inside = (choice >= -1) & (choice < count)
@@ -210,6 +215,19 @@ def one_entry(bank: Bank) -> Params:
     return map_paths(entry, bank.lora)
 
 
+def mixed_batch(
+    lora: Params | Bank | None, adapter: Any, active: Any, batch_axes: BatchAxes, check_rows: bool
+) -> MixedBatch | None:
+    """The mixed batch that the arguments of `lojax.Model.apply` ask for; None where they ask for none."""
+    if adapter is None and active is None:
+        return None
+    if adapter is None and lora is not None and not isinstance(lora, Bank):
+        lora, adapter = stack([lora]), 0  # each row has the tokens on which it acts to itself
+    if adapter is None and isinstance(lora, Bank):
+        raise ValueError(f"lora is a stack of {len(lora)} adapters: say which row uses which with adapter=ids.")
+    return MixedBatch(check_bank(lora), adapter, active, batch_axes, check_rows)
+
+
 def check_bank(lora: Params | Bank | None) -> Bank:
     """``lora``, if it is a bank.
 
@@ -237,11 +255,13 @@ def check_choice(bank: Bank, adapter: Any) -> Array:
     elif isinstance(adapter, (list, tuple)) and any(isinstance(name, str) or name is None for name in adapter):
         adapter = bank.ids(adapter)
     choice = jnp.asarray(adapter)
+    if choice.size == 0:
+        raise ValueError("adapter= is empty; expected the number of an adapter for each row of the batch.")
     usage = f"expected integers [batch] from -1 (the base alone) to {len(bank) - 1}, or floats [batch, {len(bank)}]"
     if jnp.issubdtype(choice.dtype, jnp.integer):
         if choice.ndim > 1:
             raise ValueError(f"adapter= is {spec(choice)}; {usage}.")
-        if not isinstance(choice, Tracer) and choice.size:
+        if not isinstance(choice, Tracer):
             values = np.asarray(choice)
             bad = values[(values < -1) | (values >= len(bank))]
             if bad.size:
@@ -286,14 +306,60 @@ def _with_dropout(value: LowRank, adapter: Any, path: Path, key: Key | None) -> 
     )
 
 
-def _cache_axes(cache: PyTree, rows: int) -> PyTree:
-    """The axis of rows of each leaf of a Linen cache: the first that has their number. What counts steps has none."""
+def _with_active(value: LowRank, active: Array | None) -> LowRank:
+    if active is None:
+        return value
+    if value.gain is not None:
+        raise ValueError(f"{value.path}: active= is for updates that add to their weight, and a DoRA one scales it.")
+    return dataclasses.replace(value, active=active, fusible=False)
 
-    def axis(leaf: Any) -> int | None:
-        shape = jnp.shape(leaf)
-        return next((d for d, n in enumerate(shape) if n == rows), None)
 
-    return jax.tree.map(axis, cache)
+def check_active(active: Any, rows: int) -> Array:
+    """``active`` as an array, or an error unless it says for every row on which tokens its adapter acts."""
+    active = jnp.asarray(active)
+    if active.dtype != bool or active.ndim != 2 or active.shape[0] != rows:
+        raise ValueError(
+            f"active= is {spec(active)}; expected bool [{rows}, T]: for each row, the tokens on which its adapter acts "
+            "(lojax.active_tokens makes it)."
+        )
+    return active
+
+
+def check_invocation(lora: Params) -> None:
+    """Raises if an adapter acts from its invocation tokens on, and nobody said where those stand."""
+    for path, leaf in flatten(lora).items():
+        if not is_adapter(leaf):
+            continue
+        own = [leaf.invocation_tokens, *(entry.invocation_tokens for entry in leaf.entries or () if entry is not None)]
+        if any(own):
+            raise ValueError(
+                f"{path}: this adapter acts from its invocation tokens {next(filter(None, own))} on. Say where that "
+                "is: apply(..., active=lojax.active_tokens(tokens, lora))."
+            )
+
+
+def split_cache_axes(batch_axes: BatchAxes, kwargs: Mapping[str, Any]) -> tuple[BatchAxes, Any]:
+    """``batch_axes`` without its entry for the cache, and that entry: axes, or "auto"."""
+    if isinstance(batch_axes, Mapping) and CACHE in batch_axes and CACHE not in kwargs:
+        return {name: axis for name, axis in batch_axes.items() if name != CACHE}, batch_axes[CACHE]
+    return batch_axes, "auto"
+
+
+def find_cache_axes(cache: PyTree, rows: int, asked: Any) -> PyTree:
+    """The axis of rows of each leaf of a Linen cache: the one of their number. What counts the steps has none."""
+    if asked != "auto":
+        return asked
+
+    def axis(keys: tuple[Any, ...], leaf: Any) -> int | None:
+        axes = [d for d, n in enumerate(jnp.shape(leaf)) if n == rows]
+        if len(axes) > 1:
+            raise ValueError(
+                f"{CACHE}/{path_of(keys)} ({spec(leaf)}) has {len(axes)} axes of the length of the batch, {rows}. Say "
+                'which one counts the rows with batch_axes={"cache": axis}, or a tree of axes.'
+            )
+        return axes[0] if axes else None
+
+    return jax.tree_util.tree_map_with_path(axis, cache)
 
 
 def _without_axis(x: Array, axis: int, name: str) -> Array:

@@ -95,6 +95,12 @@ class Recorder:
             name = eqn if isinstance(eqn, str) else eqn.primitive.name
             flops, size = 2 * value.size * value.rank, value.size * value.frozen.dtype.itemsize
             use = Use(value.path, name, "materialized", 0, flops, size, reason, _source_line(eqn))
+            if value.active is not None:
+                at = f" at {use.where}" if use.where else ""
+                raise ValueError(
+                    f"{value.path}: active= makes the update act on some tokens only, and this use of the weight by "
+                    f"{name!r}{at} has no such form: {reason}. Take the weight out of targets."
+                )
             if self.strict:
                 raise MaterializedError(use, value.shape)
             self._add(use)

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.bank import is_bank
+from lojax.adapters.stack import stack
 from lojax.adapters.trees import check_pair
 from lojax.lowrank.strategy import check_execution
 from lojax.rewrite.batch_axes import BatchAxes
 from lojax.rewrite.constant_base import warn_if_frozen_is_constant
 from lojax.rewrite.evaluate import base_params, evaluate, lowrank_params, trace_abstractly
 from lojax.rewrite.interpreter import Interpreter
-from lojax.rewrite.mixed_batch import MixedBatch, check_bank
+from lojax.rewrite.mixed_batch import MixedBatch, check_invocation, mixed_batch
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.rewrite.rules import RULES
 from lojax.types import Key, Params, PyTree
@@ -43,8 +45,8 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
             automatic differentiation through ``W0 + s A B``.
 
     Returns:
-        ``g(frozen, lora, *args, dropout_key=None, adapter=None, batch_axes=0, check_rows=True, **kwargs)``; see
-        `lojax.Model.apply`.
+        ``g(frozen, lora, *args, dropout_key=None, **kwargs)``, which also takes ``adapter=``, ``active=``,
+        ``batch_axes=`` and ``check_rows=`` as `lojax.Model.apply` does.
 
     Raises:
         TypeError: ``f`` is not a function.
@@ -69,19 +71,22 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
         *args: PyTree,
         dropout_key: Key | None = None,
         adapter: Any = None,
+        active: Any = None,
         batch_axes: BatchAxes = 0,
         check_rows: bool = True,
         **kwargs: PyTree,
     ) -> PyTree:
-        if adapter is not None:
-            mixed = MixedBatch(check_bank(lora), adapter, batch_axes, check_rows)
+        if lora is not None:
+            warn_if_frozen_is_constant(frozen, lora)
+        mixed = mixed_batch(lora, adapter, active, batch_axes, check_rows)
+        if mixed is not None:
             interpreter = Interpreter(RULES, mixed_execution(execution), Recorder(strict))
             return mixed.evaluate(f, interpreter, frozen, args, kwargs, dropout_key)
         chosen = mixed_execution(execution) if is_mapped(lora) else execution
         interpreter = Interpreter(RULES, chosen, Recorder(strict))
         if lora is None:
             return evaluate(f, interpreter, base_params(frozen), args, kwargs)
-        warn_if_frozen_is_constant(frozen, lora)
+        check_invocation(lora)
         return evaluate(f, interpreter, lowrank_params(frozen, lora, dropout_key), args, kwargs)
 
     return adapted
@@ -103,7 +108,8 @@ def trace_uses(
 
     def run(frozen: Params, lora: Params, args: PyTree, kwargs: Mapping[str, Any]) -> PyTree:
         if mixed is not None:
-            return dataclasses.replace(mixed, bank=lora).evaluate(f, interpreter, frozen, args, kwargs)
+            bank = lora if is_bank(lora) else stack([lora])
+            return dataclasses.replace(mixed, bank=bank).evaluate(f, interpreter, frozen, args, kwargs)
         return evaluate(f, interpreter, lowrank_params(frozen, lora, None), args, kwargs)
 
     if mixed is None:

@@ -49,6 +49,56 @@ def test_keeps_the_contract(case: Case) -> None:
             assert share <= case.flops
 
 
+def rows_of_batches() -> list[Any]:
+    """Every net with a batch; in the default run the first one of each library."""
+    cases = [case for case in CASES if case.rows]
+    first = {case.library: case for case in reversed(cases) if not case.slow}
+    return [
+        pytest.param(
+            case, id=f"{case.library}-{case.name}", marks=[pytest.mark.slow] * (first[case.library] is not case)
+        )
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize("case", rows_of_batches())
+def test_each_row_of_a_batch_has_its_own_adapter(case: Case) -> None:
+    """As the first two rows do one by one."""
+    pytest.importorskip(case.requires)
+    with jax.numpy_dtype_promotion(case.promotion):
+        example = case.build()
+        model = lojax.wrap(example.net, case.targets, rank=case.rank, alpha=3 * case.rank, init=draw)
+        frozen, lora = model.init(jax.random.key(0), example.params, *example.args, **example.kwargs)
+        loras = [perturb(lora), jax.tree.map(lambda x: 1.5 * x, perturb(lora))]
+        inputs = (example.args, dict(example.kwargs))
+        batch = next(x.shape[0] for x in jax.tree.leaves(inputs) if getattr(x, "ndim", 0))
+
+        def first(rows: slice) -> Any:
+            return jax.tree.map(lambda x: x[rows] if getattr(x, "ndim", 0) else x, inputs)
+
+        def mixed(frozen: Any, bank: Any, ids: Any) -> Any:
+            args, kwargs = first(slice(0, 2))
+            return model.apply(frozen, bank, *args, adapter=ids, **kwargs)
+
+        def alone(frozen: Any, lora: Any, row: int) -> Any:
+            args, kwargs = first(slice(row, row + 1))
+            return model.apply(frozen, lora, *args, **kwargs)
+
+        rows = range(min(batch, 2))
+        got = jax.jit(mixed, compiler_options=FAST_COMPILE)(frozen, lojax.stack(loras), jnp.asarray(rows))
+        one_by_one = jax.jit(alone, static_argnums=2, compiler_options=FAST_COMPILE)
+        each = [one_by_one(frozen, loras[row], row) for row in rows]
+        close_trees(got, jax.tree.map(lambda together, *parts: in_one(together, parts), got, *each))
+
+
+def in_one(together: Any, parts: Any) -> Any:
+    """The rows in one array, along the axis that gives it the shape of ``together``."""
+    if parts[0].shape == together.shape:
+        return parts[0]
+    axis = next(d for d, (n, m) in enumerate(zip(together.shape, parts[0].shape, strict=True)) if n != m)
+    return jnp.concatenate(parts, axis)
+
+
 def says_how_it_runs(case: Case, report: Any) -> None:
     """No gradient of a targeted weight's size is computed, or the row knows why."""
     assert len(report.weights) == case.count, [weight.path for weight in report.weights]

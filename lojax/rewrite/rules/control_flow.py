@@ -112,7 +112,9 @@ def _shard_map(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Arr
         )
         # The key is replicated: `drop_out` folds the index of the shard in.
         dropout = value.dropout and dataclasses.replace(value.dropout, key=PartitionSpec())
-        return dataclasses.replace(specs, frozen=jax.tree.map(lambda _: spec, value.frozen), dropout=dropout)
+        active = None if value.active is None else PartitionSpec()
+        frozen = jax.tree.map(lambda _: spec, value.frozen)
+        return dataclasses.replace(specs, frozen=frozen, dropout=dropout, active=active)
 
     uses: list[Use] = []
 
@@ -217,13 +219,14 @@ def _sliced_operand(value: Value, length: int) -> _LoopOperand:
     shared = [None if 0 in x.dims else x.array for x in arrays]
     dims = [tuple(names.get(d, d) for d in x.dims if d != 0) for x in arrays]  # type: ignore[call-overload]
 
-    def join(shared: list[Any], own: Any) -> LowRank:
+    def join(shared: tuple[list[Any], Array | None], own: Any) -> LowRank:
         frozen, dropout, sliced = own
-        entries = [s if c is None else c for c, s in zip(shared, sliced, strict=True)]
+        arrays, active = shared
+        entries = [s if c is None else c for c, s in zip(arrays, sliced, strict=True)]
         low_rank = value.with_named_arrays([NamedArray(x, d) for x, d in zip(entries, dims, strict=True)])
-        return dataclasses.replace(low_rank, frozen=frozen, dropout=dropout)
+        return dataclasses.replace(low_rank, frozen=frozen, dropout=dropout, active=active)
 
-    return _LoopOperand(shared, (value.frozen.entries(), dropout, sliced), join)
+    return _LoopOperand((shared, value.active), (value.frozen.entries(), dropout, sliced), join)
 
 
 def _stacked_output(value: Value) -> Value:

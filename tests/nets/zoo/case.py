@@ -35,6 +35,8 @@ class Case:
         materialized: The weights that cannot stay factored, with a part of the reason that the report gives.
         promotion: The dtype promotion that the net's own code needs.
         flops: An upper bound of the FLOPs of a gradient step, as a share of the materialized step.
+        rows: Whether each row of a batch may have an adapter of its own: the leading axis of the arguments is the
+            batch, rows do not meet, and none draws random numbers.
         slow: Whether only ``.ci/thorough`` proves it.
     """
 
@@ -48,6 +50,7 @@ class Case:
     materialized: Mapping[str, str] = dataclasses.field(default_factory=dict)
     promotion: Literal["strict", "standard"] = "strict"
     flops: float | None = None
+    rows: bool = True
     slow: bool = False
 
 

@@ -121,8 +121,8 @@ def row(name: str, build: Any, targets: Any, count: int, **settings: Any) -> Cas
 
 CASES = (
     row("mlp_vmap", mlp, "**/weight", 3, flops=0.75),
-    row("conv", conv, "**/weight", 3),
-    row("attention", attention, ["**/*_proj/weight", "**/mlp/**/weight"], 6),
+    row("conv", conv, "**/weight", 3, rows=False),
+    row("attention", attention, ["**/*_proj/weight", "**/mlp/**/weight"], 6, rows=False),
     row("lstm_gru_scan", recurrent, "**/weight_*", 4),
     row("filter_vmap_stack", stack, "**/weight", 2),
 )

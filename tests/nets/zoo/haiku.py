@@ -79,9 +79,9 @@ def row(name: str, build: Any, targets: Any, count: int, **settings: Any) -> Cas
 
 
 CASES = (
-    row("mlp_dropout", mlp, "**/w", 3, flops=0.75),
+    row("mlp_dropout", mlp, "**/w", 3, flops=0.75, rows=False),
     row("transformer_tied", transformer, ["**/w", "**/embeddings"], 7),
     row("lstm_gru", lstm, "**/w*", 4),
-    row("conv_batchnorm_state", conv, "**/w", 4),
+    row("conv_batchnorm_state", conv, "**/w", 4, rows=False),
     row("layer_stack", stack, "**/w", 2),
 )

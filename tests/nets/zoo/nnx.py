@@ -151,7 +151,15 @@ class FusedHeads(nnx.Module):
 KERNELS = "**/kernel"
 STATE = (nnx.BatchStat, nnx.RngCount)
 CASES = (
-    Case("mlp_batchnorm_dropout", "flax.nnx", build(MLP, normal(0, 32, 64), mutable=STATE), KERNELS, 3, flops=0.75),
+    Case(
+        "mlp_batchnorm_dropout",
+        "flax.nnx",
+        build(MLP, normal(0, 32, 64), mutable=STATE),
+        KERNELS,
+        3,
+        flops=0.75,
+        rows=False,
+    ),
     Case("tied_lm", "flax.nnx", build(TiedLM, tokens(0, 24, 2, 5)), [KERNELS, "**/embedding"], 7),
     Case("scan_remat", "flax.nnx", build(Scanned, normal(0, 2, 5, 16)), KERNELS, 6),
     Case("vmap_ensemble", "flax.nnx", build(Ensemble, normal(0, 6, 8)), KERNELS, 1),
