@@ -18,7 +18,7 @@ from lojax.adapters.matrices import at_least_float32
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.text import suggest
-from lojax.types import Array, Leaf, Params
+from lojax.types import Array, Leaf, Params, Path
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +109,12 @@ class Bank:
         ``jax.vmap(lambda lora, x: model.apply(frozen, lora, x))(bank.for_vmap(), x)`` runs every adapter on its own
         ``x``. Each ``b`` is multiplied by its scale, which is 1 in the result; gradients flow back to the bank.
         """
-        return map_paths(lambda _, leaf: scale_entries(leaf) if is_adapter(leaf) else leaf, self.lora)
+
+        def scale(_: Path, leaf: Leaf) -> Leaf:
+            # No entries, but not None: the products of a mapped adapter are not fused, which would form a weight each.
+            return dataclasses.replace(scale_entries(leaf), entries=()) if is_adapter(leaf) else leaf
+
+        return map_paths(scale, self.lora)
 
     def __repr__(self) -> str:
         adapters = [leaf for leaf in flatten(self.lora).values() if is_adapter(leaf)]
@@ -121,11 +126,6 @@ class Bank:
 def is_bank(tree: object) -> bool:
     """Whether ``tree`` is a `Bank`."""
     return isinstance(tree, Bank)
-
-
-def scales_differ(adapter: Adapter) -> bool:
-    """Whether the adapters of a bank have different scales at this weight."""
-    return len({entry.scale for entry in adapter.entries or () if entry is not None}) > 1
 
 
 def scale_entries(adapter: Adapter) -> Adapter:

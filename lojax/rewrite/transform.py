@@ -52,6 +52,7 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
         TypeError: ``f`` is not a function.
         ValueError: ``execution`` is unknown, or is ``"materialize"`` with ``strict``.
 
+    >>> import jax.numpy as jnp
     >>> f = lambda params, x: x @ params["w"]
     >>> params = {"w": jnp.ones((4, 3))}
     >>> from lojax import init

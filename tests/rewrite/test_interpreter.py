@@ -208,8 +208,8 @@ def test_a_product_goes_through_five_modules(monkeypatch):
     model.apply(*pair, normal(2, 4))
     assert len(stacks) == 2  # x @ a, and the result @ b
     for stack in stacks:
-        below_the_transform = stack[stack.index("rewrite/transform.py") + 1 :]
-        modules = set(below_the_transform) - {"rewrite/transform.py"}
+        below_the_evaluation = stack[stack.index("rewrite/evaluate.py") + 1 :]
+        modules = set(below_the_evaluation) - {"rewrite/evaluate.py"}
         assert modules == {
             "rewrite/interpreter.py",
             "rewrite/rules/products.py",
