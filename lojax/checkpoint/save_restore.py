@@ -110,11 +110,15 @@ def save(
             ``frozen`` to show that it is not the base itself; the padding of a bank is not zero.
 
     >>> import tempfile, lojax
-    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jax.numpy.ones((4, 3))}, "kernel", rank=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = lojax.save(folder, lora, frozen=frozen, metadata={"step": 100})
     ...     lojax.restore(folder, frozen=frozen)["kernel"].scale
     1.0
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = lojax.save(folder, lojax.stack([lora, lora], names=["french", "german"]), frozen=frozen)
+    ...     len(lojax.restore(folder)), lojax.restore(folder, entry="german")["kernel"].rank
+    (2, 2)
     """
     directory = files.as_local_path(path)
     check_flags(overwrite=overwrite, wait=wait)
@@ -334,7 +338,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: Its ``adapter.json``, or the ``bank.json`` of a bank, is damaged.
 
     >>> import tempfile, lojax
-    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jax.numpy.ones((4, 3))}, "kernel", rank=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = lojax.save(folder, lora, metadata={"step": 100})
     ...     lojax.read_metadata(folder)
