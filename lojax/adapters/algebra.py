@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from lojax.adapters.adapter import Adapter, is_adapter, scale_update
+from lojax.adapters.bank import Bank
 from lojax.adapters.initializers import key_for
 from lojax.adapters.matrices import factor_matrices, pad_rank, truncate_rank, unify_scale_and_rank, with_factors
 from lojax.adapters.paths import check_same_structure, flatten, map_paths
 from lojax.adapters.rule import is_finite, is_integer
 from lojax.adapters.task_vectors import prune_and_sum
+from lojax.adapters.trees import refuse_bank
 from lojax.text import suggest
 from lojax.types import Array, Key, Leaf, Params, Path
 
@@ -24,7 +26,7 @@ METHODS = (*FACTORWISE, "cat", "svd", *(f"{m}_svd" for m in FACTORWISE[1:]))
 
 
 def combine(
-    adapters: Sequence[Params],
+    adapters: Sequence[Params] | Bank,
     weights: Sequence[float],
     *,
     method: str = "cat",
@@ -41,8 +43,8 @@ def combine(
     scaled, whatever the method.
 
     Args:
-        adapters: ``lora`` trees of one structure. Where some hold no adapter, the others are combined. A
-            parameter trained in full is taken over if a single tree holds it.
+        adapters: ``lora`` trees of one structure, or the bank of them. Where some hold no adapter, the others are
+            combined. A parameter trained in full is taken over if a single tree holds it.
         weights: One number each; negative ones subtract.
         method: One of `METHODS`.
         rank: The rank that the ``svd`` methods give, for a single adapter too; the largest of the inputs by default.
@@ -65,7 +67,10 @@ def combine(
     4
     """
     settings = _Settings(method, rank, density, majority, key)
+    adapters = list(adapters) if isinstance(adapters, Bank) else adapters
     settings.check(adapters, weights)
+    for i, tree in enumerate(adapters):
+        refuse_bank(tree, f"adapters[{i}]")
     weights = [_as_number(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
     if len(adapters) == 1:  # scaled, whatever the method, and truncated where a rank is given
         settings = _Settings("linear") if rank is None else _Settings("svd", rank)
@@ -111,6 +116,7 @@ def resize(lora: Params, rank: int) -> Params:
     """
     if not is_integer(rank) or rank < 1:
         raise ValueError(f"rank={rank!r}; expected an integer of at least 1.")
+    refuse_bank(lora)
 
     def resize_at(path: Path, leaf: Leaf) -> Leaf:
         if not is_adapter(leaf) or leaf.rank == rank:
@@ -145,6 +151,7 @@ def rescale(lora: Params, factor: float) -> Params:
     0.5
     """
     factor = _as_number(factor, "factor", "To take an adapter out, use factor=0.0.")
+    refuse_bank(lora)
     _refuse_full(lora, "scaled")
 
     def rescale_at(path: Path, leaf: Leaf) -> Leaf:
@@ -174,7 +181,8 @@ def subtract(lora: Params, other: Params) -> Params:
     >>> nothing["w"].rank
     4
     """
-    for tree in (lora, other):
+    for tree, name in ((lora, "lora"), (other, "other")):
+        refuse_bank(tree, name)
         _refuse_full(tree, "subtracted")
     return combine([lora, other], [1.0, -1.0], method="cat")
 

@@ -44,6 +44,12 @@ def check_structure(frozen: Params, lora: Params, *, name: str = "frozen") -> tu
     return check_same_structure(frozen, lora, name=name)
 
 
+def refuse_bank(tree: Params, name: str = "lora") -> None:
+    """Raises if ``tree`` is a bank, where one adapter is meant."""
+    if is_bank(tree):
+        raise ValueError(f"{name} is a stack of {len(tree)} adapters: index one, as bank[0].")
+
+
 def _check_places(
     frozen: Params, lora: Params, weights: Mapping[Path, Leaf], trained: Mapping[Path, Leaf], name: str
 ) -> None:

@@ -23,11 +23,19 @@ To read the arrays without lojax::
 
 Programs that save to one path take turns (see `lojax.files.filesystem.lock_directory`), where the file system has
 locks; any number may read, also during a save.
+
+A bank is saved in the same way: ``bank.json`` names a folder of whole adapter checkpoints, one for each entry::
+
+    PATH/
+      bank.json          the names of the entries, and the BLAKE2b of the adapter.json of each
+      bank-7/0-french/   an adapter checkpoint as above, which `lojax.restore` also reads alone
+
 Version 1 differs in one entry: each array has a ``digest``, which is no longer read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -41,8 +49,10 @@ from lojax.files.filesystem import hash_file, new_hash, parse_json, sync_directo
 from lojax.files.naming import as_path
 
 MANIFEST = "adapter.json"
-_FOLDER = re.compile(r"arrays-(\d{1,18})")
-_LEFTOVER = re.compile(r"arrays-\d{1,18}(\.orbax-checkpoint-tmp.*)?|adapter\.json\.tmp")
+BANK = "bank.json"
+_NAMED_BY = {MANIFEST: "arrays", BANK: "folder"}  # the field of each that names the folder beside it
+_FOLDER = re.compile(r"(?:arrays|bank)-(\d{1,18})")
+_LEFTOVER = re.compile(r"arrays-\d{1,18}(\.orbax-checkpoint-tmp.*)?|bank-\d{1,18}|(adapter|bank)\.json\.tmp")
 _MANIFEST_LIMIT = 256 << 20  # bytes; a million parameters take about 200 each
 _REMEDY = "Nothing was loaded. Copy the checkpoint again from its source, or restore another one."
 
@@ -56,22 +66,23 @@ def as_local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def next_number(directory: Path) -> int:
-    """A number for a folder of new arrays, above that of any in ``directory``, finished or not."""
+    """A number for a new folder, above that of any in ``directory``, finished or not."""
     # Also above an unfinished one: a saver that was killed may have left files that orbax would mistake for its own.
     numbers = [int(match[1]) for name in os.listdir(directory) if (match := _FOLDER.match(name))]
     return max(numbers, default=0) + 1
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes the arrays that the manifest does not name, and unfinished files. Never raises.
+    """Removes the folders that no manifest names, and unfinished files. Never raises.
 
     A manifest that is there but cannot be read may name any of them, so then all are kept.
     """
-    keep = current_folder(directory)
-    if keep is None and (directory / MANIFEST).exists():
+    present = [name for name in _NAMED_BY if (directory / name).exists()]
+    keep = {current_folder(directory, name) for name in present}
+    if None in keep:
         return
     for entry in list(os.scandir(directory)):
-        if entry.name == keep or not _LEFTOVER.fullmatch(entry.name):
+        if entry.name in keep or not _LEFTOVER.fullmatch(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
@@ -101,35 +112,55 @@ def check_inventory(folder: Path, files: Mapping[str, StoredFile]) -> None:
             raise ValueError(f"{file}: the content differs from what was saved (BLAKE2b). {_REMEDY}")
 
 
-def commit(directory: Path, manifest: Mapping[str, Any]) -> None:
+def commit(directory: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:
     """Makes ``manifest`` the checkpoint in ``directory``, in one atomic step.
 
     A checksum of the rest is added, so that a byte that flips in the file itself is noticed.
+
+    Args:
+        directory: Where.
+        manifest: As plain data.
+        name: The file: `MANIFEST` or `BANK`.
     """
     # Flushed before the rename, and the directory after it: a power cut leaves the old manifest or the whole new one.
-    file = directory / f"{MANIFEST}.tmp"
+    file = directory / f"{name}.tmp"
     with open(file, "w", encoding="utf-8") as stream:
         stream.write(format_json({**manifest, "checksum": _checksum(manifest)}))
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(file, directory / MANIFEST)
+    os.replace(file, directory / name)
     sync_directory(directory)
     sync_directory(directory.parent)
 
 
-def read_json(directory: Path) -> dict[str, Any]:
+def holds_bank(directory: Path) -> bool:
+    """Whether the checkpoint in ``directory`` is that of a bank.
+
+    Raises:
+        ValueError: There is an adapter as well, so one of the two is stale.
+    """
+    present = [name for name in _NAMED_BY if (directory / name).is_file()]
+    if len(present) > 1:
+        raise ValueError(
+            f"{directory}: holds both {MANIFEST} and {BANK}, and lojax writes one of them: files were copied together, "
+            "or an older lojax saved an adapter over a bank. Remove the one that is not wanted."
+        )
+    return present == [BANK]
+
+
+def read_json(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest that `commit` wrote, as plain data.
 
     Raises:
-        FileNotFoundError: There is no ``adapter.json``.
+        FileNotFoundError: There is no such file.
         ValueError: It is not JSON, or not as it was written.
     """
-    file = directory / MANIFEST
+    file = directory / name
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found, so {directory} holds no adapter checkpoint.{_hint(directory)}")
     # A hostile file must not fill the memory before it is judged.
     if file.stat().st_size > _MANIFEST_LIMIT:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes; no {MANIFEST} is longer than {_MANIFEST_LIMIT}.")
+        raise ValueError(f"{file}: {file.stat().st_size} bytes; no {name} is longer than {_MANIFEST_LIMIT}.")
     try:
         manifest = parse_json(file.read_bytes())
     except ValueError as error:
@@ -143,24 +174,27 @@ def read_json(directory: Path) -> dict[str, Any]:
 
 def stamp(directory: Path) -> tuple[int, int] | None:
     """What tells one manifest from the next one in its place, without reading them; None where there is none."""
-    try:
-        status = (directory / MANIFEST).stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns  # an inode is used again, but not in the same nanosecond
+    for name in _NAMED_BY:
+        with contextlib.suppress(OSError):
+            status = (directory / name).stat()
+            return status.st_ino, status.st_mtime_ns  # an inode is used again, but not in the same nanosecond
+    return None
 
 
-def current_folder(directory: Path) -> str | None:
-    """The folder of arrays that the manifest names; None where there is no readable manifest."""
+def current_folder(directory: Path, name: str = MANIFEST) -> str | None:
+    """The folder that the manifest names; None where there is no readable manifest."""
     try:
-        return read_json(directory).get("arrays")
+        return read_json(directory, name).get(_NAMED_BY[name])
     except (OSError, ValueError):
         return None
 
 
 def _hint(directory: Path) -> str:
     if not directory.is_dir():
-        return ""
+        bank, name = directory.parent, directory.name
+        return f" {bank} holds a bank: pass {bank} and entry={name!r}." if (bank / BANK).is_file() else ""
+    if (directory / BANK).is_file():
+        return " It holds a bank: lojax.restore reads all of it, and one adapter with entry=."
     others = sorted(file.parent for file in directory.glob(f"*/{MANIFEST}"))[:5]
     unfinished = any(_LEFTOVER.fullmatch(name) for name in os.listdir(directory))
     text = " It holds an unfinished save." if unfinished else ""

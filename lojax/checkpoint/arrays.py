@@ -102,3 +102,19 @@ def _restore_args(array: StoredArray, sharding: jax.sharding.Sharding | None) ->
     if sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=array.shape)
+
+
+def named_sharding(value: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding of an array or shape, if it is on a mesh."""
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def to_device(value: ArrayLike, sharding: jax.sharding.Sharding | None = None) -> ArrayLike:
+    """``value`` as a JAX array; a 64-bit array on the host stays there where JAX has no 64-bit types."""
+    if isinstance(value, np.ndarray) and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        return value
+    if sharding is None:
+        return jnp.asarray(value)
+    # Each process has read all of it and gives its own shards; `device_put` would compare the copies first.
+    return jax.make_array_from_callback(np.shape(value), sharding, lambda index: np.asarray(value)[index])

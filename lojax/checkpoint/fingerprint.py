@@ -39,6 +39,17 @@ def fingerprint(frozen: Params, adapted: Iterable[Path]) -> dict[Path, BaseEntry
     return {path: BaseEntry(text, contents.get(path)) if text else None for path, text in specs.items()}
 
 
+def restrict(
+    base: Mapping[Path, BaseEntry | None], frozen: Params, adapted: Iterable[Path]
+) -> dict[Path, BaseEntry | None]:
+    """The fingerprint for fewer ``adapted`` paths than ``base`` was made for."""
+    leaves, adapted = flatten(frozen), set(adapted)
+    return {
+        path: entry if entry is None or path in adapted or _is_vector(leaves[path]) else BaseEntry(entry.spec)
+        for path, entry in base.items()
+    }
+
+
 def describe_leaf(leaf: Leaf) -> str | None:
     """Dtype and shape in one word, ``float32[768,768]``; of all its arrays for a leaf that is a tree; or None.
 
@@ -49,11 +60,22 @@ def describe_leaf(leaf: Leaf) -> str | None:
     return " ".join(spec(array if hasattr(array, "dtype") else np.asarray(array)) for array in arrays) or None
 
 
-def _contents(leaves: Mapping[Path, Leaf], adapted: Iterable[Path]) -> dict[Path, str]:
-    """The digest of each adapted weight that holds values; a weight of several arrays has several, in one word."""
+def _contents(
+    leaves: Mapping[Path, Leaf], adapted: Iterable[Path], known: dict[Path, str] | None = None
+) -> dict[Path, str]:
+    """The digest of each adapted weight that holds values; a weight of several arrays has several, in one word.
+
+    Args:
+        leaves: The weights by path.
+        adapted: Those that count.
+        known: Digests of other calls for the same ``leaves``; those of this one are added.
+    """
     arrays = {path: values for path in adapted if (values := _values(leaves[path]))}
-    results = digests({f"{path}:{i}": array for path, of in arrays.items() for i, array in enumerate(of)})
-    return {path: "-".join(results[f"{path}:{i}"] for i in range(len(of))) for path, of in arrays.items()}
+    contents = {} if known is None else known
+    new = {path: of for path, of in arrays.items() if path not in contents}
+    results = digests({f"{path}:{i}": array for path, of in new.items() for i, array in enumerate(of)})
+    contents |= {path: "-".join(results[f"{path}:{i}"] for i in range(len(of))) for path, of in new.items()}
+    return {path: contents[path] for path in arrays}
 
 
 def _values(leaf: Leaf) -> list[ArrayLike]:
@@ -68,10 +90,16 @@ def _is_vector(leaf: Leaf) -> bool:
     return isinstance(array, (jax.Array, np.ndarray)) and array.ndim <= 1 and jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
+def check_base(manifest: Manifest, frozen: Params, directory: FilePath, known: dict[Path, str] | None = None) -> None:
     """Raises unless ``frozen`` is the base that the adapter was trained on.
 
     Shapes (`jax.ShapeDtypeStruct`) are enough; then the content is not compared.
+
+    Args:
+        manifest: That of the adapter.
+        frozen: The base.
+        directory: The checkpoint, for errors.
+        known: The digests that calls for other adapters of the same base have computed; new ones are added.
 
     Raises:
         ValueError: Names the first path that differs, what was expected, what it holds, and what to do.
@@ -98,7 +126,7 @@ def check_base(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
                 f"{path}: the adapter in {directory} was trained on {expected}, but frozen holds {got}. {_REMEDY}"
             )
     expected_contents = {path: entry.content for path, entry in base.items() if entry and entry.content}
-    for path, content in _contents(leaves, expected_contents).items():
+    for path, content in _contents(leaves, expected_contents, known).items():
         if content != expected_contents[path]:
             raise ValueError(
                 f"{path}: frozen holds other values than the base that the adapter in {directory} was trained on: "

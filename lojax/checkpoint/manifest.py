@@ -99,8 +99,8 @@ class Manifest:
         files: The files in it.
     """
 
-    saved: str = dataclasses.field(default_factory=lambda: _now())
-    software: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+    saved: str = dataclasses.field(default_factory=lambda: now())
+    software: Mapping[str, str] = dataclasses.field(default_factory=lambda: versions())
     metadata: Mapping[str, Any]
     adapters: Mapping[str, Adapter]
     full: Mapping[str, StoredArray]
@@ -146,10 +146,10 @@ class Manifest:
                 "It was written by a newer lojax: update lojax to read it."
             )
         try:
-            manifest = cls(**_parse_fields(cls, value))
+            manifest = cls(**parse_fields(cls, value))
             _check_names(manifest)
-        except _MALFORMED as error:
-            raise ValueError(f"{file} is not as lojax writes it: {_reason(error)}. Nothing was loaded.") from error
+        except MALFORMED as error:
+            raise ValueError(f"{file} is not as lojax writes it: {explain(error)}. Nothing was loaded.") from error
         return manifest
 
 
@@ -250,7 +250,7 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 """What Python raises where an entry is not of the expected form."""
 
 
@@ -278,7 +278,7 @@ def parse(hint: Any, value: Any, name: str) -> Any:
     if kind is Mapping:
         return {key: _parse_entry(arguments[1], item, key) for key, item in value.items()}
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return adapter_from_json(value, name) if hint is Adapter else hint(**_parse_fields(hint, value))
+        return adapter_from_json(value, name) if hint is Adapter else hint(**parse_fields(hint, value))
     if kind is typing.Literal and value not in arguments:
         raise ValueError(f"{name} holds {value!r}, expected one of {', '.join(map(repr, arguments))}")
     if hint is float and not math.isfinite(value):
@@ -299,15 +299,16 @@ def _is_of(hint: Any, value: Any) -> bool:
 def _parse_entry(hint: Any, value: Any, key: str) -> Any:
     try:
         return parse(hint, value, key)
-    except _MALFORMED as error:
-        raise ValueError(f"{key!r}: {_reason(error)}") from error
+    except MALFORMED as error:
+        raise ValueError(f"{key!r}: {explain(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """What is wrong with an entry, in words, from one of `MALFORMED`."""
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _parse_fields(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+def parse_fields(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass that the file holds; those without a default value must be there."""
     return {
         field.name: _parse_entry(_hints(kind)[field.name], value[field.name], field.name)
@@ -321,11 +322,13 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the libraries that write a checkpoint."""
     return {name: _version(name) for name in _SOFTWARE}
 
 

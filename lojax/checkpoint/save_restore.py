@@ -1,4 +1,4 @@
-"""`save` and `restore`: one adapter, whole, named and checked, in a directory of its own.
+"""`save` and `restore`: one adapter, or a bank of them, whole, named and checked, in a directory of its own.
 
 That is what outlives a run. While a run goes on, a training loop wants more: the optimizer's state,
 the step, the random key, several generations. `lora` is an ordinary pytree, so orbax's own
@@ -25,29 +25,37 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from lojax.adapters.adapter import is_adapter
-from lojax.adapters.algebra import moved_paths, subtract_start
+from lojax.adapters.bank import Bank, is_bank
+from lojax.adapters.bank_shapes import entry_shapes
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
-from lojax.adapters.trees import check_pair
 from lojax.checkpoint import adapter_directory as files
 from lojax.checkpoint import fingerprint
-from lojax.checkpoint.arrays import read, snapshot, start_write
-from lojax.checkpoint.codec import build_tree, check_like, collect_arrays, describe_leaves, flatten_with_keys
+from lojax.checkpoint.arrays import named_sharding, read, start_write, to_device
+from lojax.checkpoint.bank_entries import join_entries, none_at, place_bank
+from lojax.checkpoint.bank_manifest import (
+    BankManifest,
+    StoredEntry,
+    add_hashes,
+    entry_directory,
+    read_bank_manifest,
+)
+from lojax.checkpoint.codec import build_tree, check_like
+from lojax.checkpoint.draft import Part, draft, finish
 from lojax.checkpoint.manifest import Manifest
 from lojax.files.filesystem import lock_directory, parse_json
 from lojax.text import check_flags
-from lojax.types import ArrayLike, Leaf, Params
+from lojax.types import ArrayLike, Params
 
 _log = logging.getLogger(__name__)
 _pending: weakref.WeakValueDictionary[Path, concurrent.futures.Future[None]] = weakref.WeakValueDictionary()
@@ -56,15 +64,18 @@ _pending: weakref.WeakValueDictionary[Path, concurrent.futures.Future[None]] = w
 
 def save(
     path: str | os.PathLike[str],
-    lora: Params,
+    lora: Params | Bank,
     *,
     frozen: Params | None = None,
-    start: Params | None = None,
+    start: Params | Bank | None = None,
     overwrite: bool = True,
     metadata: Mapping[str, Any] | None = None,
     wait: bool = True,
 ) -> concurrent.futures.Future[None]:
     """Saves an adapter: its arrays through orbax, and all that the maths needs in ``adapter.json``.
+
+    A `lojax.Bank` becomes one such checkpoint for each of its adapters, in one directory: `restore` gives the bank
+    back, or one adapter of it without reading the others.
 
     An interruption at any point, SIGKILL and power cut included, leaves the previous checkpoint whole
     (see `lojax.checkpoint.adapter_directory` for how, and for how to read the arrays without lojax). Programs and
@@ -72,15 +83,16 @@ def save(
     arguments and a path that all of them share.
 
     Args:
-        path: A directory, made if need be. One adapter each: ``base/adapters/french``.
-        lora: The trained tree. Boxes are saved with it; arrays may have any sharding.
+        path: A directory, made if need be. One adapter or bank each: ``base/adapters/french``.
+        lora: The trained tree, or a bank. Boxes are saved with it; arrays may have any sharding.
         frozen: The frozen tree. With it the checkpoint holds a fingerprint of the base, by which
             `restore` refuses to put the adapter on another one. Content is read once per array.
         start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
             OLoRA, MiLoRA, LoRA-GA). Such an adapter belongs to the moved weight; with ``start``, what is saved is
             the difference from it, an adapter of twice the rank for the pretrained weight. Its content, which
-            ``frozen`` does not hold, is then left out of the fingerprint.
-        overwrite: Replace an adapter that is already at ``path``.
+            ``frozen`` does not hold, is then left out of the fingerprint. For a bank: a bank, or one tree from which
+            all of its adapters started.
+        overwrite: Replace an adapter that is already at ``path``, or a bank by a bank.
         metadata: Anything that JSON can hold: the step, the data, a score. `read_metadata` gives it back.
         wait: False returns once ``lora`` is copied, and writes in the background. The next save to ``path`` waits
             for it. So must the program before it ends: call ``result()``, or this save is lost.
@@ -89,42 +101,40 @@ def save(
         A future that is done when the checkpoint is complete; its ``result()`` raises what went wrong.
 
     Raises:
-        FileExistsError: ``overwrite=False`` and there is an adapter at ``path``.
+        FileExistsError: ``overwrite=False`` and there is an adapter at ``path``; or there is a bank in the place of an
+            adapter, or the reverse.
         OSError: The disk is full, or ``path`` cannot be written. The previous checkpoint is whole.
         TimeoutError: Another program has been saving to ``path`` for ten minutes; the message says which.
         TypeError: A leaf is not an array; ``metadata`` is not a dict that JSON can hold; ``lora`` is a pair of trees.
         ValueError: ``frozen`` and ``lora`` do not fit together; ``lora`` is empty, or holds no adapter and there is no
-            ``frozen`` to show that it is not the base itself.
+            ``frozen`` to show that it is not the base itself; the padding of a bank is not zero.
 
     >>> import tempfile, lojax
-    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jax.numpy.ones((4, 3))}, "kernel", rank=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = lojax.save(folder, lora, frozen=frozen, metadata={"step": 100})
     ...     lojax.restore(folder, frozen=frozen)["kernel"].scale
     1.0
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = lojax.save(folder, lojax.stack([lora, lora], names=["french", "german"]), frozen=frozen)
+    ...     len(lojax.restore(folder)), lojax.restore(folder, entry="german")["kernel"].rank
+    (2, 2)
     """
     directory = files.as_local_path(path)
     check_flags(overwrite=overwrite, wait=wait)
     metadata = _check_json({} if metadata is None else metadata)
-    if frozen is not None:
-        check_pair(frozen, lora)
-    _check_is_lora(lora, frozen)
-    moved = moved_paths(lora)
-    if start is not None:
-        lora = subtract_start(lora, start)
     # Whatever can be refused is refused before a byte is written.
-    leaves, keys = flatten_with_keys(lora)
-    arrays = collect_arrays(leaves)
+    drafts = draft(lora, frozen, start)
     _wait_for_pending(directory)
-    _check_overwrite(directory, overwrite)
-    adapted = [path for path, leaf in leaves.items() if is_adapter(leaf) and (start is None or path not in moved)]
-    base = None if frozen is None else fingerprint.fingerprint(frozen, adapted)
-    adapters, full, other = describe_leaves(leaves)
-    manifest = Manifest(
-        metadata=metadata, adapters=adapters, full=full, other=other, keys=keys, base=base, arrays="", files={}
-    )
+    _check_overwrite(directory, overwrite, is_bank(lora))
     # Copies, taken before this returns: the caller may donate or update its arrays while the disk is written.
-    steps = _write(directory, snapshot(arrays), manifest, overwrite)
+    parts = finish(drafts, lora, frozen, metadata)
+    bank = None
+    if isinstance(lora, Bank):
+        names = lora.names or [None] * len(lora)
+        entries = (StoredEntry(part.folder, "", name) for part, name in zip(parts, names, strict=True))
+        bank = BankManifest(metadata=metadata, entries=tuple(entries), folder="")
+    steps = _write(directory, parts, bank, overwrite)
     if wait or jax.process_count() > 1:  # JAX's barriers between devices belong to the main thread
         next(steps)
     if wait:
@@ -136,21 +146,6 @@ def save(
     _pending[directory] = future = executor.submit(_run_and_log, steps)
     executor.shutdown(wait=False)  # the thread ends with its only task
     return future
-
-
-def _check_is_lora(lora: Params, frozen: Params | None) -> None:
-    """Raises where ``lora`` looks like something else: the base, or both trees at once."""
-    if isinstance(lora, tuple) and [_holds_adapter(tree) for tree in lora] == [False, True]:
-        raise TypeError("lora is a pair of trees, (frozen, lora): pass save(path, lora, frozen=frozen).")
-    if frozen is None and not _holds_adapter(lora) and jax.tree.leaves(lora):
-        raise ValueError(
-            "lora holds no adapter, so this would save the parameters of the base. Pass the lora tree of "
-            "`frozen, lora = model.init(...)`; where all that trains is trained in full, pass frozen=frozen as well."
-        )
-
-
-def _holds_adapter(tree: Params) -> bool:
-    return any(is_adapter(leaf) for leaf in flatten(tree).values())
 
 
 def _wait_for_pending(directory: Path) -> None:
@@ -172,25 +167,42 @@ def _run_and_log(steps: Iterator[None]) -> None:
         raise
 
 
-def _write(directory: Path, arrays: Mapping[str, ArrayLike], manifest: Manifest, overwrite: bool) -> Iterator[None]:
-    """Writes ``arrays``, then makes them the checkpoint. What comes after the yield may run in another thread."""
+def _write(directory: Path, parts: Sequence[Part], bank: BankManifest | None, overwrite: bool) -> Iterator[None]:
+    """Writes the arrays, then makes them the checkpoint. What comes after the yield may run in another thread."""
     with _explain_errors(directory), contextlib.ExitStack() as stack:
-        folder = directory / f"arrays-{_claim_number(directory, overwrite, stack)}"
-        finish_write = start_write(folder, arrays)
-        yield
+        number = _claim_number(directory, overwrite, None if bank is None else bank.entries, stack)
+        if bank is None:
+            folders = [directory / f"arrays-{number}"]
+        else:
+            # Each with another number: orbax names its barriers between processes by the name of the folder.
+            folder = directory / f"bank-{number}"
+            folders = [folder / part.folder / f"arrays-{i}" for i, part in enumerate(parts, 1)]
+        # All writers at once: most of the time goes into waiting for the disk. None is left behind where one fails.
+        with contextlib.ExitStack() as writers:
+            for folder, part in zip(folders, parts, strict=True):
+                writers.callback(start_write(folder, part.arrays))
+            yield
+            writers = writers.pop_all()
         try:
-            finish_write()
+            writers.close()  # waits for all
             # The manifest comes last and names these arrays. Until it is there, the old one names the old arrays.
             if multihost.is_primary_host(0):
-                inventory = files.take_inventory(folder)
-                files.commit(directory, dataclasses.replace(manifest, arrays=folder.name, files=inventory).to_json())
+                for folder, part in zip(folders, parts, strict=True):
+                    inventory = files.take_inventory(folder)
+                    manifest = dataclasses.replace(part.manifest, arrays=folder.name, files=inventory)
+                    files.commit(folder.parent, manifest.to_json())
+                if bank is not None:
+                    bank = dataclasses.replace(bank, folder=f"bank-{number}")
+                    files.commit(directory, add_hashes(bank, directory).to_json(), files.BANK)
         finally:
             if jax.process_count() > 1:  # nobody goes on before the checkpoint is there, or has failed
-                multihost.get_barrier_sync_fn()(key=f"lojax-save-{folder}", timeout_ms=600_000)
+                multihost.get_barrier_sync_fn()(key=f"lojax-save-{folders[0]}", timeout_ms=600_000)
 
 
-def _claim_number(directory: Path, overwrite: bool, stack: contextlib.ExitStack) -> int:
-    """Makes the directory, and locks it until ``stack`` is closed.
+def _claim_number(
+    directory: Path, overwrite: bool, entries: Sequence[StoredEntry] | None, stack: contextlib.ExitStack
+) -> int:
+    """Makes the directory, and those of the ``entries`` of a bank, and locks it until ``stack`` is closed.
 
     Returns:
         A number for new arrays, the same on every process.
@@ -200,10 +212,13 @@ def _claim_number(directory: Path, overwrite: bool, stack: contextlib.ExitStack)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_directory(directory))
-            _check_overwrite(directory, overwrite)  # again: there may have been another save
-            number = files.next_number(directory)
+            _check_overwrite(directory, overwrite, entries is not None)  # again: there may have been another save
+            new = files.next_number(directory)
             files.remove_leftovers(directory)
             stack.callback(files.remove_leftovers, directory)
+            for entry in entries or ():  # orbax makes the folder of the arrays, but not those above it
+                (directory / f"bank-{new}" / entry.folder).mkdir(parents=True)
+            number = new
         except OSError as error:  # the other processes wait for a number, so they are told before this one raises
             failure = error
     if jax.process_count() > 1:
@@ -213,10 +228,18 @@ def _claim_number(directory: Path, overwrite: bool, stack: contextlib.ExitStack)
     return number
 
 
-def _check_overwrite(directory: Path, overwrite: bool) -> None:
-    if not overwrite and (directory / files.MANIFEST).exists():
+def _check_overwrite(directory: Path, overwrite: bool, is_bank: bool) -> None:
+    here, other = (files.BANK, files.MANIFEST) if is_bank else (files.MANIFEST, files.BANK)
+    # One rename cannot replace the one by the other: for a moment there would be both, or none.
+    if (directory / other).exists():
+        kinds = ("an adapter", "a bank") if is_bank else ("a bank", "an adapter")
         raise FileExistsError(
-            f"{directory}: holds an adapter. Pass overwrite=True to replace it, or choose another path."
+            f"{directory}: holds {kinds[0]}, which {kinds[1]} does not replace. Choose another path, or remove it."
+        )
+    if not overwrite and (directory / here).exists():
+        raise FileExistsError(
+            f"{directory}: holds {'a bank' if is_bank else 'an adapter'}. Pass overwrite=True to replace it, or choose "
+            "another path."
         )
 
 
@@ -226,7 +249,7 @@ def _explain_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_whole = (directory / files.MANIFEST).exists()
+        is_whole = any((directory / name).exists() for name in (files.MANIFEST, files.BANK))
         state = "The previous checkpoint there is whole." if is_whole else "Nothing was saved."
         text = f"{directory}: the adapter could not be saved: {error}. {state}"
         number = getattr(error, "errno", None)
@@ -249,19 +272,21 @@ def _check_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def restore(
     path: str | os.PathLike[str],
     *,
+    entry: int | str | None = None,
     frozen: Params | None = None,
-    like: Params | None = None,
+    like: Params | Bank | None = None,
     sharding: Any = None,
     check_base: bool = True,
-) -> Params:
-    """Restores the `lora` tree that `save` wrote. All of it, bit for bit, or an error.
+) -> Params | Bank:
+    """Restores the `lora` tree, or the `lojax.Bank`, that `save` wrote. All of it, bit for bit, or an error.
 
     Args:
         path: The directory.
+        entry: The number or name of one adapter of a bank. The others are not read. None for what `save` was given.
         frozen: The base to put it on. It is checked against the fingerprint of the base that the adapter
             was trained on: structure, shapes, dtypes, and the content of the adapted weights. Shapes
             (`jax.ShapeDtypeStruct`) will do; then the content is not compared.
-        like: A `lora` tree, or its shapes (`jax.eval_shape` of init), whose structure, boxes and
+        like: A `lora` tree or a bank, or its shapes (`jax.eval_shape` of init), whose structure, boxes and
             `NamedSharding` the result takes. Without it the structure is that of ``frozen``, and
             without that nested dicts, with a number for the place in a list or tuple.
         sharding: A `jax.sharding.Sharding` for every array, or a tree of them like ``lora``. Without
@@ -269,21 +294,27 @@ def restore(
         check_base: False accepts a base that differs from the fingerprint; the shapes must still fit.
 
     Returns:
-        The `lora` tree. A 64-bit array stays a NumPy array where JAX has 64-bit types off.
+        The `lora` tree or the bank. A 64-bit array stays a NumPy array where JAX has 64-bit types off.
 
     Raises:
         FileNotFoundError: There is no checkpoint, or a file of it is missing.
+        KeyError: The bank has no adapter of the name ``entry``.
+        IndexError: The bank has no adapter of the number ``entry``.
         ValueError: A file is damaged (the message says which); the base is another one (it says which path
-            differs); ``like`` has other leaves.
+            differs); ``like`` has other leaves, or is a bank where one adapter is stored, or the reverse.
     """
     directory = files.as_local_path(path)
     check_flags(check_base=check_base)
     _wait_for_pending(directory)
     while True:  # once, unless a save replaces the checkpoint meanwhile
         stamp = files.stamp(directory)
-        manifest = read_manifest(directory)
         try:
-            lora = _restore(directory, manifest, frozen, like, sharding, check_base)
+            if files.holds_bank(directory):
+                lora = _restore_bank(directory, entry, frozen, like, sharding, check_base)
+            else:
+                manifest = read_manifest(directory)
+                _check_single(directory, entry, like)
+                lora = _restore(directory, manifest, frozen, like, sharding, check_base)
         except Exception:  # where files vanish beneath it, orbax raises a TypeError as well as an OSError
             if files.stamp(directory) == stamp:
                 raise
@@ -304,10 +335,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no checkpoint.
-        ValueError: Its ``adapter.json`` is damaged.
+        ValueError: Its ``adapter.json``, or the ``bank.json`` of a bank, is damaged.
 
     >>> import tempfile, lojax
-    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+    >>> frozen, lora = lojax.init(jax.random.key(0), {"kernel": jax.numpy.ones((4, 3))}, "kernel", rank=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = lojax.save(folder, lora, metadata={"step": 100})
     ...     lojax.read_metadata(folder)
@@ -315,7 +346,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     directory = files.as_local_path(path)
     _wait_for_pending(directory)
-    return dict(read_manifest(directory).metadata)
+    read = read_bank_manifest if files.holds_bank(directory) else read_manifest
+    return dict(read(directory).metadata)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -324,9 +356,59 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return Manifest.from_json(files.read_json(directory), directory / files.MANIFEST)
 
 
+def _check_single(directory: Path, entry: int | str | None, like: Params | Bank | None) -> None:
+    if entry is not None:
+        raise ValueError(f"{directory}: holds one adapter, and entry={entry!r} is for a bank. Leave entry out.")
+    if is_bank(like):
+        raise ValueError(f"{directory}: holds one adapter, and like is a bank. Pass one adapter of it, as like[0].")
+
+
 def _restore(
     directory: Path, manifest: Manifest, frozen: Params, like: Params, sharding: Any, check_base: bool
 ) -> Params:
+    arrays = _read_arrays(directory, manifest, frozen, like, sharding, check_base)
+    return build_tree(manifest, {name: to_device(x) for name, x in arrays.items()}, like=like, frozen=frozen)
+
+
+def _restore_bank(
+    directory: Path, entry: int | str | None, frozen: Params, like: Any, sharding: Any, check_base: bool
+) -> Params | Bank:
+    bank = read_bank_manifest(directory)
+    if entry is not None:
+        if is_bank(like):
+            raise ValueError(f"like is a bank, and entry={entry!r} one adapter. Pass one of it, as like[0].")
+        folder = entry_directory(directory, bank, bank.index(entry))
+        return _restore(folder, read_manifest(folder), frozen, like, sharding, check_base)
+    if like is not None and not is_bank(like):
+        raise ValueError(
+            f"{directory}: holds a bank of {len(bank.entries)} adapters, and like is one. Pick one with entry=, or "
+            "pass a bank."
+        )
+    if like is not None and len(like) != len(bank.entries):
+        raise ValueError(f"{directory}: holds a bank of {len(bank.entries)} adapters, and like one of {len(like)}.")
+    shapes = [None] * len(bank.entries) if like is None else entry_shapes(like)
+    # Digests of the base: a weight that several adapters adapt is read once.
+    known: dict[str, str] = {}
+    entries = []
+    for i, shape in enumerate(shapes):
+        folder = entry_directory(directory, bank, i)
+        manifest = read_manifest(folder)
+        base = frozen if frozen is None else none_at(frozen, manifest.full)
+        arrays = _read_arrays(folder, manifest, base, shape, None, check_base, known)
+        entries.append(build_tree(manifest, arrays, like=shape, frozen=base))
+    return place_bank(join_entries(entries, bank.names, like, directory), like, sharding)
+
+
+def _read_arrays(
+    directory: Path,
+    manifest: Manifest,
+    frozen: Params,
+    like: Params,
+    sharding: Any,
+    check_base: bool,
+    known: dict[str, str] | None = None,
+) -> dict[str, ArrayLike]:
+    """The arrays of an adapter by name, with everything checked that can be before they are read."""
     folder = directory / manifest.arrays
     files.check_inventory(folder, manifest.files)
     _check_size(directory, manifest)
@@ -334,11 +416,10 @@ def _restore(
         check_like(manifest, like, directory)
     if frozen is not None:
         if check_base:
-            fingerprint.check_base(manifest, frozen, directory)
+            fingerprint.check_base(manifest, frozen, directory, known)
         fingerprint.check_fits(manifest, frozen, directory)
     expected = {name: array for name, (_, _, array) in manifest.stored.items()}
-    arrays = read(folder, expected, _choose_shardings(manifest, like, sharding))
-    return build_tree(manifest, {name: _to_device(x) for name, x in arrays.items()}, like=like, frozen=frozen)
+    return read(folder, expected, _choose_shardings(manifest, like, sharding))
 
 
 def _check_size(directory: Path, manifest: Manifest) -> None:
@@ -357,15 +438,5 @@ def _choose_shardings(manifest: Manifest, like: Params, sharding: Any) -> dict[s
     for name, (path, field, _) in manifest.stored.items():
         leaf = leaves.get(path)
         value = unbox(getattr(leaf, field) if field and is_adapter(leaf) else leaf)
-        choices[name] = _named_sharding(value) if sharding is None else value
+        choices[name] = named_sharding(value) if sharding is None else value
     return choices
-
-
-def _named_sharding(value: Leaf) -> jax.sharding.NamedSharding | None:
-    sharding = getattr(value, "sharding", None)
-    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-
-
-def _to_device(value: ArrayLike) -> ArrayLike:
-    is_too_wide = isinstance(value, np.ndarray) and jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype
-    return value if is_too_wide else jnp.asarray(value)

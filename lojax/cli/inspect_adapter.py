@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from lojax.adapters.axes import positions
 from lojax.adapters.matrices import factor_matrices, unify_scale_and_rank
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
-from lojax.checkpoint.adapter_directory import MANIFEST
+from lojax.checkpoint.adapter_directory import BANK, MANIFEST
+from lojax.checkpoint.bank_manifest import read_bank_manifest
 from lojax.checkpoint.save_restore import read_manifest, restore
 from lojax.cli.paths import user_path
 from lojax.files import safetensors
@@ -24,7 +25,7 @@ from lojax.peft.read_adapter import open_adapter
 from lojax.peft.tensor_keys import WRAPPER, FactorPair, read_keys
 from lojax.report.table import table
 from lojax.text import printable
-from lojax.types import Shape
+from lojax.types import Params, Shape
 
 SUMMARY = "show what an adapter directory holds"
 EXAMPLE = "lojax inspect ~/adapters/my-adapter"
@@ -32,7 +33,7 @@ EXAMPLE = "lojax inspect ~/adapters/my-adapter"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("directory", type=user_path, help="a PEFT adapter, or one that lojax.save wrote")
+    parser.add_argument("directory", type=user_path, help="a PEFT adapter, or an adapter or bank that lojax.save wrote")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,6 +48,8 @@ def describe(directory: Path) -> str:
         FileNotFoundError: It holds no adapter.
         ValueError: It is damaged, or of a kind that lojax does not know.
     """
+    if (directory / BANK).is_file():
+        return _describe_bank(directory)
     is_ours = (directory / MANIFEST).is_file()
     rows, facts = _ours(directory) if is_ours else _peft(directory)
     header = ("weight", "in -> out", "rank", "scale", "parameters", "norm", "effective rank")
@@ -105,16 +108,58 @@ def singular_values(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
     return np.atleast_2d(abs(scale) * values).reshape(-1, values.shape[-1])
 
 
+def _describe_bank(directory: Path) -> str:
+    """A table with a row for each adapter of a bank; `describe` of one of its folders tells more."""
+    manifest = read_bank_manifest(directory)
+    cells, total, base = [], 0, "not recorded"
+    for i, entry in enumerate(manifest.entries):
+        folder = directory / manifest.folder / entry.folder
+        rows = _rows(restore(directory, entry=i))
+        ranks, scales = ({getattr(row, name) for row in rows} - {None} for name in ("rank", "scale"))
+        norm = np.sqrt(sum((row.values**2).sum() for row in rows if row.values is not None))
+        parameters = sum(row.parameters for row in rows)
+        texts = (_range_text(ranks), _range_text(scales), f"{parameters:,}", f"{norm:.4g}")
+        cells.append((printable(entry.name or str(i)), f"{len(rows)}", *texts, str(folder.relative_to(directory))))
+        total, base = total + parameters, _base_text(folder)
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    facts = {
+        "kind": f"lojax bank of {len(cells)} adapters",
+        "base": base,
+        "metadata": str(dict(manifest.metadata) or "none"),
+        "parameters": f"{total:,}",
+        "size": f"{size:,} bytes",
+    }
+    header = ("adapter", "weights", "rank", "scale", "parameters", "norm", "folder")
+    lines = [f"{name + ':':12} {printable(value)}" for name, value in facts.items()]
+    return "\n".join([table(header, cells), "", *lines])
+
+
+def _range_text(values: Collection[float]) -> str:
+    """The smallest and the largest of some numbers.
+
+    >>> _range_text({8, 2, 4}), _range_text({0.5}), _range_text(())
+    ('2-8', '0.5', '')
+    """
+    return "-".join(f"{value:.4g}" for value in sorted({min(values), max(values)})) if values else ""
+
+
 def _ours(directory: Path) -> tuple[list[Row], dict[str, str]]:
-    manifest = read_manifest(directory)
+    facts = {"kind": "lojax adapter", "base": _base_text(directory)}
+    return _rows(restore(directory)), facts | {"metadata": str(dict(read_manifest(directory).metadata) or "none")}
+
+
+def _base_text(directory: Path) -> str:
+    return "known by its fingerprint" if read_manifest(directory).base is not None else "not recorded"
+
+
+def _rows(lora: Params) -> list[Row]:
     rows = []
-    for path, leaf in flatten(restore(directory)).items():
+    for path, leaf in flatten(lora).items():
         if is_adapter(leaf):
             rows.append(_row(path, leaf))
         elif leaf is not None:
             rows.append(Row(path, str(leaf.shape), None, None, math.prod(leaf.shape), None))
-    base = "known by its fingerprint" if manifest.base is not None else "not recorded"
-    return rows, {"kind": "lojax adapter", "base": base, "metadata": str(dict(manifest.metadata) or "none")}
+    return rows
 
 
 def _row(path: str, adapter: Adapter) -> Row:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lojax.adapters.adapter import Adapter, box_arrays
+from lojax.adapters.bank import Bank
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.targets import nearest
@@ -34,6 +35,8 @@ def load(
     path: str | os.PathLike[str], params: Params, name_map: NameMap | str, *, dtype: Dtype | None = jnp.float32
 ) -> Params:
     """The ``lora`` tree of a Hugging Face PEFT adapter.
+
+    Several are one bank by ``lojax.stack([lojax.peft.load(path, params, name_map) for path in paths], names=...)``.
 
     Args:
         path: The directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -71,7 +74,16 @@ def load(
 
 
 def freeze(params: Params, lora: Params) -> Params:
-    """The ``frozen`` tree beside ``lora``: ``params``, with None where ``lora`` holds the parameter in full."""
+    """The ``frozen`` tree beside ``lora``: ``params``, with None where ``lora`` holds the parameter in full.
+
+    Args:
+        params: The base.
+        lora: What `load` returned, or the `lojax.Bank` of several.
+
+    Returns:
+        The ``frozen`` tree.
+    """
+    lora = lora.lora if isinstance(lora, Bank) else lora
     return map_paths(lambda _, p, t: p if t is None or isinstance(t, Adapter) else None, params, lora)
 
 

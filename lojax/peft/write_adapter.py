@@ -19,7 +19,7 @@ from lojax.adapters.adapter import Adapter, is_adapter
 from lojax.adapters.algebra import moved_paths, subtract_start
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
-from lojax.adapters.trees import check_pair
+from lojax.adapters.trees import check_pair, refuse_bank
 from lojax.files import safetensors
 from lojax.files.atomic_directory import atomic_directory, refuse_existing
 from lojax.files.naming import as_path
@@ -55,7 +55,7 @@ def save(
 
     Args:
         path: The directory to make.
-        lora: Adapters and parameters trained in full.
+        lora: Adapters and parameters trained in full; of a bank one adapter, ``bank["french"]``.
         frozen: The tree beside it; shapes are enough, except where a module is only partly trained in full, and for
             an embedding of which token rows train. None: ``lora`` alone, and then ``target_modules`` are spelled out
             in full.
@@ -76,6 +76,7 @@ def save(
         ValueError: The trees do not fit together, a trained leaf is not mapped (the text lists them), PEFT cannot
             express what was trained, or an adapter belongs to a weight that init moved and there is no ``start``.
     """
+    refuse_bank(lora)
     target = as_path(path)
     if overwrite is None:
         overwrite = target.is_dir() and foreign_entry(target) is None

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from lojax.adapters.adapter import is_adapter
+from lojax.adapters.adapter import Adapter, is_adapter
+from lojax.adapters.bank import Bank
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
 from lojax.text import spec
@@ -25,7 +26,7 @@ def check_agreement(lora: Params, *, gather: Gather | None = None) -> None:
     It compares paths, shapes, dtypes, scales and axes, and the values of every array of which a process has all shards.
 
     Args:
-        lora: The trained tree of this process.
+        lora: The trained tree of this process, or its bank.
         gather: How bytes reach the other processes; the default is JAX's own runtime.
 
     Raises:
@@ -50,12 +51,21 @@ def check_agreement(lora: Params, *, gather: Gather | None = None) -> None:
 
 def _describe(lora: Params) -> dict[Path, str]:
     leaves = {path: unbox(leaf) for path, leaf in flatten(lora).items()}
+    if isinstance(lora, Bank):
+        leaves = {path.removeprefix("lora/"): leaf for path, leaf in leaves.items()}
     return {
-        path: (f"scale {leaf.scale}, axes {' '.join(leaf.axes)}, " if is_adapter(leaf) else "")
+        path: (f"{_describe_scale(leaf)}, axes {' '.join(leaf.axes)}, " if is_adapter(leaf) else "")
         + ", ".join(_describe_array(unbox(x)) for x in jax.tree.leaves(leaf))
         for path, leaf in leaves.items()
         if leaf is not None
     }
+
+
+def _describe_scale(adapter: Adapter) -> str:
+    if adapter.entries is None:
+        return f"scale {adapter.scale}"
+    own = [None if entry is None else (entry.scale, entry.rank) for entry in adapter.entries]
+    return f"scales and ranks {own}"
 
 
 def _describe_array(x: Array | np.ndarray) -> str:

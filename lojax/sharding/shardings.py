@@ -15,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from flax.core import meta
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 
 from lojax.adapters.adapter import Adapter, array_axes, is_adapter
+from lojax.adapters.bank import Bank
+from lojax.adapters.bank_shapes import check_bank_pair
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths, path_of
 from lojax.adapters.trees import check_pair
@@ -54,7 +57,7 @@ class Shardings(NamedTuple):
 
 def shardings(
     frozen: Params,
-    lora: Params,
+    lora: Params | Bank,
     opt_state: PyTree = None,
     *,
     mesh: AnyMesh | None = None,
@@ -62,6 +65,7 @@ def shardings(
     rules: Rules | None = None,
     spread: bool = False,
     memory_kind: str | None = None,
+    bank_axis: str | tuple[str, ...] | None = None,
 ) -> Shardings:
     """The shardings of the frozen weights, of the adapters, and of the optimizer's state.
 
@@ -70,7 +74,7 @@ def shardings(
     Args:
         frozen: The frozen tree. The sharding of a weight comes from ``specs``, else from its box (`nn.Partitioned`,
             logical axes), else from the array itself. A weight without any of these is replicated.
-        lora: The trained tree.
+        lora: The trained tree, or a bank.
         opt_state: The state of any optax optimizer over ``lora``, or over a tree that holds it. Moments are sharded
             like their parameters, factored moments along the axes that they have; counters are replicated.
         mesh: The mesh; by default that of the arrays.
@@ -80,12 +84,14 @@ def shardings(
         spread: Shard each factor over the mesh axes that its weight does not use as well, where they divide it.
             Each device then holds a smaller part of adapters and moments; a step gathers the factors, which are small.
         memory_kind: The memory of the frozen weights, such as ``"pinned_host"``; None for the device.
+        bank_axis: The mesh axes that the adapters of a bank are sharded over, each device then holding some of them; by
+            default every device holds all. Weights must not be sharded over them.
 
     Returns:
         The `Shardings`.
 
     Raises:
-        ValueError: There is no mesh, or it does not divide a weight; the message names the weight.
+        ValueError: There is no mesh, or it does not divide a weight or the bank; the message names the weight.
 
     >>> from lojax import init
     >>> mesh = jax.make_mesh((1,), ("tensor",))
@@ -94,15 +100,17 @@ def shardings(
     >>> adapter.a.spec, adapter.b.spec
     (P(None, None), P(None, 'tensor'))
     """
-    check_pair(frozen, lora)
+    tree = _check_trained(frozen, lora, bank_axis)
     mesh = find_mesh(frozen, lora, specs) if mesh is None else mesh
     if mesh is None:
         raise ValueError("No mesh: no weight is sharded over one. Pass mesh=, or put the weights on a mesh first.")
-    weights = map_paths(lambda _, f, t: t if f is None and not is_adapter(t) else f, frozen, lora)
+    weights = map_paths(lambda _, f, t: t if f is None and not is_adapter(t) else f, frozen, tree)
     spec_by_path = weight_specs(weights, specs, rules)
     for path, leaf in flatten(weights).items():
         if leaf is not None:
             check_divides(mesh, spec_by_path[path], unbox(leaf).shape, path)
+    if isinstance(lora, Bank):
+        _check_bank_axis(mesh, bank_axis, lora, spec_by_path)
 
     def shard_frozen(path: Path, leaf: Leaf) -> Leaf:
         if leaf is None:
@@ -112,9 +120,54 @@ def shardings(
         place = functools.partial(NamedSharding, mesh, memory_kind=memory_kind)
         return rebox(leaf, jax.tree.map(place, specs, is_leaf=is_spec))
 
-    lora_shardings = map_paths(Placement(mesh, spec_by_path, spread).shard_leaf, lora)
+    placement = Placement(mesh, spec_by_path, spread, isinstance(lora, Bank), bank_axis)
+    lora_shardings: PyTree = map_paths(placement.shard_leaf, lora.lora if isinstance(lora, Bank) else lora)
+    if isinstance(lora, Bank):
+        lora_shardings = dataclasses.replace(lora, lora=lora_shardings)
     state = None if opt_state is None else state_shardings(opt_state, lora, lora_shardings, mesh)
     return Shardings(map_paths(shard_frozen, frozen), lora_shardings, state)
+
+
+def _check_trained(frozen: Params, lora: Params | Bank, bank_axis: str | tuple[str, ...] | None) -> Params:
+    """The trained tree; for a bank that of one adapter, as far as it tells how a parameter trained in full is sharded.
+
+    Raises:
+        ValueError: The trees do not fit together.
+    """
+    if not isinstance(lora, Bank):
+        if bank_axis is not None:
+            raise ValueError(f"bank_axis={bank_axis!r} is for a bank, and lora is one adapter. Leave it out.")
+        check_pair(frozen, lora)
+        return lora
+    check_bank_pair(frozen, lora)
+    return map_paths(lambda _, leaf: leaf if leaf is None or is_adapter(leaf) else _one_full(leaf), lora.lora)
+
+
+def _one_full(leaf: Leaf) -> Leaf:
+    """The shape and sharding of a parameter that a bank trains in full, without the axis of the bank."""
+    x = unbox(leaf)
+    sharding = getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    else:
+        sharding = None
+    one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)
+    return leaf.replace(value=one, names=leaf.names[1:]) if isinstance(leaf, meta.Partitioned) else rebox(leaf, one)
+
+
+def _check_bank_axis(
+    mesh: AnyMesh, bank_axis: str | tuple[str, ...] | None, bank: Bank, specs: Mapping[Path, PartitionSpec]
+) -> None:
+    """Raises unless the mesh can hold the adapters of a bank along ``bank_axis``."""
+    check_divides(mesh, PartitionSpec(bank_axis), (len(bank),), "The bank")
+    own = set(mesh_axes(bank_axis))
+    for path, leaf in flatten(bank.lora).items():
+        taken = [name for entry in specs[path] for name in mesh_axes(entry) if name in own] if leaf is not None else []
+        if taken:
+            raise ValueError(
+                f"{path} is sharded over the mesh axis {taken[0]!r}, and so is the bank by bank_axis={bank_axis!r}. "
+                "Choose an axis that no adapted weight is sharded over, or leave bank_axis out."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +178,22 @@ class Placement:
         mesh: The mesh.
         specs: The spec of every weight by path.
         spread: Whether factors are sharded over unused mesh axes as well.
+        is_bank: Whether every leaf has a first axis along which the adapters of a bank lie.
+        bank_axis: The mesh axes that this axis is sharded over.
     """
 
     mesh: AnyMesh
     specs: Mapping[Path, PartitionSpec]
     spread: bool
+    is_bank: bool = False
+    bank_axis: str | tuple[str, ...] | None = None
 
     def shard_leaf(self, path: Path, leaf: Leaf) -> Leaf:
         """The shardings of an adapter, or of a parameter trained in full."""
         if not is_adapter(leaf):
-            return None if leaf is None else rebox(leaf, NamedSharding(self.mesh, self.specs[path]))
+            first = [self.bank_axis] if self.is_bank else []
+            spec = PartitionSpec(*first, *self.specs[path])
+            return None if leaf is None else rebox(leaf, NamedSharding(self.mesh, spec))
         return dataclasses.replace(leaf, **{
             name: rebox(getattr(leaf, name), self.shard_array(x.shape, self.array_entries(leaf, name, path)))
             for name, x in leaf.arrays.items()
@@ -145,7 +204,7 @@ class Placement:
         weight_spec = self.specs[path]
         entries = [None if d is None else weight_spec[d] for d in array_axes(adapter.axes)[name]]
         leading = len(unbox(getattr(adapter, name)).shape) - len(entries)  # several adapters are stacked along it
-        return [None] * leading + entries
+        return [self.bank_axis] * self.is_bank + [None] * (leading - self.is_bank) + entries
 
     def shard_array(self, shape: Shape, entries: Sequence[Any]) -> NamedSharding:
         """The sharding of one array of an adapter."""
@@ -155,11 +214,13 @@ class Placement:
         """``entries`` with each unused mesh axis, the largest first, on the longest axis that it divides."""
         sizes = self.mesh.shape
         names_by_axis = [mesh_axes(entry) for entry in entries]
+        # Never the axis of a bank: which adapter is where is for `bank_axis` to say.
+        may_spread = range(self.is_bank, len(shape))
         used = {name for names in names_by_axis for name in names}
         # The largest mesh axis first, as it saves the most memory. A smaller one may still divide what remains.
         for name in sorted(sizes, key=lambda n: -sizes[n]):
             lengths = [n // math.prod(sizes[m] for m in names) for n, names in zip(shape, names_by_axis, strict=True)]
-            divisible = [axis for axis, length in enumerate(lengths) if length % sizes[name] == 0]
+            divisible = [axis for axis in may_spread if lengths[axis] % sizes[name] == 0]
             if name in used or sizes[name] == 1 or not divisible:
                 continue
             longest = max(divisible, key=lambda axis: lengths[axis])

@@ -18,6 +18,7 @@ import optax
 from jax.core import Tracer
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.bank import is_bank
 from lojax.adapters.paths import flatten
 from lojax.types import Leaf, Params, PyTree
 
@@ -40,8 +41,12 @@ def optimizer(
 
     Returns:
         A transformation over ``lora``, over ``{"frozen": frozen, "lora": lora}``, or over the pair
-        ``(frozen, lora)``. Frozen leaves, and an ``a`` that stays as it is (LoRA-FA), get an update of zero and
-        no state.
+        ``(frozen, lora)``; ``lora`` may be a `lojax.Bank`. Frozen leaves, and an ``a`` that stays as it is (LoRA-FA),
+        get an update of zero and no state.
+
+        What takes each number by itself (Adam, weight decay) moves every adapter of a bank as it would move it alone.
+        What sees all leaves at once (clipping by the global norm) sees all adapters at once: to give each adapter its
+        own, map it over the bank, ``jax.vmap(tx.init)(bank)`` and ``jax.vmap(tx.update)(grads, state, bank)``.
 
     Raises:
         TypeError: A transformation is something else.
@@ -125,6 +130,8 @@ def _label_all(tree: PyTree, group: str) -> PyTree:
 
 def _is_pair(left: PyTree, right: PyTree) -> bool:
     """Whether these are ``frozen`` and ``lora``, and not two layers of a ``lora`` tree that is a tuple."""
+    if is_bank(right):
+        return not is_bank(left)
     weights, trained = flatten(left), flatten(right)
     if weights.keys() != trained.keys() or all(leaf is None for leaf in trained.values()):
         return False

@@ -30,5 +30,5 @@ def draw() -> random.Random:
 def forkserver() -> Any:
     """Starts children that need not import JAX again."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lojax", "tests.checkpoint.checkpoint_cases"])
+    context.set_forkserver_preload(["lojax", "tests.checkpoint.checkpoint_cases", "tests.checkpoint.bank_cases"])
     return context

@@ -14,9 +14,10 @@ import pytest
 from helpers import assert_same_bits
 
 import lojax
-from lojax.checkpoint.adapter_directory import MANIFEST
+from lojax.checkpoint.adapter_directory import BANK, MANIFEST
 from lojax.files.atomic_directory import atomic_directory
 from tests.attacks.attack import draw, forkserver, size
+from tests.checkpoint import bank_cases
 from tests.checkpoint import checkpoint_cases as cases
 
 
@@ -77,6 +78,24 @@ def test_killed_saves(tmp_path, target):
     kill_at_random(draw(), size(6), target, tmp_path / "adapter", check_checkpoint)
     lojax.save(tmp_path / "adapter", cases.at_step(1))
     assert len(os.listdir(tmp_path / "adapter")) == 2, "the next save removes what the killed ones left"
+
+
+def check_bank(path: Path, told: int) -> int:
+    """As `check_checkpoint`, for a bank."""
+    if not (path / BANK).exists():
+        assert told == 0
+        return 0
+    bank = lojax.restore(path)
+    step = int(bank.lora["step"][0, 0])
+    assert_same_bits(bank, bank_cases.at_step(step))
+    assert told <= step <= told + 1
+    return step
+
+
+def test_killed_saves_of_a_bank(tmp_path):
+    kill_at_random(draw(), size(6), bank_cases.save_forever, tmp_path / "bank", check_bank)
+    lojax.save(tmp_path / "bank", bank_cases.at_step(1))
+    assert len(os.listdir(tmp_path / "bank")) == 2, "the next save removes what the killed ones left"
 
 
 def replace_forever(path: str, progress: Any) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,22 @@ def forge(path: Path, change: Any) -> None:
     change(record)
     value = hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
     (path / files.MANIFEST).write_text(json.dumps({**record, "checksum": value}))
+
+
+def run_in_two_processes(program: str, path: Path) -> None:
+    """Runs ``program`` in two processes of one JAX program, of two devices each, with the number, a port, ``path``."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    running = [subprocess.Popen([*command, str(i), port, str(path)], env=os.environ | flags) for i in range(2)]
+    try:
+        assert [process.wait(120) for process in running] == [0, 0]
+    finally:
+        for process in running:  # where one fails, the other would wait for it
+            process.kill()
+            process.wait()
 
 
 def save_forever(path: str, progress: Any) -> None:

@@ -40,6 +40,8 @@ def _every_field() -> lojax.Adapter:
         frozen_a=True,
     )
     for field in dataclasses.fields(lojax.Adapter):
+        if field.name == "entries":
+            continue  # of a bank, whose adapters are stored one by one: see test_bank_checkpoint.py
         assert getattr(adapter, field.name) is not field.default, f"say what {field.name} is, so that it is tested"
     return adapter
 

@@ -26,7 +26,7 @@ from lojax.checkpoint.manifest import (
 
 
 def test_the_fields_are_those_of_the_adapter():
-    assert {*STATIC_FIELDS, *ARRAYS} == {field.name for field in dataclasses.fields(lojax.Adapter)}
+    assert {*STATIC_FIELDS, *ARRAYS, "entries"} == {field.name for field in dataclasses.fields(lojax.Adapter)}
     assert {"a", "b", "magnitude", "rows"} <= {*ARRAYS} and {"scale", "axes"} <= {*STATIC_FIELDS}
 
 

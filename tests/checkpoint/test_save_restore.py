@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import flax.core
@@ -337,17 +333,6 @@ assert restored["q"].a.sharding == rows
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM]
-    running = [subprocess.Popen([*command, str(i), port, str(tmp_path)], env=os.environ | flags) for i in range(2)]
-    try:
-        assert [process.wait(120) for process in running] == [0, 0]
-    finally:
-        for process in running:  # where one fails, the other would wait for it
-            process.kill()
-            process.wait()
+    cases.run_in_two_processes(PROGRAM, tmp_path)
     restored = lojax.restore(tmp_path, frozen={"q": jnp.ones((64, 8)), "h": None})  # one process, another sharding
     assert np.asarray(restored["q"].a).ravel().tolist() == list(range(256))

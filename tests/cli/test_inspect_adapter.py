@@ -13,6 +13,7 @@ from lojax.checkpoint.save_restore import save
 from lojax.cli.inspect_adapter import describe, effective_rank, singular_values
 from lojax.cli.main import main
 from lojax.files import safetensors
+from tests.checkpoint import bank_cases
 from tests.peft.adapter_files import copied, edited
 from tests.peft.layouts import golden
 
@@ -109,3 +110,34 @@ def test_factors_that_are_not_finite_are_shown_as_such(tmp_path):
     key = "base_model.model.layers.0.q.lora_A.weight"
     text = describe(edited(copied("linear", tmp_path), lambda t: t.update({key: np.full((2, 6), np.inf, np.float32)})))
     assert next(line for line in text.splitlines() if line.startswith("layers.0.q ")).split()[-2] == "nan"
+
+
+def test_a_bank_shows_its_adapters(tmp_path, capsys):
+    frozen, bank = bank_cases.plain()
+    save(tmp_path, bank, frozen=frozen, metadata={"step": 3})
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["adapter", "weights", "rank", "scale", "parameters", "norm", "folder"]
+    assert [line.split()[:5] for line in lines[2:5]] == [
+        ["a/b", "1", "2", "2", "96"],
+        ["../é", "2", "4", "0.25", "248"],
+        ["A/B", "1", "1", "1", "14"],
+    ]
+    assert lines[6:10] == [
+        "kind:        lojax bank of 3 adapters",
+        "base:        known by its fingerprint",
+        "metadata:    {'step': 3}",
+        "parameters:  358",
+    ]
+    update = bank[2]["blocks"][1]
+    norm = np.linalg.norm(np.asarray(update.a) @ np.asarray(update.b))
+    assert lines[4].split()[5] == f"{norm:.4g}"
+    assert main(["inspect", str(tmp_path / lines[3].split()[-1])]) == 0  # its folder is an adapter by itself
+    assert "blocks/1" in capsys.readouterr().out
+
+
+def test_a_damaged_bank_is_refused(tmp_path, capsys):
+    save(tmp_path, bank_cases.at_step(1))
+    (tmp_path / "bank-1" / "1-two" / "adapter.json").write_text("{}")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "1-two" in capsys.readouterr().err

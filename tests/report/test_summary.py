@@ -9,6 +9,7 @@ from flax import linen as nn
 
 import lojax
 from lojax.report.summary import Row, Summary
+from tests.checkpoint import bank_cases
 from tests.helpers import message
 
 PARAMS = {
@@ -145,3 +146,48 @@ def test_numbers_are_parameters_too():
         ("factor", (), 1),
         ("w", (6, 3), 36),
     ]
+
+
+# --- banks ---
+
+
+@pytest.mark.parametrize("name", bank_cases.CASES)
+def test_a_bank_counts_what_its_adapters_count(name):
+    """The oracle is a summary of each adapter: its own rank, no padding, no weight that it leaves alone."""
+    frozen, bank = bank_cases.CASES[name]()
+    found, single = lojax.summary(frozen, bank), [lojax.summary(frozen, one) for one in bank]
+    assert [row.trainable for row in found.adapters] == [of.trainable for of in single]
+    assert found.trainable == sum(of.trainable for of in single)
+    assert found.total == sum(row.total for row in found.rows)
+    assert found.total - found.trainable == single[0].total - single[0].trainable
+    by_path = [{row.path: row for row in of.rows} for of in single]
+    assert [row.path for row in found.rows] == [row.path for row in single[0].rows]
+    for row in found.rows:
+        own = [of[row.path] for of in by_path]
+        assert row.shape == own[0].shape and row.trainable == sum(of.trainable for of in own)
+        assert [*row.ranks] == [of.rank for of in own if of.rank is not None]
+    assert str(lojax.summary(jax.eval_shape(lambda: frozen), jax.eval_shape(lambda: bank))) == str(found)
+
+
+def test_a_bank_says_how_many_adapters_it_holds_and_their_ranks():
+    frozen, bank = bank_cases.plain()
+    found = lojax.summary(frozen, bank)
+    assert str(found).splitlines()[-2:] == [
+        "3 adapters: a/b (rank 2), ../é (rank 4), A/B (rank 1)",
+        "trainable params: 358 || all params: 697 || trainable%: 51.3630",
+    ]
+    assert [row.rank_text for row in found.rows][:2] == ["2-4", "1-4"]
+    assert "3 adapters: a/b" in found._repr_html_() and "3 adapters" in found.text(frozen=False)
+    many = lojax.stack([bank[0]] * 11)
+    assert str(lojax.summary(frozen, many)).splitlines()[-2].endswith("7 (rank 2), and 3 more")
+
+
+def test_a_bank_beside_a_base_that_holds_what_is_trained_in_full():
+    frozen, bank = bank_cases.dora()
+    without, whole = lojax.summary(frozen, bank), lojax.summary({**frozen, "head": jnp.ones((4, 3))}, bank)
+    assert whole.trainable == without.trainable and whole.total == without.total + 12
+
+
+def test_a_bank_of_another_base_is_refused():
+    _, bank = bank_cases.plain()
+    assert "different structure" in message(ValueError, lojax.summary, {"w": jnp.ones(3)}, bank)
