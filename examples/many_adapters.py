@@ -30,20 +30,20 @@ import lojax
 
 Array = jax.Array
 Tree = Any
-ROOM = 16
+ROOM = 8
 """The rank of every place in the bank: the largest that a new version may have."""
 
 
 class Sizes(NamedTuple):
     """The decoder, and the lengths of a request."""
 
-    layers: int = 4
-    width: int = 384
-    heads: int = 6
-    inner: int = 1024
+    layers: int = 3
+    width: int = 512
+    heads: int = 8
+    inner: int = 1408
     vocabulary: int = 512
     prompt: int = 16
-    answer: int = 16
+    answer: int = 12
 
     @property
     def head_width(self) -> int:
@@ -149,7 +149,7 @@ TARGETS = {"attention": ("layers/self_attn/*/kernel",), "all": ("layers/*/*/kern
 
 def make_adapter(decode: Callable[..., Any], frozen: Tree, number: int) -> Tree:
     """An adapter of one of several ranks, alphas and targets, random as no fresh one is."""
-    rank, alpha = (2, 4, 8, 16)[number % 4], (4, 8, 16, 24, 32)[number % 5]
+    rank, alpha = (2, 3, 4, 8)[number % 4], (4, 8, 16, 24, 32)[number % 5]
     targets = TARGETS["all" if number % 3 else "attention"]
     model = lojax.wrap(decode, targets, rank=rank, alpha=alpha, axes=("stack", "in", "out"))
     _, lora = model.init(jax.random.key(number), frozen)
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Reads the command line and runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=12)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, help="where adapters are written; default: a directory that goes away")
     parser.add_argument("--smoke", action="store_true", help="a tiny net and few requests")
