@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SHAPES = [["remat.py"], ["coverage.py"]]
 """Counted on shapes; nothing is compiled or run."""
-COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"], *SHAPES]
+COUNTS = [["layer_cost.py", "--no-time"], ["net_cost.py", "--no-time"], ["many_adapters.py", "--no-time"], *SHAPES]
 CLOCKS = [
     ["layer_cost.py"],
     ["net_cost.py"],
@@ -24,6 +24,7 @@ CLOCKS = [
     *SHAPES,
     ["trace_compile.py"],
     ["merge_and_switch.py"],
+    ["many_adapters.py"],
     ["minilm_step.py"],
     ["sweep.py"],
     ["checkpoint.py"],
@@ -34,6 +35,7 @@ TPU = [
     ["layer_cost.py", "--tpu", "v6e"],
     ["net_cost.py", "--tpu", "v5e"],
     ["shared_pass.py", "--tpu", "v5e"],
+    ["many_adapters.py", "--tpu", "v5e"],
     ["plan.py"],
 ]
 GPU = [["gpu.py"]]
