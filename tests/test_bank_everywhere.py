@@ -67,7 +67,7 @@ WORKS = {
 
 WITHOUT_LORA = {"Adapter", "Bank", "Model", "Quantized", "Rule", "init", "quantize", "read_metadata", "wrap"}
 """Names that take no ``lora`` tree; those of `Model` are in the tables. `remat` is a module of policies."""
-ELSEWHERE = {"conform"}
+ELSEWHERE = {"Sweep", "SweepState", "active_tokens", "conform", "sweep"}
 """Tested beside their own module."""
 
 

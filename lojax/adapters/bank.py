@@ -130,12 +130,23 @@ def is_bank(tree: object) -> bool:
 
 def scale_entries(adapter: Adapter) -> Adapter:
     """The adapters of a bank at one weight, each ``b`` times its scale, as one adapter of scale 1."""
+    if adapter.rows is not None:
+        adapter = with_arrays(adapter, {"rows": own_rows(adapter)})
     if adapter.a is None or adapter.entries is None:
         return dataclasses.replace(adapter, entries=None)
     # In float32, as for a single adapter (`lowrank.value.from_adapter`).
     scales = scales_of(adapter)
     plain = dataclasses.replace(adapter, scale=1.0, entries=None, ranks=None)
     return with_arrays(plain, {"b": adapter.arrays["b"].astype(scales.dtype) * scales})
+
+
+def own_rows(adapter: Adapter) -> Array:
+    """The token rows of the adapters of a bank; of one that leaves the weight alone zeros, which get no gradient."""
+    rows = jnp.asarray(adapter.arrays["rows"])
+    trains = np.array([entry is not None for entry in adapter.entries or ()])
+    if trains.all():
+        return rows
+    return jnp.where(trains.reshape(-1, *[1] * (rows.ndim - 1)), rows, jnp.zeros_like(rows))
 
 
 def scales_of(adapter: Adapter) -> Array:

@@ -36,6 +36,7 @@ def _every_field() -> lojax.Adapter:
         tokens=(5, 1),
         ranks=(2, 1, 2),
         requested_rank=9,
+        invocation_tokens=(7, 8),
         moved_base="pissa",
         frozen_a=True,
     )

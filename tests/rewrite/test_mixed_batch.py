@@ -255,6 +255,22 @@ def test_training_a_mixed_batch_trains_each_adapter_alone():
         near(together[k], alone, 2e-6)
 
 
+def test_token_rows_of_an_adapter_that_has_none_do_not_train():
+    params = {"w": jnp.ones((4, 3)), "embed": jax.random.normal(jax.random.key(0), (9, 4))}
+    f = lambda p, tokens: p["embed"][tokens] @ p["w"]
+    model = lojax.wrap(f, ["w", lojax.Rule("embed", train="tokens", tokens=[1, 5])], rank=1)
+    tokens = jnp.array([[1, 5], [5, 2]])
+    frozen, with_rows = model.init(jax.random.key(1), params, tokens)
+    bank = lojax.stack([moved(with_rows), {**moved(with_rows, 0.3), "embed": None}])
+    run = lambda b: jnp.sum(jnp.sin(model.apply(frozen, b, tokens, adapter=[0, 1])))
+    gradient = jax.grad(run)(bank).lora["embed"].rows
+    assert gradient[0].any() and not gradient[1].any()
+    every = jax.grad(lambda b: jnp.sum(jax.vmap(lambda t: model.apply(frozen, t, tokens))(b.for_vmap())))(bank)
+    assert every.lora["embed"].rows[0].any() and not every.lora["embed"].rows[1].any()
+    base = jax.random.normal(jax.random.key(0), (9, 4))
+    near(model.apply(frozen, bank, tokens, adapter=[0, 1])[1], base[tokens[1]] @ model.merge(frozen, bank[1])["w"])
+
+
 def test_the_report_counts_all_rows():
     model, frozen, loras, x = three("lora")
     bank = lojax.stack(loras)
