@@ -108,7 +108,7 @@ def _member(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot) -> Memb
     if eqn.invars[0] is eqn.invars[1] or has_explicit_sharding(product.x):
         return None
     # Under dropout each weight drops other entries of x, so there is no one input to share.
-    if value.probe or value.tap or value.dropout is not None or len(value.terms) != 1:
+    if value.probe or value.tap or value.pending or value.dropout is not None or len(value.terms) != 1:
         return None
     try:
         first, second, summed = contraction_order(product.named_x, value.terms[0], product.out)
