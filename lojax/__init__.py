@@ -4,6 +4,7 @@ from lojax import peft, sharding
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.rule import Rule
+from lojax.base.load_bitsandbytes import load_bitsandbytes
 from lojax.base.quantize import quantize
 from lojax.checkpoint.save_restore import read_metadata, restore, save
 from lojax.lowrank.merge import merge, requantization_loss, unmerge
@@ -26,6 +27,7 @@ __all__ = [
     "combine",
     "eva",
     "init",
+    "load_bitsandbytes",
     "lora_ga",
     "merge",
     "optimizer",

@@ -26,7 +26,7 @@ from lojax.training.subspace_iteration import (
     sum_over_batches,
     unit_scale_adapter,
 )
-from lojax.types import Array, Key, Params, Path, PyTree
+from lojax.types import Array, Key, Leaf, Params, Path, PyTree
 
 LossFn = Callable[[Params, Params, PyTree], Array]
 """``(frozen, lora, batch) -> loss``, a scalar."""
@@ -108,7 +108,7 @@ def lora_ga(
     return new_frozen, map_adapters(lora, lambda path, _: starts[path])
 
 
-def _check_stored(weights: Mapping[Path, Array]) -> None:
+def _check_stored(weights: Mapping[Path, Leaf]) -> None:
     """Raises unless the start can be taken out of every weight."""
     for path, weight in weights.items():
         if is_quantized(weight):
