@@ -200,12 +200,7 @@ def _custom_vjp_of_codes(interp: Interpreter, eqn: Eqn, operands: list[Value]) -
 
         # Without the function itself, whose outputs are computed below.
         traced = remove_dead_equations(jax.make_jaxpr(residuals_of)(*map(_type_of, values)))
-        # JAX cannot transpose the name of a product.
-        outer, interp.naming = interp.naming, False
-        try:
-            outputs, back = jax.vjp(lambda factors: run(values, factors), factors)
-        finally:
-            interp.naming = outer
+        outputs, back = jax.vjp(lambda factors: run(values, factors), factors)
         return outputs, (interp.run(traced, _with_factors(values, factors)), back, values)
 
     def backward(saved: tuple[list[Value], Any, list[Value]], cotangents: Sequence[Array]) -> tuple[Any, Any]:
