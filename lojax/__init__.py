@@ -12,6 +12,7 @@ from lojax.adapters.conform import conform
 from lojax.adapters.invocation import active_tokens
 from lojax.adapters.rule import Rule
 from lojax.adapters.stack import stack, unstack
+from lojax.base.load_bitsandbytes import load_bitsandbytes
 from lojax.base.quantize import quantize
 from lojax.lowrank.merge import merge, requantization_loss, unmerge
 from lojax.quantized.quantized import Quantized
@@ -42,6 +43,7 @@ __all__ = [
     "conform",
     "eva",
     "init",
+    "load_bitsandbytes",
     "lora_ga",
     "merge",
     "optimizer",

@@ -357,5 +357,7 @@ def _create(
     kwargs: Mapping[str, object],
 ) -> tuple[Params, Params]:
     paths = [path for path, rule in rule_of.items() if rule.train in ("lora", "tokens") and rule.axes is None]
-    axes_of = infer_axes(bind_named_axes(apply_fn), params, paths, args, kwargs) if apply_fn and paths else {}
-    return create(key, params, rule_of, axes_of)
+    if apply_fn is None or not paths:
+        return create(key, params, rule_of)
+    axes_of, shape_of = infer_axes(bind_named_axes(apply_fn), params, paths, args, kwargs)
+    return create(key, params, rule_of, axes_of, shape_of)

@@ -188,7 +188,7 @@ def subtract(lora: Params, other: Params) -> Params:
 
 
 def moved_paths(lora: Params) -> list[Path]:
-    """The paths of the adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA)."""
+    """The paths of the adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoftQ, LoRA-GA)."""
     return sorted(path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.moved_base)
 
 
@@ -208,8 +208,8 @@ def subtract_start(lora: Params, start: Params) -> Params:
     moved = moved_paths(lora)
     if not moved:
         raise ValueError(
-            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoRA-GA), and "
-            "lora holds none. Leave it out."
+            "start= is for adapters whose start was taken out of their weight (PiSSA, OLoRA, MiLoRA, LoftQ, LoRA-GA), "
+            "and lora holds none. Leave it out."
         )
     check_same_structure(start, lora, name="start")
     leaves = flatten(start)

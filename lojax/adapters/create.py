@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,11 @@ from lojax.types import Array, Dtype, Key, Leaf, Params, Path, Shape
 
 
 def create(
-    key: Key, params: Params, plan: Mapping[Path, Rule], seen: Mapping[Path, Axes] | None = None
+    key: Key,
+    params: Params,
+    plan: Mapping[Path, Rule],
+    seen: Mapping[Path, Axes] | None = None,
+    unpacked: Mapping[Path, Shape] | None = None,
 ) -> tuple[Params, Params]:
     """Splits ``params`` into ``(frozen, lora)`` as ``plan`` says.
 
@@ -35,8 +40,9 @@ def create(
         params: The parameter tree.
         plan: The rule of each parameter that trains (see `lojax.adapters.targets.plan`), with every setting filled in.
         seen: The axes of weights whose use was seen; the rest take `axes.convention`.
+        unpacked: The shapes of weights that the net unpacks from codes of other shapes.
     """
-    seen = seen or {}
+    seen, unpacked = seen or {}, unpacked or {}
     new_weights: dict[Path, Leaf] = {}
 
     def train(path: Path, leaf: Leaf) -> Leaf:
@@ -45,7 +51,8 @@ def create(
         rule = plan[path]
         if rule.train == "full":
             return leaf
-        adapter, new_weights[path] = new_adapter(key_for(key, path), path, leaf, rule, seen.get(path))
+        shape = unpacked.get(path)
+        adapter, new_weights[path] = new_adapter(key_for(key, path), path, leaf, rule, seen.get(path), shape)
         return adapter
 
     def freeze(path: Path, leaf: Leaf) -> Leaf:
@@ -88,10 +95,12 @@ def _key_data_shape() -> Shape:
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
-def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None) -> tuple[Adapter, Leaf]:
+def new_adapter(
+    key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None, unpacked: Shape | None = None
+) -> tuple[Adapter, Leaf]:
     """A fresh adapter for the weight ``leaf`` at ``path``, and the frozen weight that goes with it."""
     weight = unbox(leaf)
-    shape = tuple(weight.shape)
+    shape = tuple(weight.shape) if unpacked is None else unpacked
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         _check_codes(path, weight, rule, seen)
     if rule.base is not None:
@@ -101,8 +110,11 @@ def new_adapter(key: Key, path: Path, leaf: Leaf, rule: Rule, seen: Axes | None)
     adapter = Adapter(a=None, b=None, scale=1.0, axes=axes)
     if rule.train == "lora":
         assert rule.init is not None and rule.dropout is not None  # as_rules fills them in
-        site = _site(path, weight, axes, rule, dtype)
+        # Codes have no values to start from, and may be of another shape than the weight.
+        start: Any = weight if unpacked is None else jax.ShapeDtypeStruct(shape, weight.dtype)
+        site = _site(path, start, axes, rule, dtype)
         a, b, new_weight = initializer(rule.init)(key, site)
+        new_weight = weight if new_weight is start else new_weight
         adapter = Adapter(
             a,
             b,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lojax.adapters.adapter import Adapter, array_shapes, is_adapter
 from lojax.adapters.axes import size
@@ -88,7 +89,7 @@ def _holds_adapters(tree: PyTree) -> bool:
 def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
     if weight is None:
         raise ValueError(f"{path}: lora holds an adapter, but frozen holds no weight there (None).")
-    shape = jnp.shape(weight)
+    shape = unpacked_shape(weight, adapter.weight_shape)
     if len(adapter.axes) != len(shape):
         raise ValueError(f"{path}: the weight has shape {shape}, but its adapter has axes {adapter.axes}.")
     expected = array_shapes(adapter.axes, shape, adapter.rank, len(adapter.tokens or ()))
@@ -107,6 +108,19 @@ def _check_adapter(path: Path, weight: Leaf, adapter: Adapter) -> None:
     entries = size(adapter.axes, shape, "stack")
     if isinstance(adapter.scale, tuple) and len(adapter.scale) != entries:
         raise ValueError(f"{path}: {len(adapter.scale)} scales for a stack of {entries}.")
+
+
+def unpacked_shape(weight: Leaf, adapted: Sequence[int | None]) -> Shape:
+    """The shape of a weight that an adapter is for: that of ``weight``, but codes may be packed, several to an entry.
+
+    Args:
+        weight: The weight, out of its box.
+        adapted: The shape that the adapter says; None for an axis of which it does not know the length.
+    """
+    shape = np.shape(weight)
+    if len(adapted) != len(shape) or jnp.issubdtype(jnp.result_type(weight), jnp.floating):
+        return shape
+    return tuple(max(n, own or n) for n, own in zip(shape, adapted, strict=True))
 
 
 def _join(shapes: Iterable[Shape]) -> str:

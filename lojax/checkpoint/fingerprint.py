@@ -17,6 +17,7 @@ import numpy as np
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.metadata import unbox
 from lojax.adapters.paths import flatten
+from lojax.adapters.trees import unpacked_shape
 from lojax.checkpoint.codec import check_paths
 from lojax.checkpoint.digest import digests
 from lojax.checkpoint.manifest import BaseEntry, Manifest
@@ -161,7 +162,7 @@ def check_fits(manifest: Manifest, frozen: Params, directory: FilePath) -> None:
         check_paths(manifest, leaves, "frozen", directory)
     for path, entry in manifest.adapters.items():
         weight = unbox(leaves[path])
-        if weight is None or not _matches(np.shape(weight), entry.weight_shape):
+        if weight is None or not _matches(unpacked_shape(weight, entry.weight_shape), entry.weight_shape):
             got = "None: this init trains it in full" if weight is None else f"shape {np.shape(weight)}"
             raise ValueError(
                 f"{path}: the adapter in {directory} is for a weight of shape {entry.weight_shape}, but frozen holds "

@@ -88,8 +88,8 @@ def save(
         frozen: The frozen tree. With it the checkpoint holds a fingerprint of the base, by which
             `restore` refuses to put the adapter on another one. Content is read once per array.
         start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
-            OLoRA, MiLoRA, LoRA-GA). Such an adapter belongs to the moved weight; with ``start``, what is saved is
-            the difference from it, an adapter of twice the rank for the pretrained weight. Its content, which
+            OLoRA, MiLoRA, LoftQ, LoRA-GA). Such an adapter belongs to the moved weight; with ``start``, what is saved
+            is the difference from it, an adapter of twice the rank for the pretrained weight. Its content, which
             ``frozen`` does not hold, is then left out of the fingerprint. For a bank: a bank, or one tree from which
             all of its adapters started.
         overwrite: Replace an adapter that is already at ``path``, or a bank by a bank.

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from lojax.adapters.adapter import is_adapter
+from lojax.adapters.algebra import moved_paths
 from lojax.adapters.paths import flatten, unflatten
 from lojax.checkpoint.adapter_directory import MANIFEST
 from lojax.checkpoint.save_restore import read_manifest, restore, save
@@ -43,6 +44,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the JAX base, for its shapes (and its numbers where token rows or DoRA need them): an orbax directory, "
         ".msgpack or .safetensors",
     )
+    parser.add_argument(
+        "--start",
+        type=user_path,
+        help="the adapter as init returned it, saved by lojax, for one whose start was taken out of its weight (PiSSA, "
+        "OLoRA, MiLoRA, LoftQ, LoRA-GA): what PEFT gets is the difference, of twice the rank",
+    )
     parser.add_argument("--base", help="base_model_name_or_path for PEFT")
     parser.add_argument("--task", help="task_type for PEFT, such as CAUSAL_LM")
     parser.add_argument("--overwrite", action="store_true", help="replace a target that lojax wrote")
@@ -51,7 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Converts."""
     is_ours = (args.source / MANIFEST).is_file()
-    inputs = [args.source, *args.source.glob("*"), *([args.params] if args.params else [])]
+    if args.start is not None and not is_ours:
+        raise ValueError("--start is for an adapter that lojax.save wrote; one of PEFT has no start. Leave it out.")
+    inputs = [args.source, *args.source.glob("*"), *(path for path in (args.params, args.start) if path)]
     foreign = foreign_entry if is_ours else _foreign_to_lojax
     check_target(args.target, inputs, overwrite=args.overwrite, foreign=foreign)
     names = read_map(args.map)
@@ -88,6 +97,13 @@ def _foreign_to_lojax(directory: Path) -> str | None:
 
 def _to_peft(args: argparse.Namespace, names: NameMap, params: Params | None) -> None:
     lora = restore(args.source)
+    moved = moved_paths(lora)
+    if moved and args.start is None:
+        raise ValueError(
+            f"{moved[0]}: the start of this adapter was taken out of its weight, and PEFT would put it on the "
+            "pretrained weight, where it is wrong. Pass --start with the adapter as init returned it, saved by "
+            "lojax.save."
+        )
     rows = [path for path, leaf in flatten(lora).items() if is_adapter(leaf) and leaf.tokens is not None]
     if rows and params is None:
         raise ValueError(
@@ -99,6 +115,7 @@ def _to_peft(args: argparse.Namespace, names: NameMap, params: Params | None) ->
         lora,
         None if params is None else freeze(params, lora),
         names,
+        start=None if args.start is None else restore(args.start),
         base_model_name_or_path=args.base,
         task_type=args.task,
         config=read_manifest(args.source).metadata.get("peft_config"),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from lojax.files import safetensors
 from lojax.files.filesystem import parse_json
+from lojax.files.model_files import INDEX, weight_files
 from lojax.text import printable
 
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+
+__all__ = ["CONFIG", "INDEX", "foreign_entry", "read_object", "side_files", "update_index", "weight_files"]
 
 
 def foreign_entry(directory: Path, side_names: set[str]) -> str | None:
@@ -23,42 +24,15 @@ def foreign_entry(directory: Path, side_names: set[str]) -> str | None:
     return foreign[0] if foreign else None
 
 
-def weight_files(base: Path) -> list[Path]:
-    """The safetensors files of a model.
-
-    Raises:
-        FileNotFoundError: There are none, or one that the index names is missing.
-        ValueError: The index is not of the right form, or names a file outside its directory.
-    """
-    if base.is_file():
-        return [base]
-    index = base / INDEX
-    if not index.is_file():
-        files = sorted(base.glob("model.safetensors")) or sorted(base.glob("*.safetensors"))
-        if len(files) == 1:
-            return files
-        what = "several .safetensors files and no index" if files else "no .safetensors file"
-        raise FileNotFoundError(f"{base} holds {what}; pass the file itself.")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {printable(repr(error))}.") from None
-    for name in names:
-        if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or name in (".", ".."):
-            raise ValueError(
-                f"{index} names {printable(repr(name))}, which is not a plain file name. It could lead out of {base}."
-            )
-        if not (base / name).is_file():
-            raise FileNotFoundError(f"{index} names {name}, which is not in {base}.")
-    return [base / name for name in names]
-
-
 def side_files(base: Path, weights: set[str]) -> Iterator[Path]:
-    """The config, tokenizer and index beside the weights; other forms of the weights are left behind."""
+    """The config, tokenizer and index beside the weights; other forms of the weights are left behind.
+
+    Links count as what they lead to: in the cache of the Hugging Face hub every file is one.
+    """
     if base.is_dir():
         for path in sorted(base.iterdir()):
             heavy = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx")
-            if path.is_file() and not path.is_symlink() and path.name not in weights and not heavy:
+            if path.is_file() and path.name not in weights and not heavy:
                 yield path
 
 

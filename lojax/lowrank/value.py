@@ -24,6 +24,7 @@ from lojax.adapters.adapter import Adapter
 from lojax.adapters.axes import Axes, positions
 from lojax.adapters.matrices import at_least_float32, column_squares
 from lojax.adapters.metadata import unbox
+from lojax.lowrank.code_layout import Pending
 from lojax.lowrank.frozen import FrozenWeight
 from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, multiply
 from lojax.lowrank.second_moment import SecondMomentProbe
@@ -82,7 +83,7 @@ class LowRank:
         fusible: Whether a product may be fused. Not where ``a`` is frozen: the fused product saves the activation for
             the backward pass, and the factored one then does not.
         tap: Whether the gradient of the first factor is to be the second moment of its input.
-        pending: Whether the program is still computing the frozen part, of codes; the update is added to the result.
+        pending: How far the program is with computing the frozen part of codes; the update is added to the result.
     """
 
     frozen: FrozenWeight
@@ -96,7 +97,7 @@ class LowRank:
     probe: bool = dataclasses.field(default=False, metadata={"static": True})
     fusible: bool = dataclasses.field(default=True, metadata={"static": True})
     tap: bool = dataclasses.field(default=False, metadata={"static": True})
-    pending: bool = dataclasses.field(default=False, metadata={"static": True})
+    pending: Pending | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> Shape:
@@ -223,7 +224,7 @@ def from_adapter(path: Path, weight: FrozenWeight, adapter: Adapter, *, key: Key
         dropout=Dropout(key, adapter.dropout) if key is not None and adapter.dropout else None,
         fusible=not (adapter.frozen_a or tap),
         tap=tap,
-        pending=not jnp.issubdtype(weight.dtype, jnp.floating),
+        pending=None if jnp.issubdtype(weight.dtype, jnp.floating) else Pending(),
     )
     if adapter.magnitude is None:
         return value

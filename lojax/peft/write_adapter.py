@@ -61,7 +61,7 @@ def save(
             in full.
         name_map: A `NameMap`, or the name of a ready one (see `name_maps`).
         start: The `lora` tree as init returned it, where the start of an adapter was taken out of its weight (PiSSA,
-            OLoRA, MiLoRA, LoRA-GA). PEFT puts an adapter on the pretrained weight, so what is written is the
+            OLoRA, MiLoRA, LoftQ, LoRA-GA). PEFT puts an adapter on the pretrained weight, so what is written is the
             difference from ``start``, of twice the rank.
         base_model_name_or_path: Where PEFT finds the base.
         task_type: PEFT's task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``.

@@ -11,9 +11,11 @@ import dataclasses
 import math
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lojax.quantized.code_books import NF4, dynamic_map
 from lojax.types import Array, Dtype, Shape
@@ -95,7 +97,21 @@ def decode_nf4(codes: Array) -> Array:
 
 
 def _decode_by_gather(codes: Array) -> Array:
-    return jnp.asarray(NF4).at[codes].get(mode="promise_in_bounds")
+    # On a mesh of explicit axes a gather must be told where its result is.
+    return jnp.asarray(NF4).at[codes].get(mode="promise_in_bounds", out_sharding=_explicit_sharding(codes))
+
+
+def _explicit_sharding(x: Array) -> NamedSharding | None:
+    """The sharding that the type of ``x`` says, on a mesh of explicit axes; None on another."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    is_explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if is_explicit else None
+
+
+def _replicated(x: Array) -> Array:
+    """``x`` in full on every device, where its type says how it is sharded. Its axes may then be merged."""
+    sharding = _explicit_sharding(x)
+    return x if sharding is None else jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _decode_by_selects(codes: Array) -> Array:
@@ -104,6 +120,16 @@ def _decode_by_selects(codes: Array) -> Array:
     for i in range(1, len(NF4)):
         values = jnp.where(codes >= i, NF4[i], values)
     return values
+
+
+def _with_whole_blocks(x: Array, blocks: int) -> Array:
+    """``x``, on a mesh of explicit axes replicated along its last axis unless each shard holds whole blocks."""
+    sharding = _explicit_sharding(x)
+    if sharding is None:
+        return x
+    if blocks % (x.shape[-1] // sharding.shard_shape(x.shape)[-1]) == 0:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-1], None)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +185,10 @@ class BlockFormat:
         scales = arrays["scales"]
         if not self.double:
             return scales
-        groups, offset = arrays["group_scales"], arrays["offset"]
-        values = jnp.asarray(dynamic_map())[scales.astype(jnp.int32)].reshape(*offset.shape, -1)
+        # The scales are small, and their blocks run across the axes of the weight.
+        scales, groups, offset = (_replicated(arrays[name]) for name in ("scales", "group_scales", "offset"))
+        values = jnp.asarray(dynamic_map()).at[scales.astype(jnp.int32)].get(out_sharding=_explicit_sharding(scales))
+        values = values.reshape(*offset.shape, -1)
         count = values.shape[-1]
         padding = [(0, 0)] * offset.ndim + [(0, -count % self.scales_per_block)]
         values = jnp.pad(values, padding).reshape(*groups.shape, self.scales_per_block) * groups[..., None]
@@ -174,8 +202,10 @@ class BlockFormat:
             flat = jnp.repeat(scales.reshape(-1), self.block)[:size]
             return (values.reshape(-1)[:size] * flat).astype(dtype).reshape(shape)
         # Not flattened: the blocks split the last axis, and the others keep the sharding that they may have.
+        sharding, values = _explicit_sharding(values), _with_whole_blocks(values, scales.shape[-1])
         blocks = values.reshape(*scales.shape, self.block)
-        return (blocks * scales[..., None]).astype(dtype).reshape(shape)
+        w = (blocks * scales[..., None]).astype(dtype).reshape(shape)
+        return w if sharding is None or len(sharding.spec) != len(shape) else jax.sharding.reshard(w, sharding)
 
 
 def _with_leading(flat: Array, shape: Shape, count: int) -> Array:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from lojax.adapters.axes import Axes, Role
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import map_paths
+from lojax.adapters.paths import flatten, map_paths
+from lojax.lowrank.code_layout import Pending
 from lojax.lowrank.frozen import FrozenWeight, frozen_weight
 from lojax.lowrank.named_array import RANK, NamedArray
 from lojax.lowrank.value import PATH_SEPARATOR, LowRank
@@ -25,7 +26,7 @@ from lojax.quantized.quantized import is_quantized
 from lojax.rewrite.evaluate import evaluate, trace_abstractly
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.rules import RULES
-from lojax.types import Leaf, Params, Path, PyTree
+from lojax.types import Array, Dtype, Leaf, Params, Path, PyTree, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Observation:
 
 def infer_axes(
     f: Callable[..., PyTree], params: Params, paths: Sequence[Path], args: PyTree, kwargs: Mapping[str, Any]
-) -> dict[Path, Axes]:
-    """The axes of the weights at ``paths`` as ``f(params, *args, **kwargs)`` uses them.
+) -> tuple[dict[Path, Axes], dict[Path, Shape]]:
+    """The axes of the weights at ``paths`` as ``f(params, *args, **kwargs)`` uses them, and the shapes of some.
 
-    Arrays may be `jax.ShapeDtypeStruct`. A weight without a product is not in the result.
+    Arrays may be `jax.ShapeDtypeStruct`. A weight without a product has no axes in the result. A weight has a shape in
+    it if the program unpacks it from codes of another one.
     """
     observations: dict[Path, list[Observation]] = {}
 
@@ -55,26 +57,52 @@ def infer_axes(
 
     interpreter = Interpreter(RULES, observer=observe)
     targeted = set(paths)
+    leaves = flatten(params)
+    has_codes = any(_may_be_codes(unbox(leaves[path]).dtype) for path in paths)
 
     def run(params: Params, args: PyTree, kwargs: PyTree) -> PyTree:
         def place(path: Path, leaf: Leaf) -> Leaf:
             x = unbox(leaf)
             if path in targeted:
                 return rebox(leaf, _probe(path, frozen_weight(x)))
-            return rebox(leaf, frozen_weight(x)) if is_quantized(x) else leaf
+            # The scales of codes are known by being frozen.
+            is_frozen = is_quantized(x) or (has_codes and hasattr(x, "dtype"))
+            return rebox(leaf, frozen_weight(x)) if is_frozen else leaf
 
         probes = map_paths(place, params)
         return evaluate(f, interpreter, probes, args, kwargs)
 
     trace_abstractly(run, params, args, dict(kwargs))
-    return {path: _most_work(seen) for path, seen in observations.items()}
+    for path in interpreter.findings.scaled:
+        _check_codes(path, unbox(leaves[path]))
+    shapes: dict[Path, Shape] = {
+        path: tuple(sizes.get(axis, int(n)) for axis, n in enumerate(unbox(leaves[path]).shape))
+        for path, sizes in interpreter.findings.lengths.items()
+        if sizes
+    }
+    return {path: _most_work(seen) for path, seen in observations.items()}, shapes
 
 
 def _probe(path: Path, w: FrozenWeight) -> LowRank:
     # One factor for each axis, so that every axis can be followed to where it ends, whatever reshapes merge or split.
     # The ones are never computed: the trace is abstract.
     factors = tuple(NamedArray(jnp.ones((1, n)), (RANK, axis)) for axis, n in enumerate(w.shape))
-    return LowRank(w, (factors,), path, probe=True, pending=not jnp.issubdtype(w.dtype, jnp.floating))
+    return LowRank(w, (factors,), path, probe=True, pending=Pending() if _may_be_codes(w.dtype) else None)
+
+
+def _may_be_codes(dtype: Dtype) -> bool:
+    """Whether a program may dequantize a weight of this dtype: integers, or float8, to which it adds a scale."""
+    return not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize == 1
+
+
+def _check_codes(path: Path, weight: Array) -> None:
+    """Raises if codes that the program scales are in a dtype that cannot be told from that of a weight."""
+    if jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(
+            f"{path}: holds {weight.dtype} codes, which the net scales by itself, and merge cannot tell them "
+            'from a weight. Quantize with lojax.quantize(params, "float8_e4m3fn") instead, or to codes that are '
+            "integers."
+        )
 
 
 def _roles(probe: LowRank, summed: Sequence[int], batch: Sequence[int]) -> Axes:

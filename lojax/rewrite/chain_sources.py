@@ -13,7 +13,7 @@ from lojax.compat import opened, scan_counts
 from lojax.lowrank.frozen import DenseWeight, recomputed
 from lojax.lowrank.value import LowRank
 from lojax.rewrite.frozen_chains import Value
-from lojax.rewrite.primitives import CALLS, CHAINED, MOVES, MULTIPLICATIONS
+from lojax.rewrite.primitives import CALLS, CHAINED, JOINS, MOVES, MULTIPLICATIONS
 from lojax.types import Eqn, Jaxpr
 
 WORTHWHILE = 1024
@@ -38,6 +38,10 @@ def defer_chains(jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
 
     Of an adapted weight, this concerns its frozen part; it keeps its update.
     """
+    if any(isinstance(value, LowRank) and value.pending for value in values):
+        # The program makes adapted weights of codes. Which of the other leaves are their scales shows only later, where
+        # it may multiply the output of a product: every leaf stays known as frozen.
+        return list(values)
     weights = [value.frozen if isinstance(value, LowRank) and not value.probe else value for value in values]
     size_of = {i: math.prod(weight.shape) for i, weight in enumerate(weights) if isinstance(weight, DenseWeight)}
     chains: set[frozenset[int]] = set()
@@ -68,9 +72,11 @@ def _follow(jaxpr: Jaxpr, sources: Sequence[Source | None], chains: set[frozense
         if not any(inputs):
             continue
         name = eqn.primitive.name
-        if name in MULTIPLICATIONS:
+        if name == "gather" and inputs[1] is not None and inputs[1].changed:  # codes that are looked up in a code book
+            source_of[eqn.outvars[0]] = Source(frozenset().union(*(s.leaves for s in inputs if s)), True)
+        elif name in MULTIPLICATIONS:
             chains.update(s.leaves for s in inputs if s is not None and s.changed)
-        elif name in CHAINED:
+        elif name in CHAINED or (name in JOINS and all(s is not None and s.changed for s in inputs)):
             free = [isinstance(v, Literal) or v in constants for v in eqn.invars]
             if all(s is not None or is_free for s, is_free in zip(inputs, free, strict=True)):
                 made_of = [s for s in inputs if s is not None]

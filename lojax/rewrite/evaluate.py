@@ -97,6 +97,7 @@ def evaluate(
     # The interpreter binds every equation, so a dead one would cost time outside of jit, count as a use in reports, and
     # might raise in strict mode.
     program = remove_dead_equations(jax.make_jaxpr(flat)(jax.tree.unflatten(tree, avals)))
+    interpreter.makes_weights = any(isinstance(v, LowRank) and v.pending for v in values)
     outputs = interpreter.run(program, defer_chains(program, values))
     outputs = [interpreter.dense(v, "output", "the net returns the weight itself") for v in outputs]
     return jax.tree.unflatten(out_tree, outputs)

@@ -9,7 +9,6 @@ chain. A chain that only moves values (a transpose) is computed as it stands: XL
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -23,9 +22,8 @@ from lojax.lowrank import steps
 from lojax.lowrank.frozen import DenseWeight, FrozenWeight, RecomputedWeight, is_frozen, slice_entry
 from lojax.lowrank.lookup import Lookup
 from lojax.lowrank.steps import Step
-from lojax.lowrank.value import LowRank
-from lojax.rewrite.primitives import ARITHMETIC, CASTS, CHAINED, MOVES
-from lojax.types import Array, Eqn
+from lojax.rewrite.primitives import ARITHMETIC, CASTS, CHAINED, JOINS, MOVES
+from lojax.types import Array, Dtype, Eqn
 
 Value: TypeAlias = Any
 """The value of a variable: an array, a `LowRank`, or a frozen weight without an update."""
@@ -38,7 +36,7 @@ def evaluate_chained(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None
     """The result of an equation on frozen weights alone, deferred; None if the equation belongs to no chain."""
     if (entry := pick_entry(eqn, operands)) is not None:
         return entry
-    if eqn.primitive.name not in CHAINED or len(eqn.outvars) != 1:
+    if not _is_chained(eqn, operands) or len(eqn.outvars) != 1:
         return None
     weights: list[FrozenWeight] = []
     literals: list[Constant] = []
@@ -56,42 +54,17 @@ def evaluate_chained(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None
     return None if step is None else RecomputedWeight(tuple(weights), step)
 
 
-def evaluate_pending(eqn: Eqn, operands: Sequence[Value]) -> LowRank | None:
-    """The result of a cast or of arithmetic on the codes of one adapted weight, whose update is still to be added.
-
-    None for any other equation.
-    """
-    adapted = [v for v in operands if isinstance(v, LowRank)]
-    if len(adapted) != 1 or eqn.primitive.name not in (*CASTS, *ARITHMETIC):
-        return None
-    (value,) = adapted
-    weight = evaluate_chained(eqn, [v.frozen if v is value else v for v in operands])
-    return value.with_frozen(weight) if weight is not None and weight.shape == value.shape else None
-
-
-def settle_pending(eqn: Eqn, value: Value) -> Value:
-    """``value`` with its update added, where the program moves or uses what it made of the codes.
-
-    Raises:
-        ValueError: These are still codes, to which no update can be added.
-    """
-    if not isinstance(value, LowRank) or not value.pending:
-        return value
-    if jnp.issubdtype(value.frozen.dtype, jnp.floating):
-        return dataclasses.replace(value, pending=False)
-    if eqn.primitive.name in (*MOVES, "stop_gradient", "copy") or value.probe:
-        return value
-    raise ValueError(
-        f"{value.path}: holds codes of dtype {value.frozen.dtype}, and the net uses them in {eqn.primitive.name!r} "
-        "before they become floating-point numbers, so there is nothing that an update could be added to. Take the "
-        "weight out of targets, or let the net dequantize it first."
-    )
+def _is_chained(eqn: Eqn, operands: Sequence[Value]) -> bool:
+    name = eqn.primitive.name
+    return name in (*CHAINED, *JOINS, "iota") or (name == "gather" and is_frozen(operands[1]))
 
 
 def pick_entry(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
     """One entry along the first axis of a recomputed weight, if that is what the equation slices out of it."""
+    if eqn.primitive.name not in ("slice", "dynamic_slice"):
+        return None
     weight, *starts = operands
-    if eqn.primitive.name not in ("slice", "dynamic_slice") or any(is_frozen(start) for start in starts):
+    if any(is_frozen(start) for start in starts):
         return None
     if not isinstance(weight, RecomputedWeight):
         return None
@@ -109,7 +82,7 @@ def pick_entry(eqn: Eqn, operands: Sequence[Value]) -> FrozenWeight | None:
 def equation_step(eqn: Eqn, literals: tuple[Constant, ...] = ()) -> Step | None:
     """An equation of a chain as a step; None if it has parameters that cannot be compared."""
     name, p = eqn.primitive.name, eqn.params
-    if name in MOVES and len(eqn.invars) == 1 and p.get("sharding") is None:
+    if name in MOVES and len(eqn.invars) == 1 and not literals and p.get("sharding") is None:
         old = var_type(eqn.invars[0]).shape
         if name == "transpose":
             return steps.transpose(p["permutation"])
@@ -126,6 +99,16 @@ def equation_step(eqn: Eqn, literals: tuple[Constant, ...] = ()) -> Step | None:
         return None
     options = (("primitive", eqn.primitive), ("params", params), ("literals", literals))
     return Step(_bind, options, elementwise=name in (*CASTS, *ARITHMETIC))
+
+
+def constant_weight(number: object, dtype: Dtype) -> RecomputedWeight:
+    """A number in the program as a frozen weight that nothing is stored for."""
+    options = (("dtype", np.dtype(dtype)), ("data", np.asarray(number, dtype).tobytes()))
+    return RecomputedWeight((), Step(_number, options))
+
+
+def _number(*, dtype: np.dtype, data: bytes) -> Array:
+    return jnp.asarray(np.frombuffer(data, dtype)[0])
 
 
 def _bind(

@@ -13,17 +13,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from lojax.compat import opened
+from lojax.lowrank.attach import ZeroWeight
 from lojax.lowrank.factored import name_product
-from lojax.lowrank.frozen import is_frozen
+from lojax.lowrank.frozen import FrozenWeight, is_frozen
 from lojax.lowrank.strategy import Product
 from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.activations import Activations
-from lojax.rewrite.frozen_chains import Value, evaluate_chained, evaluate_pending, multiply_frozen, settle_pending
-from lojax.rewrite.primitives import BODIES, KEEPS_MIX, MOVERS, MULTIPLICATIONS
+from lojax.rewrite.foreign_codes import (
+    Findings,
+    Unscaled,
+    evaluate_unsettled,
+    in_floats,
+    is_constant,
+    is_unsettled,
+    on_own_axes,
+    settle,
+    with_constants,
+)
+from lojax.rewrite.frozen_chains import Value, evaluate_chained, multiply_frozen
+from lojax.rewrite.primitives import BODIES, CALLS, KEEPS_MIX, MOVERS, MULTIPLICATIONS
 from lojax.rewrite.recorder import Recorder, Use
 from lojax.types import Array, Eqn, Jaxpr, PyTree, Var
 
@@ -87,6 +100,9 @@ class Interpreter:
         recorder: The record of uses.
         observer: Called for each product with a probe.
         naming: Whether products get their name for remat policies. JAX cannot transpose a named tangent.
+        makes_weights: Whether the program makes adapted weights of codes, see `foreign_codes`.
+        findings: What probes find out about them.
+        straight_through: Whether it does so in a function whose derivative passes activations that it quantizes.
     """
 
     rules: Mapping[str, EquationRule]
@@ -94,12 +110,18 @@ class Interpreter:
     recorder: Recorder = dataclasses.field(default_factory=Recorder)
     observer: Observer | None = None
     naming: bool = True
+    makes_weights: bool = False
+    findings: Findings = dataclasses.field(default_factory=Findings)
+    straight_through: bool = False
     _frame: Frame | None = None
     _dropout_draws: int = 0
     _rewritten: dict[Any, tuple[Any, Any, Any, list[Use]]] = dataclasses.field(default_factory=dict)
 
-    def run(self, jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
-        """The outputs of ``jaxpr`` on ``values``; inputs and outputs may be `LowRank`."""
+    def run(self, jaxpr: Jaxpr, values: Sequence[Value], *, is_call: bool = False) -> list[Value]:
+        """The outputs of ``jaxpr`` on ``values``; inputs and outputs may be `LowRank`.
+
+        Outputs of a call that goes on as if its body stood in its place (``is_call``) may be `Unscaled` as well.
+        """
         jaxpr, consts = opened(jaxpr)
         env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
         readers = _readers(jaxpr)
@@ -113,9 +135,12 @@ class Interpreter:
                 # Outside of jit each value is an array in memory: it is dropped after its last use, as when f runs
                 # alone.
                 for var in dead_vars:
+                    if self.makes_weights and is_frozen(env.get(var)):
+                        continue  # it is not an array yet, and `frozen_factor` may ask for it
                     env.pop(var, None)
                     frame.activations.drop(var)
-            return [frame.read(v) for v in jaxpr.outvars]
+            outputs = [frame.read(v) for v in jaxpr.outvars]
+            return outputs if is_call else [v.dense() if isinstance(v, Unscaled) else v for v in outputs]
         finally:
             self._frame = outer
 
@@ -144,11 +169,10 @@ class Interpreter:
     def evaluate(self, eqn: Eqn, operands: list[Value]) -> list[Value]:
         """The results of one equation."""
         name = eqn.primitive.name
-        if any(isinstance(v, LowRank) and v.pending for v in operands) and name not in BODIES:
-            computed = evaluate_pending(eqn, operands)
-            if computed is not None:
-                return [computed]
-            operands = [settle_pending(eqn, v) for v in operands]
+        if self.makes_weights:
+            made, operands = self._make_weights(eqn, operands)
+            if made is not None:
+                return [made]
         if any(is_frozen(v) for v in operands):
             if not any(isinstance(v, LowRank) for v in operands):
                 chained = evaluate_chained(eqn, operands)
@@ -156,9 +180,9 @@ class Interpreter:
                     return [chained]
                 if name in MULTIPLICATIONS:
                     return [multiply_frozen(eqn, operands, functools.partial(bind_one, eqn))]
-            if name not in BODIES:
+            if name not in BODIES and not any(is_unsettled(v) for v in operands):
                 operands = [v.dense() if is_frozen(v) else v for v in operands]
-        if not any(isinstance(v, LowRank) or is_frozen(v) for v in operands):
+        if not any(isinstance(v, (LowRank, Unscaled)) or is_frozen(v) for v in operands):
             if eqn.primitive.name == "sharding_constraint":
                 self.frame.activations.record_constraint(eqn, operands[0])
             return bind(eqn, operands)
@@ -168,27 +192,60 @@ class Interpreter:
         try:
             if name not in self.rules:
                 raise NotFactored(f"{name} is not linear in the weight")
-            if self.execution == "materialize" and name in MULTIPLICATIONS:
+            # Codes cannot hold an update: a product with them is factored in any case.
+            is_pending = any(isinstance(v, LowRank) and v.pending for v in operands)
+            if self.execution == "materialize" and name in MULTIPLICATIONS and not is_pending:
                 raise NotFactored("execution='materialize' asks for it")
             results = self.rules[name](self, eqn, operands)
         except NotFactored as reason:
             return bind(eqn, [self.dense(v, eqn, str(reason)) for v in operands])
         return results if isinstance(results, list) else [results]
 
-    def multiply(self, eqn: Eqn, value: LowRank, product: AdaptedProduct) -> Array:
+    def _make_weights(self, eqn: Eqn, operands: list[Value]) -> tuple[Value | None, list[Value]]:
+        """The result of a step from codes to an adapted weight; for another equation None, and its operands for it."""
+        name = eqn.primitive.name
+        if is_constant(eqn):
+            return evaluate_chained(eqn, operands), operands
+        if name in CALLS:
+            return None, with_constants(eqn, operands)
+        if not any(is_unsettled(v) for v in operands):
+            return None, operands
+        if name in BODIES:
+            return None, [on_own_axes(v, repr(name), self.findings) for v in operands]
+        if name.startswith("custom_vjp"):
+            return None, [v.dense() if isinstance(v, Unscaled) else v for v in operands]
+        made = evaluate_unsettled(eqn, operands, functools.partial(bind_one, eqn), self.frozen_factor)
+        if made is not None:
+            return made, operands
+        settings: dict[str, Any] = {"straight_through": self.straight_through}
+        return None, [settle(eqn, v, operands, self.findings, **settings) for v in operands]
+
+    def multiply(self, eqn: Eqn, value: LowRank, product: AdaptedProduct) -> Value:
         """The value of a product with an adapted weight, recorded as a use; for a probe, the frozen product."""
         if value.probe:
             y = product.frozen(value)
             if self.observer is not None:
                 self.observer(value, *product.contracted_axes(value), y.size)
             return y
-        result = product.compute(value, self.execution)
+        if value.pending is None:
+            result = product.compute(value, self.execution)
+        else:  # the program scales the output, and the scale is for the codes alone
+            update = dataclasses.replace(value, frozen=ZeroWeight(value.frozen.aval), pending=None)
+            result = in_floats(product, eqn).compute(update, "factored")
         self.recorder.product(value, eqn, result)
-        return name_product(result.value) if self.naming else result.value
+        y = name_product(result.value) if self.naming else result.value
+        return y if value.pending is None else Unscaled(product.frozen(value), y)
 
     def dense(self, value: Value, eqn: Eqn | str, reason: str) -> Array:
         """``value`` as an array. A low-rank one is materialized, which the recorder records or, if strict, refuses."""
+        if isinstance(value, Unscaled):
+            return value.dense()
         if isinstance(value, LowRank):
+            if value.pending and not value.probe and not jnp.issubdtype(value.frozen.dtype, jnp.floating):
+                raise ValueError(
+                    f"{value.path}: holds codes of dtype {value.frozen.dtype}, to which no update can be added, and "
+                    f"the net uses them where that would have to be ({reason}). Take the weight out of targets."
+                )
             return self.recorder.materialize(value, eqn, reason)
         return value.dense() if is_frozen(value) else value
 
@@ -213,6 +270,15 @@ class Interpreter:
     def producer(self, var: Var) -> Eqn | None:
         """The equation that makes ``var``; None for an input or a literal."""
         return None if isinstance(var, Literal) else self.frame.producers.get(var)
+
+    def frozen_factor(self, var: Var) -> FrozenWeight | None:
+        """The frozen factor of ``var``, if it is the product of one with something else."""
+        producer = self.producer(var)
+        if producer is None or producer.primitive.name != "mul":
+            return None
+        factors = [None if isinstance(v, Literal) else self.frame.env.get(v) for v in producer.invars]
+        frozen = [v for v in factors if is_frozen(v) and jax.tree.leaves(v)]
+        return frozen[0] if len(frozen) == 1 else None
 
     def pending_readers(self, var: Var) -> list[Eqn]:
         """The equations that read ``var`` and have not run."""
@@ -272,7 +338,7 @@ class Interpreter:
             def body(*leaves: Array) -> list[Array]:
                 nonlocal out_tree
                 with self.recorder.collect(uses):
-                    outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves))
+                    outputs = self.run(jaxpr, jax.tree.unflatten(tree, leaves), is_call=may_stay is None)
                     outputs = outputs if may_stay is None else self.dense_outputs(outputs, may_stay)
                 # A trace returns arrays only: the structure of the outputs leaves it by `nonlocal`.
                 flat, out_tree = jax.tree.flatten(outputs)

@@ -19,6 +19,8 @@ ARITHMETIC = (
     *("and", "or", "xor", "not", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
     *("eq", "ne", "lt", "le", "gt", "ge", "select_n", "clamp"),
 )
+JOINS = ("concatenate", "stack")
+"""The primitives that put unpacked codes side by side."""
 CHAINED = (*MOVES, *CASTS, *ARITHMETIC)
 """The primitives of a frozen chain. Each entry of their results is made of few entries of the operands."""
 

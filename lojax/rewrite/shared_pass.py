@@ -111,6 +111,7 @@ def _member(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot) -> Memb
     if (
         value.probe
         or value.tap
+        or value.pending
         or value.mix is not None
         or value.active is not None
         or value.dropout is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from lojax.adapters.axes import size
 from lojax.adapters.initializers import key_for
 from lojax.adapters.matrices import zero_above_rank
 from lojax.adapters.metadata import unbox
-from lojax.adapters.paths import flatten
 from lojax.lowrank.second_moment import SecondMomentProbe
 from lojax.training.subspace_iteration import (
     Columns,
@@ -75,7 +75,9 @@ def eva(
     if not (math.isfinite(rho) and rho >= 1):
         raise ValueError(f"eva: rho={rho}; expected a finite number of at least 1 (1 leaves the ranks as they are).")
     batches, adapters = check_batches("eva", frozen, lora, batches, steps)
-    weights = {path: unbox(leaf) for path, leaf in flatten(frozen).items() if path in adapters}
+    # By their adapters: codes that the net dequantizes may be stored in another shape.
+    shapes = {path: adapter.weight_shape for path, adapter in adapters.items()}
+    weights: Any = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     max_ranks = {path: _max_ranks(adapter, weights[path].shape, rho) for path, adapter in adapters.items()}
 
     apply_moment = _moment(apply, frozen, lora, batches, weights)

@@ -16,6 +16,8 @@ from lojax.adapters.axes import size
 from lojax.adapters.matrices import subtract_update
 from lojax.adapters.metadata import rebox, unbox
 from lojax.adapters.paths import flatten, map_paths
+from lojax.quantized.quantized import is_quantized
+from lojax.text import spec
 from lojax.training.subspace_iteration import (
     Columns,
     check_batches,
@@ -24,7 +26,7 @@ from lojax.training.subspace_iteration import (
     sum_over_batches,
     unit_scale_adapter,
 )
-from lojax.types import Array, Key, Params, Path, PyTree
+from lojax.types import Array, Key, Leaf, Params, Path, PyTree
 
 LossFn = Callable[[Params, Params, PyTree], Array]
 """``(frozen, lora, batch) -> loss``, a scalar."""
@@ -61,8 +63,8 @@ def lora_ga(
         `lojax.subtract` of this start.
 
     Raises:
-        ValueError: No batches, a setting out of range, ``2r`` above min(m, n), ranks that differ within a stack, or a
-            gradient that is zero or not finite.
+        ValueError: No batches, a setting out of range, ``2r`` above min(m, n), ranks that differ within a stack, a
+            gradient that is zero or not finite, or a weight that is quantized.
 
     >>> import lojax
     >>> model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=1)
@@ -77,6 +79,7 @@ def lora_ga(
         raise ValueError(f"lora_ga: gamma={gamma}; expected a finite number above 0.")
     batches, adapters = check_batches("lora_ga", frozen, lora, batches, steps)
     weights = {path: unbox(leaf) for path, leaf in flatten(frozen).items() if path in adapters}
+    _check_stored(weights)
     _check_ranks(adapters, weights)
     multiply_gradient = _gradient_product(loss, frozen, lora, batches, adapters, weights)
     image = draw_columns(key, adapters, weights, "out", {path: 2 * adapter.rank for path, adapter in adapters.items()})
@@ -103,6 +106,23 @@ def lora_ga(
         new_weights[path] = subtract_update(weights[path], a, b, adapter.one_scale, adapter.axes)
     new_frozen = map_paths(lambda path, leaf: rebox(leaf, new_weights[path]) if path in starts else leaf, frozen)
     return new_frozen, map_adapters(lora, lambda path, _: starts[path])
+
+
+def _check_stored(weights: Mapping[Path, Leaf]) -> None:
+    """Raises unless the start can be taken out of every weight."""
+    for path, weight in weights.items():
+        if is_quantized(weight):
+            # Measured on a Gaussian 512 x 512, rank 8, NF4: 0.130 of the weight lost, against 0.093.
+            raise ValueError(
+                f"{path}: is quantized ({weight}), and lora_ga takes the start of the adapter out of the weight: it "
+                "would be rounded a second time, for 1.4 times the error. Call lora_ga on the float weights, and "
+                f"quantize the frozen tree that it returns: lojax.quantize(frozen, {weight.kind!r}, targets)."
+            )
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise ValueError(
+                f"{path}: holds codes ({spec(weight)}), and lora_ga takes the start of the adapter out of the weight. "
+                'Start from init="kaiming" or eva, which leave the weight as it is.'
+            )
 
 
 def _check_ranks(adapters: Mapping[Path, Adapter], weights: Mapping[Path, Array]) -> None:

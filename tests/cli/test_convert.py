@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 from helpers import assert_same_bits
 
+import lojax
 import lojax.peft
 from lojax.checkpoint.save_restore import restore
 from lojax.cli.main import main
@@ -194,3 +198,29 @@ def test_the_home_of_the_user_is_known(rules, tmp_path, monkeypatch):
     copied("linear", tmp_path / "adapter")
     assert main(["convert", "~/adapter", "~/ours", "--map", "~/rules.txt", "--params", "~/params.safetensors"]) == 0
     assert main(["inspect", "~/ours"]) == 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_an_adapter_of_a_moved_weight_is_converted_with_its_start(init, tmp_path, capsys):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)}
+    settings = {"base": "nf4"} if init == "loftq" else {}
+    frozen, start = lojax.init(jax.random.key(0), params, "w", rank=2, alpha=3, init=init, **settings)
+    lora = {"w": dataclasses.replace(start["w"], a=start["w"].a + 0.1, b=start["w"].b - 0.2)}
+    lojax.save(tmp_path / "trained", lora, frozen=frozen)
+    lojax.save(tmp_path / "start", start, frozen=frozen)
+    (tmp_path / "rules.txt").write_text("w <-> w.weight")
+    arguments = ["convert", str(tmp_path / "trained"), str(tmp_path / "theirs"), "--map", str(tmp_path / "rules.txt")]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "w: the start of this adapter was taken out of its weight" in error and "Pass --start" in error
+    assert not (tmp_path / "theirs").exists()
+    assert main([*arguments, "--start", str(tmp_path / "start")]) == 0
+    file = safetensors.open_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    down, up = (np.float64(next(file.read(name) for name in file.entries if f"lora_{x}" in name)) for x in "AB")
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    update = config["lora_alpha"] / config["r"] * (up @ down).T  # what PEFT itself computes
+    adapters = [jax.tree.map(np.float64, tree["w"]) for tree in (lora, start)]
+    trained, at_start = (adapter.scale * adapter.a @ adapter.b for adapter in adapters)
+    np.testing.assert_allclose(update, trained - at_start, rtol=0, atol=3e-6)
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "x"), *arguments[3:], "--start", "start"]) == 1
+    assert "--start is for an adapter that lojax.save wrote" in capsys.readouterr().err

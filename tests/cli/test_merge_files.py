@@ -248,6 +248,22 @@ def test_a_target_that_is_or_holds_an_input_is_refused(target, tmp_path, capsys,
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+def test_a_model_in_the_cache_of_the_hub_is_merged_with_all_that_lies_beside_it(tmp_path):
+    blobs = sharded(tmp_path / "blobs", golden("linear")[1])
+    (blobs / "tokenizer.json").write_text("words")
+    base = tmp_path / "snapshots" / "revision"
+    base.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (base / path.name).symlink_to(path.resolve())
+    for source, target in ((blobs, "plain"), (base, "linked")):
+        assert main(["merge", str(source), str(golden("linear")[0]), str(tmp_path / target)]) == 0
+    plain, from_links = (sorted((tmp_path / name).iterdir()) for name in ("plain", "linked"))
+    assert [path.name for path in plain] == [path.name for path in from_links]
+    assert "tokenizer.json" in {path.name for path in plain}
+    for one, other in zip(plain, from_links, strict=True):
+        assert one.read_bytes() == other.read_bytes() and not other.is_symlink()
+
+
 def test_a_target_inside_the_base_is_taken(tmp_path):
     base = sharded(tmp_path / "base", golden("linear")[1])
     assert main(["merge", str(base), str(golden("linear")[0]), str(base / "merged")]) == 0

@@ -107,8 +107,20 @@ def test_another_reader_reads_it(tmp_path):
         np.testing.assert_array_equal(actual[name], array)
 
 
-def test_shards_index_config_and_tokenizer(tmp_path):
+def linked(source: Path) -> Path:
+    """A model as it lies in the cache of the Hugging Face hub, where every file is a link."""
+    snapshot = source.parent / "snapshots" / "revision"
+    snapshot.mkdir(parents=True)
+    for path in source.iterdir():
+        (snapshot / path.name).symlink_to(path.resolve())
+    (snapshot / "gone.txt").symlink_to("nowhere")
+    return snapshot
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_shards_index_config_and_tokenizer(is_linked, tmp_path):
     source, out = model(tmp_path / "base"), tmp_path / "out"
+    source = linked(source) if is_linked else source
     quantize(source, out)
     names = ["config.json", INDEX, "one.safetensors", "tokenizer.json", "two.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -118,6 +130,7 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     assert all(name in safetensors.open_file(out / file).entries for name, file in index["weight_map"].items())
     assert index["metadata"] == {"total_size": sum(x.nbytes for x in read(out).values()), "mine": 2}
     assert (out / "tokenizer.json").read_text() == "words"
+    assert not any(path.is_symlink() for path in out.iterdir())
     config = json.loads((out / "config.json").read_text())
     assert config["hidden_size"] == 64
     told = config["quantization_config"]

@@ -54,6 +54,40 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(kind):
     assert again.lora["stack"].a.spec == placed.lora["stack"].a.spec == P(None, "fsdp", None)
 
 
+def explicit_net(p, x):
+    """As JAX wants it where the types of arrays say how they are sharded."""
+
+    def layer(x, w):
+        y = jnp.tanh(jnp.matmul(x, w, out_sharding=P("fsdp", "tensor")))
+        return jax.sharding.reshard(y, P("fsdp", None)), None
+
+    x = lax.scan(layer, x, p["stack"])[0]
+    return jnp.matmul(x, p["out"], out_sharding=P("fsdp", None))
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_a_mesh_of_explicit_axes(kind, double):
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (AxisType.Explicit,) * 2, devices=jax.devices())
+    # Inferred from the net of one device: `matmul` wants the mesh for its output.
+    model = lojax.wrap(net, ["stack", "out"], rank=2, alpha=4)
+    x = jax.random.normal(jax.random.key(1), (8, 128))
+    frozen, lora = model.init(jax.random.key(0), lojax.quantize(params(), kind, double=double), x)
+    lora = jax.tree.map(lambda v: v + jnp.asarray(0.02, v.dtype), lora)
+
+    def step(apply, frozen, lora, x):
+        return jax.value_and_grad(lambda v: jnp.mean(jnp.sin(apply(frozen, v, x))))(lora)
+
+    expected = jax.jit(lambda *args: step(model.apply, *args))(frozen, lora, x)
+    placed = shardings(frozen, lora, mesh=mesh, specs=SPECS)
+    on_mesh = jax.device_put(frozen, placed.frozen), jax.device_put(lora, placed.lora)
+    adapted = lojax.transform(explicit_net)
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda *args: step(adapted, *args))
+        actual = run(*on_mesh, jax.device_put(x, NamedSharding(mesh, P("fsdp"))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), actual, expected)
+
+
 def test_scales_that_the_mesh_does_not_divide_are_replicated():
     mesh = jax.make_mesh((4,), ("tensor",), (AxisType.Auto,), devices=jax.devices()[:4])
     frozen, lora = lojax.init(jax.random.key(0), lojax.quantize(params(), "nf4", double=False), "out", rank=2)

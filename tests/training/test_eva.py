@@ -8,6 +8,7 @@ from jax import lax
 
 import lojax
 from tests.helpers import trained
+from tests.rewrite.foreign_formats import FORMATS, IN
 from tests.training.starts import (
     BATCHES,
     MLP,
@@ -147,3 +148,26 @@ def test_an_adapter_that_moved_its_weight_cannot_be_started_again():
     frozen, lora = model.init(jax.random.key(0), MLP, BATCHES[0])
     with pytest.raises(ValueError, match="down: init='pissa' took the start of this adapter out of the frozen weight"):
         lojax.eva(model.apply, frozen, lora, BATCHES)
+
+
+def test_eva_on_a_quantized_base_is_eva_on_its_dequantized_weights():
+    params = {"up": array(12, 16), "down": array(16, 5)}
+    base = lojax.quantize(params, "nf4")
+    model = lojax.wrap(mlp, "*", rank=2)
+    frozen, lora = model.init(jax.random.key(0), base, BATCHES[0])
+    found = lojax.eva(model.apply, frozen, lora, BATCHES, steps=20)
+    plain = {name: weight.dense() for name, weight in base.items()}
+    expected = lojax.eva(model.apply, *model.init(jax.random.key(0), plain, BATCHES[0]), BATCHES, steps=20)
+    for name in params:
+        assert_same_space(found[name].a, expected[name].a, rtol=1e-4)
+    np.testing.assert_array_equal(model.apply(frozen, found, BATCHES[0]), model.apply(frozen, lora, BATCHES[0]))
+
+
+@pytest.mark.parametrize("name", ["keras int4", "keras int4 by channel", "qwix tiles"])
+def test_eva_on_codes_that_the_net_dequantizes(name):
+    foreign, batches = FORMATS[name], [spread(20, IN) for _ in range(3)]
+    model = lojax.wrap(foreign.f, "codes", rank=2)
+    frozen, lora = model.init(jax.random.key(0), foreign.params, batches[0])
+    found = lojax.eva(model.apply, frozen, lora, batches, steps=20)
+    assert found["codes"].weight_shape == foreign.weight.shape
+    assert_same_space(found["codes"].a, directions(np.concatenate(batches), 2)[0], rtol=1e-4)

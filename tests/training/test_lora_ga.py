@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lojax
-from tests.helpers import PRODUCTS, equations, trained
+from tests.helpers import PRODUCTS, equations, message, trained
 from tests.training.starts import (
     BATCHES,
     MLP,
@@ -141,3 +141,32 @@ def test_an_adapter_that_moved_its_weight_cannot_be_started_again():
     frozen, lora = model.init(jax.random.key(0), MLP, BATCHES[0])
     with pytest.raises(ValueError, match="down: init='pissa' took the start of this adapter out of the frozen weight"):
         lojax.lora_ga(batch_loss(model), frozen, lora, BATCHES)
+
+
+def test_lora_ga_comes_before_quantizing():
+    params = {"up": array(64, 64), "down": array(64, 64)}
+    xs = [array(20, 64)]
+    model = lojax.wrap(mlp, "*", rank=2)
+    frozen, lora = model.init(jax.random.key(0), lojax.quantize(params, "nf4"), xs[0])
+    text = message(ValueError, lojax.lora_ga, batch_loss(model), frozen, lora, xs)
+    assert "down: is quantized (Quantized((64, 64), nf4" in text
+    assert "lojax.quantize(frozen, 'nf4', targets)" in text
+
+    def error(frozen, lora):
+        merged = lojax.merge(frozen, lora)
+        return max(float(jnp.linalg.norm(merged[n] - params[n]) / jnp.linalg.norm(params[n])) for n in params)
+
+    # What the error says to do: the start and the rounding, once.
+    frozen, start = lojax.lora_ga(batch_loss(model), *model.init(jax.random.key(0), params, xs[0]), xs)
+    assert error(frozen, start) < 1e-5
+    assert 0 < error(lojax.quantize(frozen, "nf4"), start) < 0.11
+
+
+def test_lora_ga_and_codes():
+    net = lambda p, x: x @ (p["codes"].astype(jnp.float32) * p["scale"])
+    params = {"codes": jnp.ones((8, 8), jnp.int8), "scale": jnp.ones(8)}
+    model = lojax.wrap(net, "codes", rank=2)
+    frozen, lora = model.init(jax.random.key(0), params, array(3, 8))
+    loss = lambda frozen, lora, x: jnp.mean(model.apply(frozen, lora, x))
+    text = message(ValueError, lojax.lora_ga, loss, frozen, lora, [array(3, 8)])
+    assert "codes: holds codes (int8[8,8]), and lora_ga takes the start" in text

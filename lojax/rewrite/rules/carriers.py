@@ -76,9 +76,12 @@ def _broadcast_axes(eqn: Eqn) -> Axes:
 def _slice(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowRank:
     p = eqn.params
 
+    # An axis of packed codes that stays whole is longer in the update.
+    whole = {-1, *(d for d, n in enumerate(operands[0].shape) if p["limit_indices"][d] - p["start_indices"][d] == n)}
+
     def along(array: Array, axes: Axes) -> Array:
         start = [0 if d < 0 else p["start_indices"][d] for d in axes]
-        limit = [array.shape[i] if d < 0 else p["limit_indices"][d] for i, d in enumerate(axes)]
+        limit = [array.shape[i] if d in whole else p["limit_indices"][d] for i, d in enumerate(axes)]
         strides = p["strides"] and [1 if d < 0 else p["strides"][d] for d in axes]
         return lax.slice(array, start, limit, strides)
 
@@ -91,11 +94,12 @@ def _dynamic_slice(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> LowR
     if not isinstance(value, LowRank) or any(isinstance(start, LowRank) for start in starts):
         raise NotFactored("a slice that starts where the weight says")
     sizes = eqn.params["slice_sizes"]
+    whole = {-1, *(d for d, n in enumerate(value.shape) if sizes[d] == n)}
 
     def along(array: Array, axes: Axes) -> Array:
         # `dynamic_slice` wants all its indices in one dtype, so the zero of the rank axis takes that of the others.
         start = [jnp.zeros_like(starts[0]) if d < 0 else starts[d] for d in axes]
-        return lax.dynamic_slice(array, start, [array.shape[i] if d < 0 else sizes[d] for i, d in enumerate(axes)])
+        return lax.dynamic_slice(array, start, [array.shape[i] if d in whole else sizes[d] for i, d in enumerate(axes)])
 
     return _slice_axes(eqn, operands, lambda w: bind_one(eqn, w, *starts), along)
 

@@ -57,6 +57,8 @@ def _jit(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
 
         def of_value(setting: Any, value: Value) -> list[Any]:
             weight = value.frozen if isinstance(value, LowRank) else value
+            if not jax.tree.leaves(weight):  # a number in the program
+                return []
             # What a weight is computed from has shapes of its own.
             own = [other] if isinstance(weight, RecomputedWeight) else [setting]
             return own + [own[0] if weight is value else other] * (len(jax.tree.leaves(value)) - 1)

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lojax.lowrank.frozen import DenseWeight
+from lojax.compat import remove_dead_equations
+from lojax.lowrank.frozen import DenseWeight, is_frozen
 from lojax.lowrank.value import LowRank, NotFactored, Term
 from lojax.rewrite.frozen_chains import Value
 from lojax.rewrite.interpreter import Interpreter, bind
@@ -105,6 +106,8 @@ def _tangent(value: Value, dot: Value) -> Value:
 
 @rule("custom_vjp_call", "custom_vjp_call_jaxpr")
 def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    if any(isinstance(v, LowRank) and v.pending for v in operands):
+        return _custom_vjp_of_codes(interp, eqn, operands)
     operands = _stored_dense(operands)
     if _has_dropout(operands):
         raise NotFactored("dropout inside a function with its own derivative")
@@ -156,6 +159,86 @@ def _custom_vjp(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Va
     outputs = list(call(list(operands)))
     interp.recorder.replay(uses)
     return outputs
+
+
+def _custom_vjp_of_codes(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> list[Value]:
+    """A function with a derivative of its own that makes adapted weights of codes (the layers of Keras).
+
+    It has no derivative in the codes, so that in the factors is the one of the function itself; for the other operands
+    it is the user's.
+    """
+    if _has_dropout(operands):
+        path = next(v.path for v in operands if isinstance(v, LowRank) and v.dropout is not None)
+        raise ValueError(
+            f"{path}: dropout on the input of its update, where the net dequantizes the weight in a function with its "
+            "own derivative: the derivative would see another mask. Set dropout=0 for this weight."
+        )
+    num_consts = eqn.params.get("num_consts", 0)
+    floats = [i for i, v in enumerate(operands) if i >= num_consts and not isinstance(v, LowRank) and _is_float_type(v)]
+    pullback: Any = None
+    uses: list[Use] = []
+
+    # Traced in any case, so that no activation is taken for a constant of the program.
+    @jax.jit
+    def run(values: list[Value], factors: list[list[Array]]) -> list[Array]:
+        outer, interp.straight_through = interp.straight_through, True
+        try:
+            with interp.recorder.collect(uses):
+                return interp.dense_outputs(interp.run(eqn.params["call_jaxpr"], _with_factors(values, factors)))
+        finally:
+            interp.straight_through = outer
+
+    call = jax.custom_vjp(run)
+
+    def forward(values: list[Value], factors: list[list[Array]]) -> Any:
+        def residuals_of(*dense: Array) -> list[Array]:
+            nonlocal pullback  # as in `_custom_vjp`
+            consts, arguments = dense[:num_consts], dense[num_consts:]
+            _, back = jax.vjp(lambda *x: bind(eqn, [*consts, *x]), *arguments)
+            residuals, pullback = jax.tree.flatten(back)
+            return residuals
+
+        # Without the function itself, whose outputs are computed below.
+        traced = remove_dead_equations(jax.make_jaxpr(residuals_of)(*map(_type_of, values)))
+        outputs, back = jax.vjp(lambda factors: run(values, factors), factors)
+        return outputs, (interp.run(traced, _with_factors(values, factors)), back, values)
+
+    def backward(saved: tuple[list[Value], Any, list[Value]], cotangents: Sequence[Array]) -> tuple[Any, Any]:
+        residuals, back, values = saved
+
+        def pull(residuals: list[Array], cotangents: Sequence[Array]) -> list[Array]:
+            grads = jax.tree.unflatten(pullback, residuals)(list(cotangents))
+            return [grads[i - num_consts] for i in floats]
+
+        traced = jax.make_jaxpr(pull)([*map(_type_of, residuals)], [jax.typeof(c) for c in cotangents])
+        cotangents_in: list[Any] = [None] * len(values)
+        for i, grad in zip(floats, interp.dense_outputs(interp.run(traced, [*residuals, *cotangents])), strict=True):
+            cotangents_in[i] = None if is_frozen(values[i]) else grad
+        return cotangents_in, back(list(cotangents))[0]
+
+    call.defvjp(forward, backward)
+    factors = [[x.array for x in v.named_arrays] if isinstance(v, LowRank) else [] for v in operands]
+    outputs = list(call(list(operands), factors))
+    interp.recorder.replay(uses)
+    return outputs
+
+
+def _with_factors(values: Sequence[Value], factors: Sequence[Sequence[Array]]) -> list[Value]:
+    """``values`` with other arrays beside the frozen parts."""
+
+    def with_own(value: LowRank, arrays: Sequence[Array]) -> LowRank:
+        pairs = zip(value.named_arrays, arrays, strict=True)
+        return value.with_named_arrays([dataclasses.replace(x, array=array) for x, array in pairs])
+
+    return [with_own(v, own) if isinstance(v, LowRank) else v for v, own in zip(values, factors, strict=True)]
+
+
+def _type_of(value: Value) -> Any:
+    return value.frozen.aval if isinstance(value, LowRank) else value.aval if is_frozen(value) else jax.typeof(value)
+
+
+def _is_float_type(value: Value) -> bool:
+    return jnp.issubdtype(_type_of(value).dtype, jnp.inexact)
 
 
 def _pull_back(value: Value, cotangent: Array) -> Value:
