@@ -21,7 +21,7 @@ from lojax.adapters.axes import positions
 from lojax.adapters.bank import scale_entries, scales_of
 from lojax.adapters.metadata import unbox
 from lojax.lowrank.frozen import FrozenWeight
-from lojax.lowrank.named_array import RANK, NamedArray
+from lojax.lowrank.named_array import RANK, NamedArray, has_explicit_sharding
 from lojax.lowrank.value import LowRank, Term, from_adapter, pick_rows
 from lojax.types import Array, Path
 
@@ -167,7 +167,12 @@ def prefers_wide(width: int, platform: str) -> bool:
 
 def _take(x: Array, i: Array) -> Array:
     """``x[i]``, of the nearest number that there is."""
-    return jnp.take(x, i, axis=0, mode="clip")
+    if not (has_explicit_sharding(x) or has_explicit_sharding(i)):
+        return jnp.take(x, i, axis=0, mode="clip")
+    # On a mesh of explicit axes JAX cannot tell how rows that differ along one of them are sharded once they are looked
+    # up. A sum of which one summand counts is the same.
+    chosen = jnp.arange(x.shape[0]) == jnp.clip(i, 0, x.shape[0] - 1)
+    return jnp.sum(jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x)), axis=0)
 
 
 def _scale(b: Array, scales: Array) -> Array:

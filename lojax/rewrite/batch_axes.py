@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lojax.adapters.paths import path_of
 from lojax.compat import opened, var_type
@@ -73,6 +74,15 @@ class Arguments:
     def in_axes(self) -> list[int]:
         """The axes of `own_keys` that count the rows."""
         return [axis if isinstance(axis := self.axes[i], int) else 0 for i in self.mapped]
+
+    def shard_like_rows(self, x: Array) -> Array:
+        """``x``, with an entry for each row in front, sharded as the rows of the arguments on explicit mesh axes."""
+        for i in self.mapped:
+            sharding, axis = getattr(jax.typeof(self.leaves[i]), "sharding", None), self.axes[i]
+            if isinstance(axis, int) and sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+                spec = PartitionSpec(sharding.spec[axis], *[None] * (x.ndim - 1))
+                return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+        return x
 
     def one_row(self, values: Sequence[Array]) -> Any:
         """The arguments of one row, whose batch has length one."""

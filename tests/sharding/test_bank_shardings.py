@@ -138,3 +138,24 @@ def test_agreement_between_processes_sees_scales_and_ranks():
     check_agreement(bank, gather=lambda text: sent.append(text) or [text])
     text = message(ValueError, check_agreement, other, gather=lambda text: [*sent, text])
     assert text.startswith("down differs between processes: process 0: scales and ranks [(1.0, 1), (1.0, 2)")
+
+
+@pytest.mark.parametrize("spec", [P(), P("data")], ids=str)
+def test_a_mixed_batch_on_a_mesh_of_explicit_axes(spec):
+    model, frozen, bank = pair()
+    x, ids = jax.random.normal(KEY, (4, 3, 8)), jnp.array([2, 0, -1, 3])
+
+    def run(frozen, bank, x, ids):
+        return jax.value_and_grad(lambda b: jnp.sum(jnp.sin(model.apply(frozen, b, x, adapter=ids))))(bank)
+
+    expected, expected_gradient = run(frozen, bank, x, ids)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        specs = {"up": P(), "down": P(None, "tensor"), "head": P()}
+        sharded = {name: jax.device_put(w, NamedSharding(mesh, specs[name])) for name, w in frozen.items()}
+        replicated = jax.device_put(bank, NamedSharding(mesh, P()))
+        rows = jax.device_put(x, NamedSharding(mesh, P("data")))
+        got, gradient = jax.jit(run)(sharded, replicated, rows, jax.device_put(ids, NamedSharding(mesh, spec)))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=2e-4, atol=2e-5)
