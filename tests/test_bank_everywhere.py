@@ -65,7 +65,9 @@ WORKS = {
     "Model.report with adapter": lambda tmp: MODEL.report(FROZEN, BANK, X, adapter=[0, -1]),
 }
 
-WITHOUT_LORA = {"Adapter", "Bank", "Model", "Quantized", "Rule", "init", "quantize", "read_metadata", "wrap"}
+WITHOUT_LORA = {"Adapter", "Bank", "Model", "Quantized", "Rule"} | {
+    *("init", "load_bitsandbytes", "quantize", "read_metadata", "wrap")
+}
 """Names that take no ``lora`` tree; those of `Model` are in the tables. `remat` is a module of policies."""
 ELSEWHERE = {"Sweep", "SweepState", "active_tokens", "conform", "sweep"}
 """Tested beside their own module."""

@@ -48,7 +48,7 @@ def test_weights_that_were_quantized_are_so_again_in_their_own_format(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scale", [1e-2, 1.0])
 def test_the_share_that_is_lost(kind, variant, scale):
     frozen, lora = pair(kind, scale, magnitude=2 * jnp.ones(48) if variant == "dora" else None)

@@ -223,7 +223,9 @@ def stored(weights: dict[str, np.ndarray], kind: str) -> tuple[int, int]:
     return before, after
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("nf4", "int8") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_run_on_a_quantized_base(kind, tmp_path, one_layer_bert, table, capsys, monkeypatch):
     def in_this_process(folder, text, logits, classes):
         restored = text_report.read_prediction(finetune_text.predict(folder, text), classes)
