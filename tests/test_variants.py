@@ -129,6 +129,11 @@ def test_a_look_up_has_no_activations_to_start_from(weight):
         started("lora-fa from eva", weight)
 
 
+def members(chosen):
+    """Every member; those for which ``chosen(member)`` is false run in .ci/thorough alone."""
+    return [pytest.param(member, marks=() if chosen(member) else pytest.mark.slow) for member in FAMILY]
+
+
 def follow(f, x):
     """What a member is compared by: its output, and the gradient of a loss of it."""
 
@@ -144,7 +149,10 @@ def computes(member):
     return "variant" in FAMILY[member] and "start" not in FAMILY[member] and "init" not in FAMILY[member]
 
 
-@pytest.mark.parametrize(("member", "weight"), rows(lambda member, weight: True))
+@pytest.mark.parametrize(
+    ("member", "weight"),
+    rows(lambda member, weight: weight in ("dense", "stack") or member == "lora" or computes(member)),
+)
 def test_the_contract_of_a_variant(member, weight):
     """In float32: the start, the output and gradient of the merged weight, and that the adapter changes something."""
     f, params, x = given(weight, "float32")
@@ -206,7 +214,7 @@ def test_a_variant_through_a_checkpoint(member, weight, tmp_path):
     assert lojax.summary(frozen, found).trainable == lora["w"].parameters
 
 
-@pytest.mark.parametrize("member", FAMILY)
+@pytest.mark.parametrize("member", members(lambda member: member in ("lora", "pissa", "eva") or computes(member)))
 def test_the_family_under_vmap_over_adapters(member):
     model, frozen, lora, x = started(member)
     several = [moved(lora, size) for size in (0.1, 0.2, 0.3)]
@@ -216,7 +224,7 @@ def test_the_family_under_vmap_over_adapters(member):
         assert_near(y, model.apply(frozen, one, x), "float32")
 
 
-@pytest.mark.parametrize("member", FAMILY)
+@pytest.mark.parametrize("member", members(lambda member: member in ("lora", "pissa", "eva") or computes(member)))
 def test_the_family_on_a_mesh(member):
     """Adapters laid out by `shardings` give the gradient that they give on one device."""
     model, frozen, lora, x = started(member)

@@ -123,8 +123,8 @@ class MixedBatch:
 
         mapped = jax.vmap(row, in_axes=(0, 0, 0, arguments.in_axes()), out_axes=list(outputs.axes))
         try:
-            own = jax.tree.map(arguments.shard_like_rows, (choice, keys, active))
-            leaves = mapped(*own, arguments.own_keys(rows))
+            choice, keys, active = jax.tree.map(arguments.shard_like_rows, (choice, keys, active))
+            leaves = mapped(choice, keys, active, arguments.own_keys(rows))
         except ValueError as error:
             if "out_axes" not in str(error):
                 raise

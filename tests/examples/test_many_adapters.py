@@ -13,7 +13,7 @@ SIZES = many_adapters.SMOKE
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with jax.numpy_dtype_promotion("standard"):  # before the fixture that says so for each test
-        return folder, many_adapters.main(["--smoke", "--adapters", "5", "--out", str(folder)])
+        return folder, many_adapters.main(["--smoke", "--adapters", "3", "--out", str(folder)])
 
 
 def test_serves_and_swaps_with_one_compilation(run):
@@ -26,7 +26,7 @@ def test_serves_and_swaps_with_one_compilation(run):
 def test_half_of_the_adapters_are_those_of_peft(run):
     folder, _ = run
     layouts = [(path / "adapter_config.json").exists() for path in sorted((folder / "first").iterdir())]
-    assert layouts == [True, False, True, False, True]
+    assert layouts == [True, False, True]
 
 
 def test_files_give_back_what_was_written(run):

@@ -147,6 +147,7 @@ def small_adapters() -> tuple[Any, list[Any], list[Any]]:
     return params, loras, [np.asarray(unrolled(lojax.merge(params, lora), x)) for lora in loras]
 
 
+@pytest.mark.slow  # tests/adapters/test_conform.py swaps twenty into a smaller net
 def test_twenty_adapters_swapped_into_one_function_compile_once(compilations: list[str]) -> None:
     frozen, loras, expected = small_adapters()
     model = lojax.wrap(unrolled, "*", rank=16, alpha=24)

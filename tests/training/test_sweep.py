@@ -103,8 +103,15 @@ def assert_close(left, right, atol=1e-5):
 # --- each run trains as it would alone ---
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared data", "own data"])
-@pytest.mark.parametrize("variant", ["lora", "dora", "lora-fa"])
+@pytest.mark.parametrize(
+    ("variant", "shared"),
+    [
+        ("lora", True),
+        ("dora", False),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("lora", False), ("dora", True))),
+        *(pytest.param("lora-fa", shared, marks=pytest.mark.slow) for shared in (True, False)),
+    ],
+)
 def test_eight_runs_train_as_eight_separate_runs(variant, shared):
     own_start = functools.partial(start, variant=variant)
     data = batches(12, None if shared else 8)
