@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--out", type=Path, help="where adapters are written; default: a directory that goes away")
     parser.add_argument("--smoke", action="store_true", help="a tiny net and few requests")
     args = parser.parse_args(argv)
-    sizes, requests, batch = (SMOKE, 24, 8) if args.smoke else (Sizes(), args.requests, args.batch)
+    sizes, requests, batch = (SMOKE, 12, 4) if args.smoke else (Sizes(), args.requests, args.batch)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         return run(sizes, folder, adapters=args.adapters, requests=requests, batch=batch)

@@ -51,7 +51,9 @@ def loftq_in_numpy(w, rank, scale, steps, kind):
     return quantized, update / scale
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("nf4", "int8") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_loftq_is_the_algorithm_of_the_paper_for_each_matrix_of_a_stack(kind):
     w, axes = PARAMS["stack"], ("stack", "in", "out")
     rule = Rule("stack", rank=4, alpha=8, base=kind, init="loftq_niter_3", axes=axes)

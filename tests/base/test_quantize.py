@@ -88,8 +88,16 @@ def loss(y):
     return jnp.sum(jnp.sin(y) ** 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [
+        pytest.param(
+            net, kind, marks=[pytest.mark.slow] * (kind in ("int4", "float8_e4m3fn") and net not in ("scan", "tied"))
+        )
+        for net in NETS
+        for kind in KINDS
+    ],
+)
 def test_values_and_gradients_are_those_of_the_dequantized_net(net, kind):
     f, target, x = NETS[net]
     base = lojax.quantize(PARAMS, kind)

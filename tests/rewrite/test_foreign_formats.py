@@ -40,7 +40,7 @@ def expected(name: str, adapter: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("traced", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("traced", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["jit", "eager"])
 def test_values_and_gradients_are_those_of_the_dequantized_weight(name, traced):
     model, frozen, lora = prepared(name, strict=True)
     assert lora["codes"].weight_shape == FORMATS[name].weight.shape

@@ -163,6 +163,7 @@ def test_twenty_adapters_swapped_into_one_function_compile_once(compilations: li
     assert len(compilations) == 2
 
 
+@pytest.mark.slow
 def test_twenty_adapters_swapped_into_a_bank_compile_once(compilations: list[str]) -> None:
     frozen, loras, expected = small_adapters()
     model = lojax.wrap(unrolled, "*", rank=16)
