@@ -18,7 +18,8 @@ def three(member, weight="dense"):
     model, frozen, lora, x = started(member, weight)
     loras = [moved(lora, size) for size in (0.1, 0.2, 0.3)]
     if member not in CHANGES_WEIGHT and "start" not in FAMILY[member]:
-        small = lojax.wrap(WEIGHTS[weight][0], "w", rank=1, alpha=5, **FAMILY[member])
+        rank = 2 if member == "orthogonal" else 1  # which needs an even one
+        small = lojax.wrap(WEIGHTS[weight][0], "w", rank=rank, alpha=5, **FAMILY[member])
         loras[1] = moved(small.init(jax.random.key(5), {"w": frozen["w"]}, x)[1], 0.2)
     return model, frozen, loras, x
 
