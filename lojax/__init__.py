@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 from lojax import peft, sharding
-from lojax.adapters import bank_serialization as _bank_serialization  # noqa: F401 (registers Bank)
 from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.bank import Bank

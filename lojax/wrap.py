@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from lojax.adapters.bank import Bank
+from lojax.adapters.bank_shapes import drop_full, widest_shapes
 from lojax.adapters.create import check_key, create
 from lojax.adapters.leaves import check_leaf
 from lojax.adapters.paths import flatten
@@ -27,7 +28,7 @@ from lojax.report.summary import Summary, summary
 from lojax.rewrite.axis_inference import infer_axes
 from lojax.rewrite.batch_axes import BatchAxes
 from lojax.rewrite.evaluate import trace_abstractly
-from lojax.rewrite.mixed_batch import mixed_batch, one_entry
+from lojax.rewrite.mixed_batch import mixed_batch
 from lojax.rewrite.transform import trace_uses, transform
 from lojax.text import check_flags
 from lojax.types import Dtype, Key, Leaf, Params, Path, PyTree
@@ -197,8 +198,10 @@ class Model:
         """How each adapted weight is executed for these inputs (shapes are enough); ``adapter=`` as in `apply`."""
         mixed = mixed_batch(lora, adapter, active, batch_axes, check_rows)
         observe = bind_named_axes(self.net.observe)
-        uses = trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution, mixed=mixed)
-        return report(frozen, lora if mixed is None else one_entry(mixed.bank), uses)
+        if mixed is None:
+            return report(frozen, lora, trace_uses(observe, frozen, lora, args, kwargs, execution=self.execution))
+        uses = trace_uses(observe, frozen, mixed.bank, args, kwargs, execution=self.execution, mixed=mixed)
+        return report(drop_full(frozen, mixed.bank.lora), widest_shapes(mixed.bank), uses)
 
 
 @explain_unknown_arguments

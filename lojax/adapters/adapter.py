@@ -37,6 +37,11 @@ class Entry:
     requested_rank: int | None = None
     invocation_tokens: tuple[int, ...] | None = None
 
+    @property
+    def static(self) -> dict[str, Any]:
+        """The fields that the adapter itself has under the same names."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rank"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

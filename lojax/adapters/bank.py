@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from flax.core import meta
+from jax import export
 
-from lojax.adapters.adapter import Adapter, Entry, is_adapter
+from lojax.adapters.adapter import Adapter, is_adapter
 from lojax.adapters.axes import positions
 from lojax.adapters.conform import conform, pad_factors, with_arrays
 from lojax.adapters.matrices import at_least_float32
@@ -56,8 +60,8 @@ class Bank:
         """The number of an adapter, by its number (from the end if negative) or name.
 
         Raises:
-            IndexError: There is no such number.
-            KeyError: There is no such name.
+            IndexError: The number is out of range.
+            KeyError: No adapter has that name.
         """
         if isinstance(which, str):
             if which not in (self.names or ()):
@@ -66,7 +70,9 @@ class Bank:
             return (self.names or ()).index(which)
         i = operator.index(which)
         if not -self.size <= i < self.size:
-            raise IndexError(f"The bank holds {self.size} adapters, and there is no number {i}.")
+            raise IndexError(
+                f"The number {i} is out of range: the bank holds {self.size} adapters, numbered 0 to {self.size - 1}."
+            )
         return i % self.size
 
     def ids(self, names: Sequence[str | int | None]) -> Array:
@@ -168,8 +174,7 @@ def _take_entry(leaf: Leaf, i: int) -> Leaf:
     if entry is None:
         return None
     arrays = {name: _index_box(getattr(leaf, name), i) for name in leaf.arrays}
-    static = {field.name: getattr(entry, field.name) for field in dataclasses.fields(Entry) if field.name != "rank"}
-    taken = dataclasses.replace(leaf, entries=None, **static, **arrays)
+    taken = dataclasses.replace(leaf, entries=None, **entry.static, **arrays)
     if leaf.a is None or entry.rank == leaf.rank:
         return taken
     a, b = taken.arrays["a"], taken.arrays["b"]
@@ -182,3 +187,38 @@ def _index_box(leaf: Leaf, i: int) -> Leaf:
     if isinstance(leaf, meta.Partitioned):
         return leaf.replace(value=leaf.value[i], names=leaf.names[1:])
     return rebox(leaf, unbox(leaf)[i])
+
+
+# --- registration with the libraries that write pytrees ---
+
+
+def _to_state_dict(bank: Bank) -> dict[str, Any]:
+    """The arrays. As everywhere in Flax, what is static (names, scales, ranks) comes from the target on reading."""
+    return {"lora": serialization.to_state_dict(bank.lora)}
+
+
+def _from_state_dict(bank: Bank, state: dict[str, Any]) -> Bank:
+    if state.keys() != {"lora"}:
+        raise ValueError(
+            f"What was written holds {', '.join(state)}, and the target is a bank. Read it into a tree like the one "
+            "that was written; lojax.save writes banks that need no target."
+        )
+    return dataclasses.replace(bank, lora=serialization.from_state_dict(bank.lora, state["lora"], "lora"))
+
+
+def _serialize_static(values: tuple[Any, ...]) -> bytes:
+    return json.dumps(values).encode()
+
+
+def _deserialize_static(data: bytes) -> tuple[Any, ...]:
+    size, names = json.loads(data)
+    return size, None if names is None else tuple(names)
+
+
+serialization.register_serialization_state(Bank, _to_state_dict, _from_state_dict)
+export.register_pytree_node_serialization(
+    Bank,
+    serialized_name="lojax.Bank",
+    serialize_auxdata=_serialize_static,
+    deserialize_auxdata=_deserialize_static,
+)

@@ -22,13 +22,24 @@ def entry_shapes(bank: Bank) -> list[Params]:
     return [map_paths(lambda _, leaf, i=i: _leaf_shapes(leaf, i), bank.lora) for i in range(bank.size)]
 
 
+def widest_shapes(bank: Bank) -> Params:
+    """The shapes of one adapter with the largest rank of the bank, that adapts every weight which any of them does."""
+
+    def widest(_: Path, leaf: Leaf) -> Leaf:
+        if leaf is None or not is_adapter(leaf):
+            return None if leaf is None else _drop_first_axis(leaf)
+        entry = next(entry for entry in leaf.entries or () if entry is not None)
+        return entry_adapter(leaf, dataclasses.replace(entry, rank=leaf.rank, ranks=None))
+
+    return map_paths(widest, bank.lora)
+
+
 def check_bank_pair(frozen: Params, bank: Bank) -> tuple[dict[Path, Leaf], dict[Path, Leaf]]:
     """Both trees by path, the leaves of the bank with their leading axis, or an error as of `check_pair`.
 
     ``frozen`` may hold the value of the base where the bank trains a parameter in full.
     """
-    widest = map_paths(lambda _, leaf: _leaf_shapes(leaf, _first_present(leaf)), bank.lora)
-    check_pair(drop_full(frozen, bank.lora), widest)
+    check_pair(drop_full(frozen, bank.lora), widest_shapes(bank))
     for path, leaf in flatten(bank.lora).items():
         lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(leaf)}
         if lengths - {bank.size}:
@@ -48,11 +59,6 @@ def drop_full(frozen: Params, lora: Params) -> Params:
     return map_paths(lambda path, leaf: None if path in full else leaf, frozen)
 
 
-def _first_present(leaf: Leaf) -> int:
-    entries = leaf.entries if is_adapter(leaf) else None
-    return next((i for i, entry in enumerate(entries or ()) if entry is not None), 0)
-
-
 def _leaf_shapes(leaf: Leaf, i: int) -> Leaf:
     if leaf is None or not is_adapter(leaf):
         return None if leaf is None else _drop_first_axis(leaf)
@@ -65,8 +71,7 @@ def entry_adapter(leaf: Adapter, entry: Entry) -> Adapter:
     """The shapes of one adapter of a bank at one weight."""
     rank_axis = {"a": -1, "b": len(positions(leaf.axes, "stack"))}
     arrays = {name: _drop_first_axis(getattr(leaf, name), rank_axis.get(name), entry.rank) for name in leaf.arrays}
-    static = {field.name: getattr(entry, field.name) for field in dataclasses.fields(Entry) if field.name != "rank"}
-    return dataclasses.replace(leaf, entries=None, **static, **arrays)
+    return dataclasses.replace(leaf, entries=None, **entry.static, **arrays)
 
 
 def _drop_first_axis(leaf: Leaf, rank_axis: int | None = None, rank: int = 0) -> Leaf:

@@ -36,7 +36,7 @@ def stack(adapters: Sequence[Params], *, names: Sequence[str] | None = None, ran
         A `Bank`.
 
     Raises:
-        TypeError: ``adapters`` is no sequence of ``lora`` trees.
+        TypeError: ``adapters`` is not a sequence of ``lora`` trees.
         ValueError: It is empty; the adapters are of different bases or variants; a rank is above ``rank``.
 
     >>> import jax, lojax
@@ -75,7 +75,7 @@ def unstack(bank: Bank) -> list[Params]:
         One ``lora`` tree for each adapter.
 
     Raises:
-        TypeError: ``bank`` is no `Bank`.
+        TypeError: ``bank`` is not a `Bank`.
 
     >>> import jax, lojax
     >>> loras = [lojax.init(jax.random.key(r), {"w": jnp.ones((4, 3))}, "w", rank=r)[1] for r in (1, 2)]

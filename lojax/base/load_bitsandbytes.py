@@ -28,7 +28,7 @@ def load_bitsandbytes(path: str | os.PathLike[str]) -> dict[str, Array | Quantiz
         it is a base as `lojax.quantize` returns one.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: A file is damaged or contradicts itself, or two files hold a tensor of one name.
 
     >>> import tempfile

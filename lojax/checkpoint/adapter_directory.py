@@ -152,7 +152,7 @@ def read_json(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest that `commit` wrote, as plain data.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ValueError: It is not JSON, or not as it was written.
     """
     file = directory / name
@@ -182,7 +182,7 @@ def stamp(directory: Path) -> tuple[int, int] | None:
 
 
 def current_folder(directory: Path, name: str = MANIFEST) -> str | None:
-    """The folder that the manifest names; None where there is no readable manifest."""
+    """The folder that the manifest names; None if the manifest cannot be read."""
     try:
         return read_json(directory, name).get(_NAMED_BY[name])
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from lojax.adapters.bank import Bank
 from lojax.checkpoint.adapter_directory import BANK, MANIFEST, read_json
-from lojax.checkpoint.manifest import MALFORMED, explain, now, parse_fields, to_plain, versions
+from lojax.checkpoint.manifest import now, read_manifest_fields, to_plain, versions
 from lojax.files.filesystem import hash_file
 
 FORMAT, VERSION = "lojax-bank", 1
@@ -72,20 +72,7 @@ class BankManifest:
         Raises:
             ValueError: The file is of another format, a newer version, or breaks its own rules.
         """
-        if value.get("format") != FORMAT:
-            raise ValueError(f"{file}: format {value.get('format')!r}, expected {FORMAT!r}.")
-        version = value.get("version")
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
-            raise ValueError(
-                f"{file}: format version {version!r}; this lojax reads version {VERSION}. It was written by a newer "
-                "lojax: update lojax to read it."
-            )
-        try:
-            manifest = cls(**parse_fields(cls, value))
-            _check(manifest)
-        except MALFORMED as error:
-            raise ValueError(f"{file} is not as lojax writes it: {explain(error)}. Nothing was loaded.") from error
-        return manifest
+        return read_manifest_fields(cls, value, file, (FORMAT, VERSION), _check)
 
 
 def folder_name(number: int, name: str | None) -> str:

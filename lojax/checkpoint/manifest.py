@@ -14,9 +14,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
@@ -26,6 +26,7 @@ from lojax.adapters.paths import unflatten
 from lojax.types import Leaf, Shape
 
 FORMAT, VERSION = "lojax-adapter", 2
+M = TypeVar("M")
 _SOFTWARE = ("lojax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 _DTYPE = re.compile(r"bool|u?int\d+|b?float\d+(_\w+)?|complex\d+")
 _ALWAYS_WRITTEN = ("scale", "axes", "dropout")
@@ -137,20 +138,40 @@ class Manifest:
         Raises:
             ValueError: The file is of another format, a newer version, or breaks its own rules.
         """
-        if value.get("format") != FORMAT:
-            raise ValueError(f"{file}: format {value.get('format')!r}, expected {FORMAT!r}.")
-        version = value.get("version")
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
-            raise ValueError(
-                f"{file}: format version {version!r}; this lojax reads versions 1 to {VERSION}. "
-                "It was written by a newer lojax: update lojax to read it."
-            )
-        try:
-            manifest = cls(**parse_fields(cls, value))
-            _check_names(manifest)
-        except MALFORMED as error:
-            raise ValueError(f"{file} is not as lojax writes it: {explain(error)}. Nothing was loaded.") from error
-        return manifest
+        return read_manifest_fields(cls, value, file, (FORMAT, VERSION), _check_names)
+
+
+def read_manifest_fields(
+    kind: type[M], value: Mapping[str, Any], file: Path, form: tuple[str, int], check: Callable[[M], None]
+) -> M:
+    """A manifest of this kind from the fields of its file.
+
+    Args:
+        kind: `Manifest` or that of a bank.
+        value: The fields.
+        file: The file, for errors.
+        form: The format that it must have, and the newest version that is read.
+        check: Raises if the manifest breaks the rules of its kind.
+
+    Raises:
+        ValueError: The file is of another format, a newer version, or breaks its own rules.
+    """
+    name, newest = form
+    if value.get("format") != name:
+        raise ValueError(f"{file}: format {value.get('format')!r}, expected {name!r}.")
+    version = value.get("version")
+    if not isinstance(version, int) or not 1 <= version <= newest:
+        readable = "version 1" if newest == 1 else f"versions 1 to {newest}"
+        raise ValueError(
+            f"{file}: format version {version!r}; this lojax reads {readable}. It was written by a newer lojax: update "
+            "lojax to read it."
+        )
+    try:
+        manifest = kind(**parse_fields(kind, value))
+        check(manifest)
+    except MALFORMED as error:
+        raise ValueError(f"{file} is not as lojax writes it: {explain(error)}. Nothing was loaded.") from error
+    return manifest
 
 
 def _check_names(manifest: Manifest) -> None:

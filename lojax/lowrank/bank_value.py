@@ -26,7 +26,7 @@ from lojax.lowrank.value import LowRank, Term, from_adapter, pick_rows
 from lojax.types import Array, Path
 
 MATRIX_UNIT = 128
-"""The width of a TPU's matrix unit: a factor with fewer columns costs as much as one with so many."""
+"""The width of a TPU's matrix unit: a product with fewer columns takes as long as one with this many."""
 
 
 @dataclasses.dataclass(frozen=True)

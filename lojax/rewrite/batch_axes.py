@@ -33,6 +33,9 @@ SHARED = "shared"
 KEY = "key"
 """In the place of an axis: the leaf is one PRNG key, and every row gets its own."""
 
+CACHE = "cache"
+"""The collection of a Linen ``variables`` dict that holds an entry for each row: keys and values while decoding."""
+
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
 CUMULATIONS = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 
@@ -148,6 +151,30 @@ def named_axes(args: Sequence[Any], kwargs: Mapping[str, Any], batch_axes: Batch
             "lora, or a dict by position or keyword."
         )
     return {name: batch_axes[key] if isinstance(key, int) else 0 for key, name in names.items()}
+
+
+def split_cache_axes(batch_axes: BatchAxes, kwargs: Mapping[str, Any]) -> tuple[BatchAxes, Any]:
+    """``batch_axes`` without its entry for the cache, and that entry: axes, or "auto"."""
+    if isinstance(batch_axes, Mapping) and CACHE in batch_axes and CACHE not in kwargs:
+        return {name: axis for name, axis in batch_axes.items() if name != CACHE}, batch_axes[CACHE]
+    return batch_axes, "auto"
+
+
+def find_cache_axes(cache: PyTree, rows: int, asked: Any) -> PyTree:
+    """The axis of rows of each leaf of a Linen cache: the one of their number. What counts the steps has none."""
+    if asked != "auto":
+        return asked
+
+    def axis(keys: tuple[Any, ...], leaf: Any) -> int | None:
+        axes = [d for d, n in enumerate(jnp.shape(leaf)) if n == rows]
+        if len(axes) > 1:
+            raise ValueError(
+                f"{CACHE}/{path_of(keys)} ({spec(leaf)}) has {len(axes)} axes of the length of the batch, {rows}. Say "
+                'which one counts the rows with batch_axes={"cache": axis}, or a tree of axes.'
+            )
+        return axes[0] if axes else None
+
+    return jax.tree_util.tree_map_with_path(axis, cache)
 
 
 def _broadcast(name: str, prefix: Any, tree: PyTree) -> PyTree:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.create import check_key
 from lojax.adapters.initializers import key_for
-from lojax.adapters.leaves import check_leaf
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import flatten, map_paths, path_of
+from lojax.adapters.paths import map_paths, path_of
 from lojax.adapters.trees import check_pair
 from lojax.compat import remove_dead_equations
 from lojax.lowrank.frozen import frozen_weight, is_frozen
@@ -63,9 +62,6 @@ def frozen_leaf(leaf: Leaf) -> Leaf:
 
 def base_params(frozen: Params) -> Params:
     """The parameter tree without adapters: ``frozen`` alone, as it is."""
-    leaves = flatten(frozen)
-    for path, leaf in leaves.items():
-        check_leaf(path, leaf, "frozen")
     return lowrank_params(frozen, map_paths(lambda *_: None, frozen), None)
 
 

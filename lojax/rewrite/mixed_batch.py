@@ -12,28 +12,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from lojax.adapters.adapter import is_adapter
 from lojax.adapters.bank import Bank
+from lojax.adapters.bank_shapes import check_bank_pair, drop_full
 from lojax.adapters.create import check_key
 from lojax.adapters.initializers import key_for
 from lojax.adapters.metadata import rebox, unbox
-from lojax.adapters.paths import flatten, map_paths, path_of
+from lojax.adapters.paths import flatten, map_paths
 from lojax.adapters.stack import stack
-from lojax.adapters.trees import check_pair
 from lojax.lowrank.bank_value import BankValue, from_bank, mix_full, pick_full, prefers_wide
 from lojax.lowrank.value import Dropout, LowRank
-from lojax.rewrite.batch_axes import BatchAxes, named_axes, probe_outputs, split_arguments
+from lojax.rewrite.batch_axes import (
+    CACHE,
+    BatchAxes,
+    find_cache_axes,
+    named_axes,
+    probe_outputs,
+    split_arguments,
+    split_cache_axes,
+)
 from lojax.rewrite.evaluate import evaluate, frozen_leaf
 from lojax.rewrite.interpreter import Interpreter
 from lojax.rewrite.recorder import Use
+from lojax.rewrite.row_choice import check_active, check_bank, check_base, check_choice, check_invocation
 from lojax.text import spec
 from lojax.types import Array, Key, Leaf, Params, Path, PyTree
-
-CACHE = "cache"
-"""The collection of a Linen ``variables`` dict that holds an entry for each row: keys and values while decoding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +153,10 @@ class _Values:
         trained = flatten(bank.lora)
         in_full = {path for path, leaf in trained.items() if leaf is not None and not is_adapter(leaf)}
         self.base = {path: leaf for path, leaf in flatten(frozen).items() if path in in_full and leaf is not None}
-        without = map_paths(lambda path, leaf: None if path in in_full else leaf, frozen)
-        check_pair(without, one_entry(bank))
+        check_bank_pair(frozen, bank)
+        without = drop_full(frozen, bank.lora)
         if not isinstance(choice, Tracer):
-            _check_base(choice, in_full - {*self.base}, trained)
+            check_base(choice, in_full - {*self.base}, trained)
         self.weights = {path: frozen_leaf(leaf) for path, leaf in flatten(without).items()}
         self.adapted = {
             path: from_bank(path, unbox(self.weights[path]), leaf) for path, leaf in trained.items() if is_adapter(leaf)
@@ -204,18 +209,6 @@ class _Values:
         return pick_full(x, choice, None if base is None else unbox(base))
 
 
-def one_entry(bank: Bank) -> Params:
-    """The shapes of one adapter of a bank, with the largest rank, as a ``lora`` tree."""
-
-    def entry(_: Path, leaf: Leaf) -> Leaf:
-        if leaf is None:
-            return None
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), leaf)
-        return dataclasses.replace(shapes, entries=None, ranks=None) if is_adapter(shapes) else shapes
-
-    return map_paths(entry, bank.lora)
-
-
 def mixed_batch(
     lora: Params | Bank | None, adapter: Any, active: Any, batch_axes: BatchAxes, check_rows: bool
 ) -> MixedBatch | None:
@@ -227,70 +220,6 @@ def mixed_batch(
     if adapter is None and isinstance(lora, Bank):
         raise ValueError(f"lora is a stack of {len(lora)} adapters: say which row uses which with adapter=ids.")
     return MixedBatch(check_bank(lora), adapter, active, batch_axes, check_rows)
-
-
-def check_bank(lora: Params | Bank | None) -> Bank:
-    """``lora``, if it is a bank.
-
-    Raises:
-        TypeError: It is not.
-    """
-    if isinstance(lora, Bank):
-        return lora
-    what = "None" if lora is None else "one adapter"
-    raise TypeError(
-        f"adapter= picks adapters of a bank, and lora is {what}. Make a bank with lojax.stack([lora, ...]), or leave "
-        "adapter= out."
-    )
-
-
-def check_choice(bank: Bank, adapter: Any) -> Array:
-    """``adapter`` as an array.
-
-    Raises:
-        TypeError: ``adapter`` is of a kind that names no adapters.
-        ValueError: A number is out of range, or the shape is not one of those expected.
-    """
-    if isinstance(adapter, str):
-        adapter = bank.index(adapter)
-    elif isinstance(adapter, (list, tuple)) and any(isinstance(name, str) or name is None for name in adapter):
-        adapter = bank.ids(adapter)
-    choice = jnp.asarray(adapter)
-    if choice.size == 0:
-        raise ValueError("adapter= is empty; expected the number of an adapter for each row of the batch.")
-    usage = f"expected integers [batch] from -1 (the base alone) to {len(bank) - 1}, or floats [batch, {len(bank)}]"
-    if jnp.issubdtype(choice.dtype, jnp.integer):
-        if choice.ndim > 1:
-            raise ValueError(f"adapter= is {spec(choice)}; {usage}.")
-        if not isinstance(choice, Tracer):
-            values = np.asarray(choice)
-            bad = values[(values < -1) | (values >= len(bank))]
-            if bad.size:
-                raise ValueError(f"adapter= holds {bad[0]}, and the bank {len(bank)} adapters; {usage}.")
-        return choice.astype(jnp.int32)
-    if not jnp.issubdtype(choice.dtype, jnp.floating):
-        raise TypeError(f"adapter= is {spec(choice)}; {usage}.")
-    if choice.ndim != 2 or choice.shape[1] != len(bank):
-        raise ValueError(f"adapter= is {spec(choice)}; {usage}.")
-    return choice
-
-
-def _check_base(choice: Array, without_base: set[Path], trained: Mapping[Path, Leaf]) -> None:
-    """Raises where -1 is to be the base alone and frozen does not hold the base."""
-    if not jnp.issubdtype(choice.dtype, jnp.integer) or not np.any(np.asarray(choice) == -1):
-        return
-    if without_base:
-        raise ValueError(
-            f"adapter=-1 is the base alone, and {min(without_base)} is trained in full: frozen holds None there. Put "
-            "the value of the base into frozen."
-        )
-    moved = [path for path, leaf in trained.items() if is_adapter(leaf) and leaf.moved_base]
-    if moved:
-        raise ValueError(
-            f"adapter=-1 is the base alone, and the start of {moved[0]} was taken out of its weight, so frozen is not "
-            "the base. Save the adapters with lojax.save(..., start=lora_at_init), and stack them on the pretrained "
-            "weights."
-        )
 
 
 def _with_dropout(value: LowRank, adapter: Any, path: Path, key: Key | None) -> LowRank:
@@ -313,54 +242,6 @@ def _with_active(value: LowRank, active: Array | None) -> LowRank:
     if value.gain is not None:
         raise ValueError(f"{value.path}: active= is for updates that add to their weight, and a DoRA one scales it.")
     return dataclasses.replace(value, active=active, fusible=False)
-
-
-def check_active(active: Any, rows: int) -> Array:
-    """``active`` as an array, or an error unless it says for every row on which tokens its adapter acts."""
-    active = jnp.asarray(active)
-    if active.dtype != bool or active.ndim != 2 or active.shape[0] != rows:
-        raise ValueError(
-            f"active= is {spec(active)}; expected bool [{rows}, T]: for each row, the tokens on which its adapter acts "
-            "(lojax.active_tokens makes it)."
-        )
-    return active
-
-
-def check_invocation(lora: Params) -> None:
-    """Raises if an adapter acts from its invocation tokens on, and nobody said where those stand."""
-    for path, leaf in flatten(lora).items():
-        if not is_adapter(leaf):
-            continue
-        own = [leaf.invocation_tokens, *(entry.invocation_tokens for entry in leaf.entries or () if entry is not None)]
-        if any(own):
-            raise ValueError(
-                f"{path}: this adapter acts from its invocation tokens {next(filter(None, own))} on. Say where that "
-                "is: apply(..., active=lojax.active_tokens(tokens, lora))."
-            )
-
-
-def split_cache_axes(batch_axes: BatchAxes, kwargs: Mapping[str, Any]) -> tuple[BatchAxes, Any]:
-    """``batch_axes`` without its entry for the cache, and that entry: axes, or "auto"."""
-    if isinstance(batch_axes, Mapping) and CACHE in batch_axes and CACHE not in kwargs:
-        return {name: axis for name, axis in batch_axes.items() if name != CACHE}, batch_axes[CACHE]
-    return batch_axes, "auto"
-
-
-def find_cache_axes(cache: PyTree, rows: int, asked: Any) -> PyTree:
-    """The axis of rows of each leaf of a Linen cache: the one of their number. What counts the steps has none."""
-    if asked != "auto":
-        return asked
-
-    def axis(keys: tuple[Any, ...], leaf: Any) -> int | None:
-        axes = [d for d, n in enumerate(jnp.shape(leaf)) if n == rows]
-        if len(axes) > 1:
-            raise ValueError(
-                f"{CACHE}/{path_of(keys)} ({spec(leaf)}) has {len(axes)} axes of the length of the batch, {rows}. Say "
-                'which one counts the rows with batch_axes={"cache": axis}, or a tree of axes.'
-            )
-        return axes[0] if axes else None
-
-    return jax.tree_util.tree_map_with_path(axis, cache)
 
 
 def _without_axis(x: Array, axis: int, name: str) -> Array:

@@ -10,16 +10,15 @@ from typing import Any
 import jax
 
 from lojax.adapters.adapter import is_adapter
-from lojax.adapters.bank import is_bank
-from lojax.adapters.stack import stack
 from lojax.adapters.trees import check_pair
 from lojax.lowrank.strategy import check_execution
 from lojax.rewrite.batch_axes import BatchAxes
 from lojax.rewrite.constant_base import warn_if_frozen_is_constant
 from lojax.rewrite.evaluate import base_params, evaluate, lowrank_params, trace_abstractly
 from lojax.rewrite.interpreter import Interpreter
-from lojax.rewrite.mixed_batch import MixedBatch, check_invocation, mixed_batch
+from lojax.rewrite.mixed_batch import MixedBatch, mixed_batch
 from lojax.rewrite.recorder import Recorder, Use
+from lojax.rewrite.row_choice import check_invocation
 from lojax.rewrite.rules import RULES
 from lojax.types import Key, Params, PyTree
 
@@ -103,14 +102,16 @@ def trace_uses(
     execution: str = "auto",
     mixed: MixedBatch | None = None,
 ) -> list[Use]:
-    """The uses of each adapted weight in ``f``, without computing anything; for a mixed batch, those of all rows."""
+    """The uses of each adapted weight in ``f``, without computing anything.
+
+    With ``mixed``, ``lora`` is its bank, and the uses are those of all rows.
+    """
     uses: list[Use] = []
     interpreter = Interpreter(RULES, execution if mixed is None else mixed_execution(execution), Recorder(uses=uses))
 
     def run(frozen: Params, lora: Params, args: PyTree, kwargs: Mapping[str, Any]) -> PyTree:
         if mixed is not None:
-            bank = lora if is_bank(lora) else stack([lora])
-            return dataclasses.replace(mixed, bank=bank).evaluate(f, interpreter, frozen, args, kwargs)
+            return dataclasses.replace(mixed, bank=lora).evaluate(f, interpreter, frozen, args, kwargs)
         return evaluate(f, interpreter, lowrank_params(frozen, lora, None), args, kwargs)
 
     if mixed is None:

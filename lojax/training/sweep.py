@@ -330,11 +330,7 @@ def _map_runs(f: Callable[..., PyTree], frozen: Params, bank: Bank, args: tuple[
     axes = tuple(in_axes) if isinstance(in_axes, (tuple, list)) else (in_axes,) * len(args)
     if len(axes) != len(args):
         raise ValueError(f"in_axes={in_axes} is for {len(axes)} arguments after lora, and there are {len(args)}.")
-    # No entries at all: to `transform`, an adapter that `jax.vmap` maps over. It then leaves out fused products.
-    lora = map_paths(
-        lambda _, leaf: dataclasses.replace(leaf, entries=()) if is_adapter(leaf) else leaf, bank.for_vmap()
-    )
-    return jax.vmap(functools.partial(f, frozen), in_axes=(0, *axes), axis_size=len(bank))(lora, *args)
+    return jax.vmap(functools.partial(f, frozen), in_axes=(0, *axes), axis_size=len(bank))(bank.for_vmap(), *args)
 
 
 def _check_losses(output: PyTree, size: int, has_aux: bool) -> Array:

@@ -130,7 +130,11 @@ def test_room_for_larger_adapters():
         (lambda: lojax.stack(LORAS, rank=2), ValueError, r"adapters\[1\] has rank 4, above rank=2"),
         (lambda: lojax.stack(LORAS, rank=0), ValueError, "expected an integer of at least 1"),
         (lambda: lojax.unstack(LORAS), TypeError, "takes the Bank"),
-        (lambda: lojax.stack(LORAS)[3], IndexError, "there is no number 3"),
+        (
+            lambda: lojax.stack(LORAS)[3],
+            IndexError,
+            "The number 3 is out of range: the bank holds 3 adapters, numbered 0 to 2",
+        ),
         (lambda: lojax.stack(LORAS, names=["a", "b", "c"])["B"], KeyError, "Did you mean|has no adapter 'B'"),
         (lambda: lojax.stack(LORAS)["a"], KeyError, "it has no names"),
         (

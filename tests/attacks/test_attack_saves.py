@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import time
@@ -93,7 +94,8 @@ def check_bank(path: Path, told: int) -> int:
 
 
 def test_killed_saves_of_a_bank(tmp_path):
-    kill_at_random(draw(), size(6), bank_cases.save_forever, tmp_path / "bank", check_bank)
+    save_forever = functools.partial(cases.save_forever, at_step=bank_cases.at_step)
+    kill_at_random(draw(), size(6), save_forever, tmp_path / "bank", check_bank)
     lojax.save(tmp_path / "bank", bank_cases.at_step(1))
     assert len(os.listdir(tmp_path / "bank")) == 2, "the next save removes what the killed ones left"
 

@@ -95,12 +95,3 @@ def at_step(step: int) -> lojax.Bank:
 
     trees = [{"query": adapter(r), "step": jnp.full(3, step, jnp.int32)} for r in (1, 3, 2)]
     return lojax.stack(trees, names=["one", "two", "three"])
-
-
-def save_forever(path: str, progress: Any) -> None:
-    """Saves one step after another and tells the last one that is complete, until killed."""
-    step = progress.value
-    while True:
-        step += 1
-        lojax.save(path, at_step(step), metadata={"step": step})
-        progress.value = step

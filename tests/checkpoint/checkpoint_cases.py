@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def run_in_two_processes(program: str, path: Path) -> None:
             process.wait()
 
 
-def save_forever(path: str, progress: Any) -> None:
+def save_forever(path: str, progress: Any, at_step: Callable[[int], Any] = at_step) -> None:
     """Saves one step after another and tells the last one that is complete, until killed."""
     step = progress.value
     while True:

@@ -238,7 +238,9 @@ def test_the_wrong_kind_is_asked_for(tmp_path):
     assert "as like[0]" in message(ValueError, lojax.restore, tmp_path / "bank", entry=0, like=bank)
     assert "Leave entry out" in message(ValueError, lojax.restore, tmp_path / "one", entry=0)
     assert "no adapter 'a/c'; its names: a/b" in message(KeyError, lojax.restore, tmp_path / "bank", entry="a/c")
-    assert "no number 3" in message(IndexError, lojax.restore, tmp_path / "bank", entry=3)
+    assert "The number 3 is out of range: the bank holds 3 adapters" in message(
+        IndexError, lojax.restore, tmp_path / "bank", entry=3
+    )
     text = message(FileNotFoundError, lojax.restore, tmp_path / "bank" / "a")
     assert f"{tmp_path / 'bank'} holds a bank: pass {tmp_path / 'bank'} and entry='a'" in text
     assert "holds a bank" in message(FileNotFoundError, save_restore.read_manifest, tmp_path / "bank")

@@ -65,7 +65,7 @@ def test_each_row_has_its_own_adapter(member, weight):
     (_, y), gradient = mixed(bank, jnp.array(ids))
     near(y, by_hand(model, frozen, loras, ids, x))
     expected = jax.grad(lambda loras: _loss(by_hand(model, frozen, loras, ids, x))[0])(loras)
-    near(lojax.unstack(gradient), expected, 3e-6)
+    near(lojax.unstack(gradient), expected, 1.5e-6)  # 1.2e-6 for two of the 92 rows, 1e-6 for the others
     assert any(jnp.any(leaf) for leaf in jax.tree.leaves(expected))
 
 

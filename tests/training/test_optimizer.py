@@ -23,10 +23,7 @@ T, M, N, K, RANK = 24, 96, 160, 32, 4
 """Tokens, width in, width hidden, width out: all different, so that a shape says what it is."""
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
 
 
 def net(params, x):

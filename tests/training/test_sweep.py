@@ -23,10 +23,7 @@ RUNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes_dtypes():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes_dtypes")
 
 
 def net(params, x):
