@@ -6,6 +6,7 @@ FLOPs, bytes and temporaries of value_and_grad as XLA counts them, and the step 
     python benchmarks/layer_cost.py                    # this device, with clocks
     python benchmarks/layer_cost.py --no-time          # counts only
     python benchmarks/layer_cost.py --tpu v5e          # compiled ahead of time for a TPU (needs libtpu, no TPU)
+    python benchmarks/layer_cost.py --gpu h100         # for a GPU (needs jax-cuda12-plugin, no GPU)
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import gpu_tables
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
-from layer_methods import OURS, PEERS, Method, available
+from layer_methods import ON_DEVICES, OURS, PEERS, Method, available
 from measure import Array, PyTree, alternated, bars, cost, ratio, table, topology, write
 
 SCALE = 2.0
@@ -53,6 +55,15 @@ COUNTED = [  # compiled only
     Layer(4096, 2048, 2048, 128),
     Layer(8192, 4096, 4096, 16),
 ]
+FOR_GPU = [
+    Layer(8192, 4096, 4096, 16),
+    Layer(8192, 4096, 4096, 64),
+    Layer(8192, 4096, 14336, 16),
+    Layer(8192, 14336, 4096, 16),
+    Layer(2048, 4096, 4096, 16),
+    Layer(2048, 4096, 4096, 64),
+    Layer(16, 4096, 4096, 16),
+]
 FOR_TPU = [COUNTED[0], COUNTED[2], COUNTED[4], COUNTED[6]]  # that compiler is slow
 TIMED = [
     Layer(512, 1024, 1024, 8),
@@ -71,6 +82,16 @@ def gradient(method: Method, wrt: str) -> Callable[..., Any]:
         return jnp.sum(method.apply(trained, frozen, x).astype(jnp.float32) ** 2) / 2
 
     return jax.value_and_grad(loss, argnums=(0, 1) if wrt == "A, B, x" else 0)
+
+
+def forward_and_backward(method: Method) -> Callable[..., Any]:
+    """``y`` and the gradients of the trained arrays and x for a given gradient of y."""
+
+    def step(trained: PyTree, x: Array, frozen: PyTree, g: Array) -> Any:
+        y, pull_back = jax.vjp(lambda trained, x: method.apply(trained, frozen, x), trained, x)
+        return y, pull_back(g)
+
+    return step
 
 
 def arguments(method: Method, layer: Layer, dtype: DTypeLike) -> tuple[Any, Any, Any]:
@@ -102,6 +123,32 @@ def count(
     return rows
 
 
+def count_for_gpu(makers: Mapping[str, Callable[..., Method]], name: str) -> None:
+    """Counts for a GPU, in bfloat16, and writes."""
+    gpu, rows, text, panels = gpu_tables.find(name), [], [], {}
+    if "keras" in makers:  # which takes the dtype of its computation from nowhere else
+        import keras
+
+        keras.config.set_dtype_policy("bfloat16")
+    for layer in FOR_GPU:
+        print(f"counting {layer}", flush=True)
+        programs = {}
+        for method_name, make in {**makers, **ON_DEVICES}.items():
+            method = make(layer.m, layer.n, layer.rank, SCALE)
+            g = jax.ShapeDtypeStruct((layer.tokens, layer.n), jnp.bfloat16)
+            programs[method_name] = forward_and_backward(method), (*arguments(method, layer, jnp.bfloat16), g)
+        of_layer = gpu_tables.rows_of(programs, gpu, layer=layer)
+        rows += of_layer
+        text.append(f"## {layer}\n\n{gpu_tables.counts_table(of_layer, FLOOR)}")
+        if layer in FOR_GPU[:3]:
+            for column, unit in (("bytes", "bytes"), ("seconds", "roofline time")):
+                panels[f"{unit}\n{layer}"] = gpu_tables.over_floor(of_layer, FLOOR, column, "Triton")
+    head = "One dense layer, bfloat16: y and the gradients of A, B and x, for a given gradient of y. " + gpu_tables.NOTE
+    title = "What one adapted dense layer costs on a GPU"
+    write(f"layer_cost_{name}", title, "\n\n".join([head, *text]), {"counts": rows}, device=gpu.title, clocks=False)
+    bars(f"layer_cost_{name}", panels, label="over the frozen layer (the red line), products in Triton")
+
+
 def counts_table(rows: Sequence[Mapping[str, Any]], wrt: str) -> str:
     """The counts of one gradient as a table, with FLOPs and bytes relative to the floor."""
     lines = []
@@ -128,7 +175,7 @@ def judge_claims(rows: Sequence[Mapping[str, Any]], ours: str) -> str:
     def compare_with_peers(column: str, slack: float = 1.0) -> str:
         excess: dict[str, list[float]] = {}
         for mine in (row for row in rows if row["method"] == ours):
-            for other in (row for row in rows if row["method"] in (*PEERS, "literal W0+BA")):
+            for other in (row for row in rows if row["method"] in (*PEERS, "LoRA by hand", "literal W0+BA")):
                 same = (other["layer"], other["wrt"]) == (mine["layer"], mine["wrt"])
                 if same and mine[column] > slack * other[column]:
                     ratio_to_peer = mine[column] / other[column] if other[column] else float("inf")
@@ -190,12 +237,16 @@ def main() -> None:
     """Counts, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead")
+    gpu_tables.add_argument(parser)
     parser.add_argument("--no-time", action="store_true", help="no clocks")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of alternated runs")
     options = parser.parse_args()
+    makers, missing = available()
+    if options.gpu:
+        print("\n".join(missing))
+        return count_for_gpu(makers, options.gpu)
     device, sharding = topology(f"{options.tpu}:2x2") if options.tpu else (None, None)
     dtype = jnp.bfloat16 if options.tpu else jnp.float32
-    makers, missing = available()
 
     layers = FOR_TPU if options.tpu else COUNTED
     rows = count(makers, layers, dtype, sharding)

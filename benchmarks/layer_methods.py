@@ -62,6 +62,16 @@ def literal_method(m: int, n: int, rank: int, scale: float) -> Method:
     return Method(lambda w, a, b, scale: ((a, b), w), apply)
 
 
+def by_hand_method(m: int, n: int, rank: int, scale: float) -> Method:
+    """``x @ W0 + s * ((x @ A) @ B)``, as LoRA is written by hand, under plain autodiff."""
+
+    def apply(trained: PyTree, frozen: PyTree, x: Array) -> Any:
+        a, b = trained
+        return x @ frozen + scale * ((x @ a) @ b)
+
+    return Method(lambda w, a, b, scale: ((a, b), w), apply)
+
+
 def qwix_method(m: int, n: int, rank: int, scale: float) -> Method:
     """Qwix's LoRA provider over a Linen Dense, under jit for init and apply."""
     import qwix
@@ -152,6 +162,7 @@ OURS = tuple(f"lojax {execution}" for execution in EXECUTIONS)
 METHODS: dict[str, Callable[..., Method]] = {
     "frozen (floor)": frozen_method,
     **{name: functools.partial(lojax_method, execution=e) for name, e in zip(OURS, EXECUTIONS, strict=True)},
+    "LoRA by hand": by_hand_method,
     "nnx.LoRALinear": nnx_method,
     "quax": quax_method,
     "qwix": qwix_method,
@@ -159,6 +170,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "literal W0+BA": literal_method,
     "full fine-tuning": full_method,
 }
+ON_DEVICES = {"lojax kernel": functools.partial(lojax_method, execution="kernel")}
+"""For tables of GPUs and TPUs; on a CPU it is the factored product."""
 PEERS = ("nnx.LoRALinear", "quax", "qwix", "keras")
 PLAIN = ("frozen (floor)", "full fine-tuning")
 """Methods without an update."""

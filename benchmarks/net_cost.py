@@ -7,6 +7,7 @@ with each other. Libraries that adapt modules rather than functions are compared
 
     python benchmarks/net_cost.py [--rounds 9] [--no-time]
     python benchmarks/net_cost.py --tpu v5e            # compiled ahead of time for a TPU (needs libtpu, no TPU)
+    python benchmarks/net_cost.py --gpu h100           # for a GPU (needs jax-cuda12-plugin, no GPU)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import gpu_tables
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
@@ -39,6 +41,13 @@ NETS = {
     for scanned, remat in ((False, False), (True, False), (True, True))
 }
 FOR_TPU = ("gpt2, unrolled", "llama, scanned, remat")  # that compiler is slow
+BLOCKS = Net("llama", 8, 4096, 32, 14336, kv_heads=8, dtype=jnp.bfloat16)
+"""Blocks of the size of an 8B model, all seven maps adapted."""
+FOR_GPU = {
+    "scanned, remat": dataclasses.replace(BLOCKS, scanned=True, remat=True),
+    "scanned": dataclasses.replace(BLOCKS, scanned=True),
+    "two, unrolled": dataclasses.replace(BLOCKS, layers=2),
+}
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -128,13 +137,54 @@ def measure_net(
     return rows, lines, {"counts": {name: dataclasses.asdict(c) for name, c in counts.items()}, "seconds": seconds}
 
 
+def count_for_gpu(name: str) -> None:
+    """Counts Llama blocks for a GPU, and writes."""
+    gpu, rows, text, panels = gpu_tables.find(name), [], [], {}
+    for title, net in FOR_GPU.items():
+        print(f"counting {title}", flush=True)
+        steps = programs(net, *inputs(net, rows=1, tokens=4096))
+        of_net = gpu_tables.rows_of(steps, gpu, scope="attention", net=title)
+        rows += of_net
+        text.append(f"## {title}\n\n{gpu_tables.counts_table(of_net, FLOOR)}\n\n{outside_attention(of_net)}")
+        for column, unit in (("bytes outside", "bytes outside of attention"), ("seconds", "roofline time")):
+            panels[f"{unit}\n{title}"] = gpu_tables.over_floor(of_net, FLOOR, column, "Triton")
+    head = (
+        f"Eight Llama blocks of an 8B model (width {BLOCKS.width}, inner {BLOCKS.inner}, {BLOCKS.heads} heads, "
+        f"{BLOCKS.kv_heads} of keys and values), a small head, 1 × 4096 tokens, bfloat16, rank {RANK} on all seven "
+        "maps, value_and_grad. " + gpu_tables.NOTE
+    )
+    title = "What a LoRA step of Llama blocks costs on a GPU"
+    write(f"net_cost_{name}", title, "\n\n".join([head, *text]), {"counts": rows}, device=gpu.title, clocks=False)
+    bars(f"net_cost_{name}", panels, label="over the frozen net with dx (the red line), products in Triton")
+
+
+def outside_attention(rows: list[dict[str, Any]]) -> str:
+    """Bytes outside of the kernels of attention, over those of LoRA by hand; adds them to the rows."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        row["bytes outside"] = row["bytes"] - row["bytes in attention"]
+    for row in rows:
+        (by_hand,) = [r for r in rows if (r["method"], r["gemms"]) == ("by hand", row["gemms"])]
+        line = lines.setdefault(row["method"], {"method": row["method"]})
+        for column in ("bytes", "bytes outside"):
+            line[f"{row['gemms']}: {column}, MiB"] = round(row[column] / 2**20)
+            line[f"{row['gemms']}: {column} / by hand"] = f"{row[column] / by_hand[column]:.3f}"
+    note = (
+        "Attention written in JAX moves its scores through memory; a fused kernel (cuDNN) would not. So, outside of it:"
+    )
+    return f"{note}\n\n{table(list(lines.values()))}"
+
+
 def main() -> None:
     """Measures every net."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead; bfloat16")
+    gpu_tables.add_argument(parser)
     options = parser.parse_args()
+    if options.gpu:
+        return count_for_gpu(options.gpu)
     device, sharding = topology(f"{options.tpu}:2x2") if options.tpu else (None, None)
     rounds = 0 if options.no_time or options.tpu else options.rounds
     nets, dtype = NETS, jnp.dtype(jnp.float32)

@@ -104,7 +104,8 @@ class Net:
         """Causal attention over [B, T, heads * K]."""
         k_size = self.width // self.heads
         q, k, v = (t.reshape(*t.shape[:-1], -1, k_size) for t in (q, k, v))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        with jax.named_scope("attention"):
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return mixed.reshape(*mixed.shape[:-2], self.width)
 
     def loss(self, params: PyTree, x: Array, labels: Array) -> Any:

@@ -38,6 +38,14 @@ TPU = [
     ["many_adapters.py", "--tpu", "v5e"],
     ["plan.py"],
 ]
+FOR_GPU = [
+    ["layer_cost.py", "--gpu", "h100"],
+    ["net_cost.py", "--gpu", "h100"],
+    ["shared_pass.py", "--gpu", "h100"],
+    ["remat.py", "--gpu", "h100"],
+    ["gpu_plan.py"],
+]
+"""Compiled for a GPU that is not there."""
 GPU = [["gpu.py"]]
 
 
@@ -49,6 +57,8 @@ def main() -> None:
     commands = list(COUNTS if options.counts else CLOCKS)
     if importlib.util.find_spec("libtpu"):
         commands += TPU
+    if importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin"):
+        commands += FOR_GPU
     if not options.counts and _has_gpu():
         commands += GPU
     failed = []

@@ -6,6 +6,7 @@ and the frozen products. XLA's counts and a clock on this machine; only counts, 
 
     python benchmarks/shared_pass.py                 # on this machine, float32
     python benchmarks/shared_pass.py --tpu v5e       # bfloat16; needs libtpu, no TPU
+    python benchmarks/shared_pass.py --gpu h100      # bfloat16; needs jax-cuda12-plugin, no GPU
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import gpu_tables
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
@@ -73,6 +75,7 @@ METHODS: dict[str, Callable[..., list[Any]]] = {
     FLOOR: lambda weights, factors, x: [x @ w for w in weights],
     "separate passes": separate,
     "one shared pass": shared,
+    "lojax auto": functools.partial(by_lojax, execution="auto"),
     "lojax factored": functools.partial(by_lojax, execution="factored"),
     "lojax fused": functools.partial(by_lojax, execution="fused"),
 }
@@ -131,12 +134,44 @@ def relative_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def forward_and_backward(name: str) -> Callable[..., Any]:
+    """Every y, and the gradients of every A, every B and x (of x alone for the floor) for given gradients of y."""
+
+    def step(factors: PyTree, x: Array, weights: PyTree, g: Sequence[Array]) -> Any:
+        apply = METHODS[name]
+        if name == FLOOR:
+            ys, pull_back = jax.vjp(lambda x: apply(weights, factors, x), x)
+        else:
+            ys, pull_back = jax.vjp(lambda factors, x: apply(weights, factors, x), factors, x)
+        return ys, pull_back(list(g))
+
+    return step
+
+
+def count_for_gpu(name: str) -> None:
+    """Counts for a GPU, in bfloat16, and writes."""
+    gpu, rows, text = gpu_tables.find(name), [], []
+    for siblings in LARGE:
+        print(f"counting {siblings.title}", flush=True)
+        g = [jax.ShapeDtypeStruct((siblings.tokens, n), jnp.bfloat16) for n in siblings.n]
+        args = (*shapes(siblings, jnp.bfloat16), g)
+        counts = gpu_tables.rows_of({n: (forward_and_backward(n), args) for n in METHODS}, gpu, siblings=siblings)
+        rows += counts
+        text.append(f"## {siblings.title}, {siblings.m} to {siblings.n}\n\n{gpu_tables.counts_table(counts, FLOOR)}")
+    head = f"{LARGE[0].tokens} tokens, rank {LARGE[0].rank}, bfloat16; every y and every gradient. {gpu_tables.NOTE}"
+    title = "One pass over an activation for all weights that read it, on a GPU"
+    write(f"shared_pass_{name}", title, "\n\n".join([head, *text]), rows, device=gpu.title, clocks=False)
+
+
 def main() -> None:
     """Counts, measures times unless compiling for a TPU, and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tpu", choices=["v5e", "v6e"], help="compile ahead of time for this chip instead")
     parser.add_argument("--rounds", type=int, default=25)
+    gpu_tables.add_argument(parser)
     options = parser.parse_args()
+    if options.gpu:
+        return count_for_gpu(options.gpu)
     device, sharding = topology(f"{options.tpu}:2x2") if options.tpu else (None, None)
     dtype, cases = (jnp.bfloat16, LARGE) if options.tpu else (jnp.float32, SMALL)
     rows = []

@@ -8,9 +8,14 @@ from lojax.adapters.adapter import Adapter
 from lojax.adapters.algebra import combine, rescale, resize, subtract
 from lojax.adapters.bank import Bank
 from lojax.adapters.conform import conform
+from lojax.adapters.intruders import tame
 from lojax.adapters.invocation import active_tokens
 from lojax.adapters.rule import Rule
 from lojax.adapters.stack import stack, unstack
+from lojax.adapters.truncation import extract, trim
+from lojax.analysis.advice import Advice, advise
+from lojax.analysis.analyze import Analysis, analyze
+from lojax.analysis.similarity import Similarity, similarity
 from lojax.base.load_bitsandbytes import load_bitsandbytes
 from lojax.base.quantize import quantize
 from lojax.lowrank.merge import merge, requantization_loss, unmerge
@@ -31,16 +36,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "Advice",
+    "Analysis",
     "Bank",
     "Model",
     "Quantized",
     "Rule",
+    "Similarity",
     "Sweep",
     "SweepState",
     "active_tokens",
+    "advise",
+    "analyze",
     "combine",
     "conform",
     "eva",
+    "extract",
     "init",
     "load_bitsandbytes",
     "lora_ga",
@@ -56,11 +67,14 @@ __all__ = [
     "restore",
     "save",
     "sharding",
+    "similarity",
     "stack",
     "subtract",
     "summary",
     "sweep",
+    "tame",
     "transform",
+    "trim",
     "unmerge",
     "unstack",
     "wrap",

@@ -30,7 +30,23 @@ Jaxpr: TypeAlias = core.Jaxpr | core.ClosedJaxpr
 """A program, open or closed. JAX 0.12 made the two one type."""
 Eqn: TypeAlias = core.JaxprEqn
 """An equation of a program: a primitive, its operands, its parameters and its results."""
+Ref: TypeAlias = jax.Ref
+"""Memory that a kernel reads or writes, as Pallas hands it over."""
 Var: TypeAlias = core.Var | core.Literal
 """A variable of a program, or a literal in its place."""
 
-__all__ = ["Array", "ArrayLike", "Dtype", "Eqn", "Jaxpr", "Key", "Leaf", "Params", "Path", "PyTree", "Shape", "Var"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Dtype",
+    "Eqn",
+    "Jaxpr",
+    "Key",
+    "Leaf",
+    "Params",
+    "Path",
+    "PyTree",
+    "Ref",
+    "Shape",
+    "Var",
+]

@@ -250,8 +250,8 @@ def wrap(
             the adapted weights in ``frozen``, and no others, as `lojax.quantize` does. A start that takes its part
             out of the weight does so before. None leaves the weights as they are.
         strict: Raise where a weight would have to be materialized, instead of materializing it.
-        execution: How products with the weights are computed: ``"auto"``, ``"factored"``, ``"fused"`` or
-            ``"materialize"``; see `lojax.transform`.
+        execution: How products with the weights are computed: ``"auto"``, ``"factored"``, ``"fused"``,
+            ``"kernel"`` or ``"materialize"``; see `lojax.transform`.
 
     Returns:
         A `Model` with ``init``, ``apply``, ``merge``, ``bind`` and ``report``.

@@ -38,17 +38,20 @@ def optimized_tests(file: Path) -> str:
     return "all" if READS_COMPILED.search(text) else "none"
 
 
-@pytest.fixture(autouse=True)
-def compilation(request: pytest.FixtureRequest):
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item):
     """Two thirds of a test's time is compilation, most of it for optimizations that change no result.
 
     What lojax builds is the same without them. So they are left out, but where a test asserts what XLA makes of a
     program: in files that read costs, memory or the text of compiled programs, or that have the mark `optimized` (then
     in the tests that have it alone; `optimized(False)` on a whole file says that what it reads is made before).
+    A hook rather than a fixture, so that fixtures of a module are compiled quickly as well.
     """
-    which = optimized_tests(request.path)
-    mark = request.node.get_closest_marker("optimized")
+    which = optimized_tests(item.path)
+    mark = item.get_closest_marker("optimized")
     quick = which == "none" or (which == "marked" and (mark is None or mark.args == (False,)))
     jax.config.update("jax_disable_most_optimizations", quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -47,14 +47,20 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation of a jaxpr, those of its sub-jaxprs included."""
+    """Every equation of a jaxpr, those of its sub-jaxprs and of `written_out` products included."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from equations(inner)
+        if eqn.primitive.name.startswith("lojax_adapted_product"):
+            yield from equations(written_out(eqn))
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
+                yield from equations(value)
+
+
+def written_out(eqn: Any) -> Any:
+    """What a primitive of adapted products computes on a CPU, as a jaxpr."""
+    return jax.make_jaxpr(lambda *operands: eqn.primitive.impl(*operands, **eqn.params))(*(v.aval for v in eqn.invars))
 
 
 PRODUCTS = ("dot_general", "lojax_factor_product")

@@ -38,9 +38,17 @@ REFUSED = {
     "requantization_loss": lambda tmp: lojax.requantization_loss(FROZEN, BANK),
     "resize": lambda tmp: lojax.resize(BANK, 1),
     "rescale": lambda tmp: lojax.rescale(BANK, 0.5),
+    "trim": lambda tmp: lojax.trim(BANK),
+    "tame": lambda tmp: lojax.tame(FROZEN, BANK),
+    "extract like": lambda tmp: lojax.extract(PARAMS, PARAMS, rank=1, like=BANK),
     "subtract": lambda tmp: lojax.subtract(BANK, ONE),
     "subtract other": lambda tmp: lojax.subtract(ONE, BANK),
     "combine one of": lambda tmp: lojax.combine([ONE, BANK], [1.0, 1.0]),
+    "advise": lambda tmp: lojax.advise(FROZEN, BANK),
+    "analyze": lambda tmp: lojax.analyze(FROZEN, BANK),
+    "analyze without a base": lambda tmp: lojax.analyze(None, BANK),
+    "similarity": lambda tmp: lojax.similarity(BANK, ONE),
+    "similarity other": lambda tmp: lojax.similarity(ONE, BANK),
     "eva": lambda tmp: lojax.eva(MODEL.apply, FROZEN, BANK, [X]),
     "lora_ga": lambda tmp: lojax.lora_ga(lambda f, t, x: MODEL.apply(f, t, x).sum(), FROZEN, BANK, [X]),
     "peft.save": lambda tmp: lojax.peft.save(tmp / "peft", BANK, FROZEN, "llama"),
@@ -65,7 +73,7 @@ WORKS = {
     "Model.report with adapter": lambda tmp: MODEL.report(FROZEN, BANK, X, adapter=[0, -1]),
 }
 
-WITHOUT_LORA = {"Adapter", "Bank", "Model", "Quantized", "Rule"} | {
+WITHOUT_LORA = {"Adapter", "Advice", "Analysis", "Bank", "Model", "Quantized", "Rule", "Similarity"} | {
     *("init", "load_bitsandbytes", "quantize", "read_metadata", "wrap")
 }
 """Names that take no ``lora`` tree; those of `Model` are in the tables. `remat` is a module of policies."""

@@ -121,7 +121,7 @@ def resize(lora: Params, rank: int) -> Params:
     def resize_at(path: Path, leaf: Leaf) -> Leaf:
         if not is_adapter(leaf) or leaf.rank == rank:
             return leaf
-        _refuse_variant(path, leaf)
+        refuse_variant(path, leaf)
         leaf = unify_scale_and_rank(leaf)
         a, b = factor_matrices(leaf)
         if rank < leaf.rank:
@@ -156,7 +156,7 @@ def rescale(lora: Params, factor: float) -> Params:
 
     def rescale_at(path: Path, leaf: Leaf) -> Leaf:
         if is_adapter(leaf) and leaf.magnitude is not None:
-            _refuse_variant(path, leaf)
+            refuse_variant(path, leaf)
         return scale_update(leaf, factor) if is_adapter(leaf) else leaf
 
     return map_paths(rescale_at, lora)
@@ -342,7 +342,7 @@ def _combine_updates(
 
 def _check_same_weight(path: Path, leaves: Sequence[Leaf]) -> None:
     for leaf in filter(is_adapter, leaves):
-        _refuse_variant(path, leaf)
+        refuse_variant(path, leaf)
     if len({leaf.invocation_tokens for leaf in filter(is_adapter, leaves)}) > 1:
         raise ValueError(
             f"{path}: the adapters act from different invocation tokens on, and their sum from none of them."
@@ -353,7 +353,8 @@ def _check_same_weight(path: Path, leaves: Sequence[Leaf]) -> None:
         raise ValueError(f"{path}: the adapters are of different weights: {listed}.")
 
 
-def _refuse_variant(path: Path, adapter: Adapter) -> None:
+def refuse_variant(path: Path, adapter: Adapter) -> None:
+    """Raises unless the adapter is a plain low-rank update."""
     extras = [name for name in adapter.extras if name not in ("ranks", "scale")]
     if extras:
         raise ValueError(f"{path}: the adapter holds {extras[0]}; only plain low-rank updates can be composed.")

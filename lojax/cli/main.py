@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "lojax.cli.inspect_adapter",
     "convert": "lojax.cli.convert",
     "merge": "lojax.cli.merge_files",
+    "extract": "lojax.cli.extract_adapter",
     "quantize": "lojax.cli.quantize_files",
     "plan": "lojax.cli.plan",
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from lojax.base.bitsandbytes_files import STATE, State, from_tensors, part_names, read_state, weight_names
+from lojax.cli.base_weights import BaseWeights, open_weights
 from lojax.cli.model_directory import (
     CONFIG,
     INDEX,
@@ -64,56 +64,32 @@ def merge(base: Path, adapter: Path, target: Path, *, overwrite: bool = False, e
     beside = [*side_files(base, {path.name for path in paths})]
     foreign = lambda directory: foreign_entry(directory, {path.name for path in beside})
     check_target(target, [base, adapter, *paths, *adapter.glob("*")], overwrite=overwrite, foreign=foreign)
-    files = [safetensors.open_file(path) for path in paths]
-    entries = {name: entry for file in files for name, entry in file.entries.items()}
-    if len(entries) < sum(len(file.entries) for file in files):
-        raise ValueError(f"{base}: two of its files hold a tensor of the same name.")
-    owners = {name: file for file in files for name in file.entries}
-    weights = {name: _open_quantized(name, owners) for name in weight_names(owners)}
-    inside = {part for name in weights for part in part_names(name, owners)} - set(weights)
-    specs = {name: (entry.dtype, entry.shape) for name, entry in entries.items() if name not in inside}
-    specs |= {name: (state.dtype, state.shape) for name, (state, _) in weights.items()}
-    readers = {name: read for name, (_, read) in weights.items()}
-    changes = patches(adapter, specs, experts=experts)
+    weights = open_weights(base, paths)
+    changes = patches(adapter, weights.specs, experts=experts)
     with atomic_directory(target, overwrite=overwrite) as fresh:
-        for file in files:
-            held = {name: specs[name] for name in file.entries if name in specs}
-            _merge_file(file, held, readers, changes, fresh / file.path.name)
+        for file in weights.files:
+            held = {name: weights.specs[name] for name in file.entries if name in weights.specs}
+            _merge_file(file, held, weights, changes, fresh / file.path.name)
         for path in beside:
-            if weights and path.name == INDEX:
-                index = update_index(path, [safetensors.open_file(fresh / file.path.name) for file in files])
+            if weights.quantized and path.name == INDEX:
+                index = update_index(path, [safetensors.open_file(fresh / file.path.name) for file in weights.files])
                 (fresh / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            elif weights and path.name == CONFIG:
+            elif weights.quantized and path.name == CONFIG:
                 config = {key: value for key, value in read_object(path).items() if key != "quantization_config"}
                 (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(path, fresh / path.name)
 
 
-def _open_quantized(name: str, owners: Mapping[str, safetensors.File]) -> tuple[State, Callable[[], np.ndarray]]:
-    """What is said of a 4-bit weight, and a function that reads and dequantizes it.
-
-    ``owners`` are the files by tensor: a shard may end between the parts of a weight.
-    """
-    parts = part_names(name, owners)
-    where = owners[parts[0]].path
-    states = {part: owners[part].read(part) for part in parts if STATE in part}
-
-    def read() -> np.ndarray:
-        return np.array(from_tensors(name, {part: owners[part].read(part) for part in parts}, where=where).dense())
-
-    return read_state(name, states, where=where), read
-
-
 def _merge_file(
     file: safetensors.File,
     specs: Mapping[str, tuple[np.dtype, Shape]],
-    readers: Mapping[str, Callable[[], np.ndarray]],
+    weights: BaseWeights,
     changes: Patches,
     target: Path,
 ) -> None:
     def merged(name: str) -> np.ndarray:
-        tensor = readers[name]() if name in readers else file.read(name)
+        tensor = weights.read(name)
         for patch in changes.get(name, ()):
             patch.apply(tensor)
         return tensor

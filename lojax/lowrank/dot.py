@@ -30,7 +30,10 @@ class Dot:
         dtype: The ``preferred_element_type``.
         batch: The axes of the weight that are batch axes of the product.
         factor_input: ``x`` for the products with factors; None for ``x`` itself.
-        precomputed: The update, if it was computed together with those of other weights.
+        weight_on_left: Whether the weight is the left operand.
+        update: The update, if it was computed together with those of other weights.
+        total: The product with its update, before any gain, if it was computed so.
+        no_kernel: Why no kernel computes ``total``; "" if one does.
     """
 
     x: Array
@@ -41,7 +44,10 @@ class Dot:
     dtype: Dtype | None = None
     batch: tuple[int, ...] = ()
     factor_input: Array | None = None
-    precomputed: Array | None = None
+    weight_on_left: bool = False
+    update: Array | None = None
+    total: Array | None = None
+    no_kernel: str = "it is not a product of an activation [T, m] with one update, without dropout, on one device"
 
     @property
     def named_x(self) -> NamedArray:
@@ -96,17 +102,19 @@ class Dot:
                 update=lambda x, term, like, tap: like,  # never called
             )
             return Product(y, work.base, work.materializing, value.size * value.frozen.dtype.itemsize, "fused")
+        total = self.total
         y = add_updates(
-            value,
+            value if total is None else value.with_terms(()),
             self.named_x,
             self.out,
-            base=lambda x: value.frozen.product(self.bind, x),
+            base=lambda x: value.frozen.product(self.bind, x) if total is None else total,
             update=lambda x, term, like, tap: update(x, term, like, tap=tap),
             factor_input=self.factor_input,
-            precomputed=self.precomputed,
+            precomputed=self.update,
         )
         made = sum(term_bytes(self.named_x, term, self.out, y) for term in completed(value).terms)
-        return Product(y, work.base, work.low_rank, made)
+        strategy = "factored" if self.no_kernel else "kernel"
+        return Product(y, work.base, work.low_rank, 0 if strategy == "kernel" else made, strategy, self.no_kernel)
 
 
 def dot(
@@ -146,4 +154,4 @@ def dot(
     out = (*w_batch, *free_w, *free_x) if weight_on_left else (*w_batch, *free_x, *free_w)
     if weight_on_left and isinstance(precision, tuple):
         precision = precision[::-1]
-    return Dot(x, tuple(dims), out, bind, precision, dtype, tuple(w_batch))
+    return Dot(x, tuple(dims), out, bind, precision, dtype, tuple(w_batch), weight_on_left=weight_on_left)

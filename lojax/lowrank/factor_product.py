@@ -20,8 +20,10 @@ from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lojax.lowrank.named_array import Name, NamedArray, Precision, axis_lengths, multiply
+from lojax.adapters.matrices import at_least_float32
+from lojax.lowrank.named_array import RANK, Name, NamedArray, Precision, axis_lengths, multiply
 from lojax.types import Array, Dtype
 
 Dims = tuple[Name, ...]
@@ -29,6 +31,17 @@ Dims = tuple[Name, ...]
 TRANSPOSE_RATIO = 4
 """The other order pays where the larger operand has at least this many times the entries of the result. It transposes
 the result; below this ratio, the copies that XLA:CPU makes of an operand cost no more."""
+
+MAX_SUMMED_RANK = 64
+"""Up to this rank a GPU sums an update over the rank. Beyond it, its multiplications outside of the matrix units take
+longer than the memory traffic of a separate product (an H100, for each entry: 2 r operations at 67 TFLOP/s against 8
+bytes at 3.35 TB/s)."""
+
+SUMMED_AT_ONCE = 16
+"""XLA fuses a sum of so many products into what uses it; one of more than 32 becomes a kernel of its own."""
+
+EXPANSION = 4
+"""A product over the rank is summed where the result has this many times the entries of either operand."""
 
 factor_product_p = Primitive("lojax_factor_product")
 """``multiply(x, y, out)``, with the names of all axes as parameters. ``gradient``: of a factor."""
@@ -54,8 +67,8 @@ def factor_product(
     like: ShapedArray | None = None,
 ) -> NamedArray:
     """`multiply` with a `FactorTangent` ``y``; on a mesh that types carry, `multiply` itself."""
-    # The primitive below has no rule for the sharding of its result, nor for axes that vary over a mesh.
-    if not jax.typeof(x.array).sharding.mesh.empty:
+    # The primitive has no rule for a result whose type says how it is sharded, nor for one that varies over a mesh.
+    if {*jax.typeof(x.array).sharding.mesh.axis_types} - {AxisType.Auto}:
         return multiply(x, y, out, precision=precision, dtype=dtype, like=like)
     kind = jnp.dtype(dtype if dtype is not None else x.array.dtype)
     dims = {"x_dims": x.dims, "y_dims": y.dims, "out": tuple(out)}
@@ -92,21 +105,54 @@ def _multiply_on_cpu(
     return NamedArray(rounded, product.dims).transpose_to(out).array
 
 
+def _multiply_on_gpu(
+    x: Array, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, gradient: bool, **settings: Any
+) -> Array:
+    # An update [T, r] . [r, n] as a sum over the rank: XLA computes it where it is added to the frozen product. A
+    # product of its own would be written, and read again by the addition.
+    operands = NamedArray(x, x_dims), NamedArray(y, y_dims)
+    length = axis_lengths(*operands)
+    expands = min(math.prod(length[d] for d in out) // v.array.size for v in operands) >= EXPANSION
+    if ({*x_dims} & {*y_dims}) - {*out} != {RANK} or length[RANK] > MAX_SUMMED_RANK or not expands:
+        return _multiply(x, y, x_dims=x_dims, y_dims=y_dims, out=out, gradient=gradient, **settings)
+    wide = at_least_float32(settings["dtype"])
+    dims = (*out[:-1], RANK, *out[-1:])
+    split = [_split_rank(v.broadcastable(dims), length[RANK]).astype(wide) for v in operands]
+    total = jnp.sum(split[0] * split[1], axis=-2)
+    if total.ndim > len(out):
+        # XLA merges two sums in a row, and does not merge across this operation, which changes nothing.
+        info = jnp.finfo(wide)
+        total = jnp.sum(lax.reduce_precision(total, info.nexp, info.nmant), axis=-2)
+    return total.astype(settings["dtype"])
+
+
+def _split_rank(x: Array, rank: int) -> Array:
+    """``x`` ``[..., rank, n]`` itself up to 16, else ``[..., parts, up to 16, n]`` with zeros at the end."""
+    parts = -(-rank // SUMMED_AT_ONCE)
+    if parts == 1:
+        return x
+    size = -(-rank // parts)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, parts * size - rank), (0, 0)])
+    return x.reshape(*x.shape[:-2], parts, size, x.shape[-1])
+
+
 def _abstract_product(
     x: Any, y: Any, *, x_dims: Dims, y_dims: Dims, out: Dims, dtype: Dtype, gradient: bool, precision: Precision
 ) -> Any:
     length = axis_lengths(NamedArray(x, x_dims), NamedArray(y, y_dims))
-    return x.update(shape=tuple(length[d] for d in out), dtype=dtype, weak_type=False)
+    shape = tuple(length[d] for d in out)
+    # The type of an array on a mesh of automatic axes names the mesh, and an entry for each axis of the array.
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def _transpose_x(
     cotangent: Array, x: Any, y: Array, *, x_dims: Dims, y_dims: Dims, out: Dims, precision: Precision, **_: Any
 ) -> Array:
     # The cotangent of the activation sums over the rank or n, not over tokens: no order of it needs a transposed copy.
-    x_bar = multiply(
-        NamedArray(cotangent, out), NamedArray(y, y_dims), x_dims, precision=precision, dtype=cotangent.dtype
-    )
-    return x_bar.array.astype(x.aval.dtype)
+    dims = {"x_dims": out, "y_dims": y_dims, "out": x_dims}
+    x_bar = factor_product_p.bind(cotangent, y, **dims, precision=precision, dtype=cotangent.dtype, gradient=False)
+    return x_bar.astype(x.aval.dtype)
 
 
 def _transpose_y(
@@ -136,3 +182,5 @@ ad.defbilinear(factor_product_p, _transpose_x, _transpose_y)
 batching.primitive_batchers[factor_product_p] = _batch
 mlir.register_lowering(factor_product_p, mlir.lower_fun(_multiply, multiple_results=False))
 mlir.register_lowering(factor_product_p, mlir.lower_fun(_multiply_on_cpu, multiple_results=False), platform="cpu")
+for gpu in ("cuda", "rocm"):
+    mlir.register_lowering(factor_product_p, mlir.lower_fun(_multiply_on_gpu, multiple_results=False), platform=gpu)

@@ -158,7 +158,9 @@ def apply_term(
         return [multiply_factor(NamedArray(x, x_dims), factors[0], middle, kind, **settings)]
 
     def project_up(inner: Array, factor: NamedArray) -> Array:
-        y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings, like=like)
+        y = multiply_factor(
+            NamedArray(inner, tuple(middle)), FactorTangent(factor.array, factor.dims), out, kind, **settings, like=like
+        )
         return y if like is None else y.astype(like.dtype)
 
     if active is not None:
@@ -261,7 +263,9 @@ def opaque_product(
         (x, a, b), (dx, da, db) = primals, tangents
         # In the open, unlike the output: db needs x . a in the backward pass. It has the size of the rank.
         inner = down(x, a)
-        inner_tangents: list[list[Array]] = [] if is_symbolic_zero(dx) else [down(dx, a)]
+        inner_tangents: list[list[Array]] = (
+            [] if is_symbolic_zero(dx) else [down(dx, [FactorTangent(v.array, v.dims) for v in a])]
+        )
         if not all(is_symbolic_zero(d.array) for d in da):
             # `down` takes all factors at once (those of a group are joined along the rank), so a factor without a
             # tangent gets zeros here. If no factor has one, the product is left out.

@@ -156,6 +156,11 @@ def has_explicit_sharding(x: Array) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
+def on_manual_mesh(x: Array) -> bool:
+    """Whether ``x`` is inside of a `shard_map`: the part of one device."""
+    return AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types
+
+
 def reshard_like(x: Array, y: Array) -> Array:
     """``x``, whose axes have the lengths of those of ``y`` or one, sharded like ``y`` on a mesh of explicit axes."""
     if not (has_explicit_sharding(x) or has_explicit_sharding(y)):

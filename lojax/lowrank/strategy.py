@@ -6,6 +6,7 @@ T tokens, m in, n out, rank r. Floating-point operations, forward and backward w
 |---------------|--------------------------------|----------------------------------------------|
 | factored      | 4Tmn + 6Tr(m + n)              | a second array of the size of the result     |
 | fused         | 4Tmn + 4Tr(m + n) + 4mnr       | one array of the size of the weight          |
+| kernel        | as factored                    | nothing                                      |
 | materialize   | 6Tmn + 6mnr                    | two of the size of the weight: it, its grad. |
 
 An `execution` is what the user asks for, a strategy what is chosen for one use. ``execution="auto"`` chooses the fused
@@ -32,8 +33,8 @@ from lojax.lowrank.named_array import Precision
 from lojax.text import suggest
 from lojax.types import Array, Dtype
 
-Strategy = Literal["factored", "fused", "materialize"]
-EXECUTIONS = ("auto", "factored", "fused", "materialize")
+Strategy = Literal["factored", "fused", "kernel", "materialize"]
+EXECUTIONS = ("auto", "factored", "fused", "kernel", "materialize")
 """What a user may pass as ``execution``."""
 
 MARGIN = 1.25
@@ -62,7 +63,7 @@ class Work:
         >>> [round(layer.flops(s) / (2 * layer.base), 3) for s in ("factored", "fused", "materialize")]
         [1.012, 1.01, 1.503]
         """
-        if strategy == "factored":
+        if strategy in ("factored", "kernel"):
             return 2 * self.base + 3 * self.low_rank
         if strategy == "fused":
             return 2 * self.base + 2 * self.low_rank + 2 * self.materializing
@@ -79,6 +80,7 @@ class Product:
         extra_flops: Floating-point operations that the update added.
         extra_bytes: Bytes of the intermediate arrays of the update.
         strategy: The strategy that computed it.
+        no_kernel: Why a product that could have been computed by a kernel was not, or "".
     """
 
     value: Array
@@ -86,6 +88,7 @@ class Product:
     extra_flops: int
     extra_bytes: int
     strategy: Strategy = "factored"
+    no_kernel: str = ""
 
 
 def dense_layer(tokens: int, m: int, n: int, rank: int) -> Work:

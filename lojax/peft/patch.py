@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lojax.adapters.adapter import Adapter
 from lojax.adapters.targets import nearest
 from lojax.files import safetensors
 from lojax.peft.config import Config
@@ -37,12 +38,29 @@ class Update:
         b: ``[E, rows, r]``.
         scale: The LoRA scale.
         magnitude: DoRA's length of each output: ``[1, rows, 1]``, or ``[1, 1, columns]`` where those are the outputs.
+        is_in_out: Whether the rows are the inputs and the columns the outputs.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     magnitude: np.ndarray | None = None
+    is_in_out: bool = False
+
+    def as_adapter(self) -> Adapter:
+        """The update as an adapter of `as_weight`."""
+        a, b = (self.b, self.a) if self.is_in_out else (self.a.swapaxes(1, 2), self.b.swapaxes(1, 2))
+        magnitude = None if self.magnitude is None else self.magnitude.reshape(1, -1)
+        if len(a) == 1:
+            gain = None if magnitude is None else magnitude[0]
+            return Adapter(a[0], b[0], self.scale, ("in", "out"), magnitude=gain)
+        return Adapter(a, b, self.scale, ("stack", "in", "out"), magnitude=magnitude)
+
+    def as_weight(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor as ``[in, out]``, or as ``[E, in, out]`` where it holds several experts."""
+        w = tensor.reshape(*self.b.shape[:2], -1)
+        w = w if self.is_in_out else w.swapaxes(1, 2)
+        return w[0] if len(w) == 1 else w
 
     def apply(self, tensor: np.ndarray) -> None:
         """Changes ``tensor`` in place: block by block, float32 sums, one cast."""
@@ -233,7 +251,7 @@ class Patcher:
             magnitude = magnitude.reshape((1, 1, outputs) if is_in_out else (1, outputs, 1))
         a, b = self.file.read(pair.a).reshape(rank, -1), self.file.read(pair.b).reshape(-1, rank)
         a, b = (b.T, a.T) if is_in_out else (a, b)
-        self.patches[name] = [Update(a[None], b[None], self.config.scale(module, rank), magnitude)]
+        self.patches[name] = [Update(a[None], b[None], self.config.scale(module, rank), magnitude, is_in_out)]
         return []
 
     def _place_full(self, name: str, key: str) -> list[str]:
@@ -280,7 +298,7 @@ class Patcher:
         a, b = a.reshape(experts, rank, -1), b.reshape(-1, rank, experts).transpose(2, 0, 1)
         if is_in_out:
             a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
-        return Update(a, b, self.config.scale(name, rank))
+        return Update(a, b, self.config.scale(name, rank), is_in_out=is_in_out)
 
 
 def _prefix(modules: Iterable[str], base: Specs) -> Callable[[str], str]:

@@ -102,6 +102,11 @@ def compile_cost(lowered: jax.stages.Lowered) -> CompiledCost:
         if used is None:
             raise
         return CompiledCost(int(float(used[1]) * 1024 ** "BKMGT".index(used[2])), None)
+    return read_cost(compiled)
+
+
+def read_cost(compiled: jax.stages.Compiled) -> CompiledCost:
+    """The memory and the traffic of a compiled program."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None, "only backends without a compiler return None"
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
 from lojax.planner.hlo import Instruction, Program, Shaped, parse
 from lojax.report.table import table
 from lojax.types import Shape
@@ -26,12 +28,14 @@ class Collective:
         arrays: The unsharded arrays, as ``(dtype, shape)``: the results of an all-gather, the operands of a reduction.
         group: How many devices take part together.
         count: How often one step runs it.
+        members: The devices of one of its groups; () where the program does not say.
     """
 
     kind: str
     arrays: tuple[Shaped, ...]
     group: int
     count: int
+    members: tuple[int, ...] = ()
 
     @property
     def payload(self) -> int:
@@ -45,6 +49,23 @@ class Collective:
             return self.payload
         # A ring passes on every shard but one's own. An all-reduce is a reduce-scatter and then an all-gather.
         once = self.payload * (self.group - 1) // max(self.group, 1)
+        return 2 * once if self.kind == "all-reduce" else once
+
+    def bytes_from_other_hosts(self, per_host: int) -> int:
+        """The bytes that each device receives from other hosts in one run, if the devices of a host share the work.
+
+        Args:
+            per_host: Devices in a host; their numbers are consecutive.
+        """
+        hosts = len({member // per_host for member in self.members})
+        if hosts < 2:
+            return 0
+        if self.kind == "collective-permute":  # whose pairs may all be of two hosts
+            return self.bytes_received
+        if self.kind == "all-to-all":  # what comes in is for one device alone
+            return self.bytes_received * (self.group - self.group // hosts) // max(1, self.group - 1)
+        # A host needs what it lacks once; its devices fetch it together and pass it on among themselves.
+        once = self.payload * (hosts - 1) // self.group
         return 2 * once if self.kind == "all-reduce" else once
 
     @property
@@ -63,6 +84,10 @@ class Traffic:
     def bytes_received(self) -> int:
         """The bytes that each device receives in a step."""
         return sum(c.bytes_received * c.count for c in self.collectives)
+
+    def bytes_from_other_hosts(self, per_host: int) -> int:
+        """The bytes that each device receives from other hosts in a step, where a host has ``per_host`` devices."""
+        return sum(c.bytes_from_other_hosts(per_host) * c.count for c in self.collectives)
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """For each kind that occurs, how many run in a step and how many bytes each device receives."""
@@ -152,7 +177,8 @@ def _read_collective(
     program: Program, computation: str, instruction: Instruction, count: int, devices: int
 ) -> Collective:
     kind = instruction.opcode.removesuffix("-start")
-    group = _group_size(instruction, devices)
+    members = _first_group(instruction, devices)
+    group = len(members)
     arrays = [array for array in instruction.shapes if array[0] != "token"]
     if instruction.opcode.endswith("-start") and kind != "all-reduce":  # its result is (operands, results, ...)
         arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[:1]
@@ -163,18 +189,56 @@ def _read_collective(
     # The TPU compiler fuses an all-reduce with the slice of one shard; only the names still say so.
     if kind == "all-reduce" and "reduce-scatter" in computation.replace("_", "-") + instruction.name:
         kind = "reduce-scatter"
-    return Collective(kind, tuple(arrays), group, count)
+    return Collective(kind, tuple(arrays), group, count, members)
 
 
-def _group_size(instruction: Instruction, devices: int) -> int:
-    """How many devices take part together, from any of the three ways to write replica groups."""
+def _first_group(instruction: Instruction, devices: int) -> tuple[int, ...]:
+    """The devices of the first group that take part together, from any of the three ways to write replica groups."""
     text = instruction.text
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
-        return int(iota.group(2))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-        axes: Sequence[tuple[str, str, str]] = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh.group(2))
-        return math.prod(int(sub_axis or sizes[name]) for name, _, sub_axis in axes)
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        size, dims, order = iota.groups()
+        return tuple(_device_order(dims, order)[: int(size)].tolist())
+    if mesh := _MESH_GROUPS.search(text):
+        return _first_group_of_mesh(*mesh.groups())
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(listed.group(1).split(","))
-    return devices
+        return _numbers(listed.group(1))
+    return tuple(range(devices))
+
+
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:,? *device_ids=\((?:\[([\d,]*)\](?:T\(([\d,]+)\))?|([\d,]+))\))?\s*\{([^}]*)\}"
+)
+
+
+def _first_group_of_mesh(
+    sizes: str, dims: str | None, order: str | None, ids: str | None, axes: str
+) -> tuple[int, ...]:
+    """The first group along ``axes`` of a mesh.
+
+    Args:
+        sizes: Its axes, ``'a'=4,'b'=4``.
+        dims: With ``order``, where its devices are in another order: that of an array of these lengths,
+        order: transposed so.
+        ids: The same as a list.
+        axes: Along which axes the group goes: ``'a':(2)2,'b'`` is the second half of ``a`` and all of ``b``.
+    """
+    size_by_name = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    matches: Sequence[tuple[str, str, str]] = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    parts = {name: (int(before or 1), int(size or size_by_name[name])) for name, before, size in matches}
+    devices = np.asarray(_numbers(ids)) if ids else _device_order(dims or str(math.prod(size_by_name.values())), order)
+    grid = devices.reshape(tuple(size_by_name.values()))
+    for axis, (name, length) in enumerate(size_by_name.items()):
+        before, size = parts.get(name, (1, 1))
+        stride = length // (before * size)
+        grid = grid.take(range(0, stride * size, stride), axis=axis)
+    return tuple(grid.reshape(-1).tolist())
+
+
+def _device_order(dims: str, order: str | None) -> np.ndarray:
+    """``[2,4]T(1,0)``: the numbers of the devices as an array of lengths 2 and 4, transposed."""
+    lengths = _numbers(dims)
+    return np.arange(math.prod(lengths)).reshape(lengths).transpose(_numbers(order) if order else None).reshape(-1)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 
 from lojax.compat import opened, var_type
+from lojax.lowrank.product_primitives import ADAPTED_PRODUCTS
 from lojax.types import Eqn, Jaxpr, PyTree
 
 
@@ -39,6 +41,9 @@ def _count_equation(eqn: Eqn) -> int:
         for dims, var in zip((p["x_dims"], p["y_dims"]), eqn.invars, strict=True):
             length_by_name |= dict(zip(dims, var_type(var).shape, strict=True))
         return 2 * math.prod(length_by_name.values())
+    if eqn.primitive in ADAPTED_PRODUCTS:
+        written_out = functools.partial(eqn.primitive.impl, **p)
+        return _count(jax.make_jaxpr(written_out)(*map(var_type, eqn.invars)))
     if name == "conv_general_dilated":
         kernel, spec = var_type(eqn.invars[1]).shape, p["dimension_numbers"].rhs_spec
         return 2 * math.prod(var_type(eqn.outvars[0]).shape) * math.prod(kernel[d] for d in spec[1:])

@@ -67,8 +67,8 @@ class Program:
             if instruction.opcode in _NO_CALLS:
                 continue
             inner = count * self.iterations(name, instruction) if instruction.opcode == "while" else count
-            for called in _called(instruction.text):
-                yield from self._runs(called, inner)
+            for name_called in called(instruction):
+                yield from self._runs(name_called, inner)
 
     def iterations(self, computation: str, loop: Instruction) -> int:
         """How often the body of a loop runs; 1 where it cannot be read."""
@@ -118,9 +118,10 @@ def _constant(instruction: Instruction | None) -> int | None:
     return int(match.group(1)) if instruction and match and instruction.opcode == "constant" else None
 
 
-def _called(text: str) -> list[str]:
-    names = list(_CALLED.findall(text))
-    for branches in _BRANCHES.findall(text):
+def called(instruction: Instruction) -> list[str]:
+    """The names of the computations that an instruction calls."""
+    names = list(_CALLED.findall(instruction.text))
+    for branches in _BRANCHES.findall(instruction.text):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
     return list(dict.fromkeys(names))
 

@@ -14,7 +14,15 @@ from typing import Any, TypeAlias
 import jax
 import optax
 
-from lojax.planner.aot import HINT, abstract_mesh, compile_cost, has_compiler, shard_bytes, topology_mesh
+from lojax.planner.aot import (
+    HINT,
+    CompiledCost,
+    abstract_mesh,
+    compile_cost,
+    has_compiler,
+    shard_bytes,
+    topology_mesh,
+)
 from lojax.planner.chips import AXES, CHIPS, Topology, parse_mesh, parse_topology
 from lojax.planner.decoder import TARGETS, Decoder
 from lojax.planner.decoder_config import DecoderConfig, open_config
@@ -197,7 +205,7 @@ def plan(
     program = lora_step(model, decoder, tx, batch=batch, seq=seq, spread=spread, quantized=quantized)
     lora = estimate(config, axes, program, batch, seq)
     if compiled:
-        lora = _compile(lora, program)
+        lora = with_compiled(lora, compile_cost(program.lower()))
     full = estimate(config, axes, full_step(decoder, tx, batch=batch, seq=seq), batch, seq)
     seconds = time.monotonic() - start
     return Plan(config, tpu_slice, axes, batch, seq, rank, mfu, lora, full, seconds, "" if compiled else HINT)
@@ -218,9 +226,8 @@ def check_batch(axes: Mapping[str, int], batch: int, seq: int) -> None:
         )
 
 
-def _compile(estimated: StepCost, program: StepProgram) -> StepCost:
+def with_compiled(estimated: StepCost, cost: CompiledCost) -> StepCost:
     """The estimate with what the compiler says. It knows the peak but not what holds it; formulas divide it."""
-    cost = compile_cost(program.lower())
     rest = max(0, cost.peak_memory - estimated.weights - estimated.adapters - estimated.optimizer)
     saved = min(estimated.saved_activations, rest)
     return dataclasses.replace(

@@ -39,7 +39,7 @@ class Weight:
 
     @property
     def how(self) -> str:
-        """``"factored"``, ``"fused"``, ``"factored, fused"``, ``"materialized"``, ``"both"`` or ``"unused"``.
+        """``"factored"``, ``"fused"``, ``"kernel"``, several of them, ``"materialized"``, ``"both"`` or ``"unused"``.
 
         ``"both"``: some uses are materialized and others are not.
         """
@@ -72,8 +72,8 @@ class Report:
 
     @property
     def factored(self) -> int:
-        """The number of weights all of whose uses are factored, or fused."""
-        return sum(weight.how in ("factored", "fused", "factored, fused") for weight in self.weights)
+        """The number of weights of which no use is materialized."""
+        return sum(weight.how not in ("materialized", "both", "unused") for weight in self.weights)
 
     @property
     def extra_flops(self) -> int:
@@ -97,6 +97,7 @@ class Report:
         notes = []
         for weight in self.weights:
             notes += [_materialized(weight, use) for use in weight.uses if use.how == "materialized"]
+            notes += [_no_kernel(weight, use) for use in weight.uses if use.reason and use.how != "materialized"]
             if not weight.uses:
                 notes.append(
                     f"{weight.path} is never used by this program: its adapter gets no gradient. "
@@ -109,8 +110,9 @@ class Report:
                 f"{count} of {len(self.weights)} adapted weights stored as {stored}: their values are computed at each "
                 "product, forward and again backward, and not kept"
             )
-        fused = " or fused" if any("fused" in weight.how for weight in self.weights) else ""
-        return [*notes, f"{self.factored} of {len(self.weights)} adapted weights fully factored{fused}"]
+        words = {"fused": " or fused", "kernel": " or by kernels"}
+        others = [text for how, text in words.items() if any(how in weight.how for weight in self.weights)]
+        return [*notes, f"{self.factored} of {len(self.weights)} adapted weights fully factored{''.join(others)}"]
 
 
 def _row(weight: Weight) -> tuple[str, ...]:
@@ -135,6 +137,11 @@ def _materialized(weight: Weight, use: Use) -> str:
         f"{weight.path} is materialized for {use.primitive!r}{at}: {use.reason}. "
         "This costs a temporary and a gradient of the weight's size; take it out of targets if that matters."
     )
+
+
+def _no_kernel(weight: Weight, use: Use) -> str:
+    at = f" at {use.where}" if use.where else ""
+    return f"{weight.path} has no kernel for {use.primitive!r}{at}: {use.reason}. It is computed {use.how}."
 
 
 def _storage(weight: Leaf) -> str:

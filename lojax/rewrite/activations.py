@@ -56,6 +56,10 @@ class Activations:
                 self.inputs[var] = separate_cotangents(x) if len(self.readers[var]) > 1 else x
         return self.inputs[var]
 
+    def get_released(self, var: Var) -> Array | None:
+        """The value of ``var`` for the factors if a constraint moved it, else None."""
+        return self.get(var, self.unconstrained[var][0]) if var in self.unconstrained else None
+
     def drop(self, var: Any) -> None:
         """Forgets a variable that no later equation reads."""
         self.unconstrained.pop(var, None)

@@ -232,7 +232,10 @@ class Interpreter:
         else:  # the program scales the output, and the scale is for the codes alone
             update = dataclasses.replace(value, frozen=ZeroWeight(value.frozen.aval), pending=None)
             result = in_floats(product, eqn).compute(update, "factored")
-        self.recorder.product(value, eqn, result)
+        if self.execution == "kernel" and result.strategy != "kernel":
+            self.recorder.no_kernel(value, eqn, result)
+        else:
+            self.recorder.product(value, eqn, result)
         y = name_product(result.value) if self.naming else result.value
         return y if value.pending is None else Unscaled(product.frozen(value), y)
 
@@ -305,6 +308,10 @@ class Interpreter:
     def factor_input(self, var: Var, x: Array) -> Array:
         """``x``, the value of ``var``, for products with factors: one array for all of them (see `activations`)."""
         return self.frame.activations.get(var, x)
+
+    def released_input(self, var: Var) -> Array | None:
+        """The value of ``var`` for products with factors if a sharding constraint moved it, else None."""
+        return None if isinstance(var, Literal) else self.frame.activations.get_released(var)
 
     def precompute(self, eqn: Eqn, result: Any) -> None:
         """Stores ``result`` for a later equation."""

@@ -20,12 +20,12 @@ class Use:
     Attributes:
         path: The path of the weight.
         primitive: The JAX primitive that consumed it.
-        how: ``"factored"``, ``"fused"`` or ``"materialized"``.
+        how: ``"factored"``, ``"fused"``, ``"kernel"`` or ``"materialized"``.
         flops: Floating-point operations of the frozen product, all trips of enclosing scans together.
         extra_flops: Floating-point operations that the update added, likewise.
         extra_bytes: Bytes of the intermediate arrays of the update, likewise: ``x A`` and the update of the result
             for a factored use, the weight for a fused or materialized one.
-        reason: Why it was materialized, or "".
+        reason: Why it was materialized, or why no kernel computes it where one was asked for, or "".
         where: The user's source line, as ``file:line (function)``, or "".
     """
 
@@ -67,7 +67,7 @@ class Recorder:
     strict: bool = False
     uses: list[Use] | None = None
 
-    def product(self, value: LowRank, eqn: Eqn, product: Product) -> None:
+    def product(self, value: LowRank, eqn: Eqn, product: Product, reason: str = "") -> None:
         """Records a product with a weight that was not materialized."""
         use = Use(
             value.path,
@@ -76,9 +76,25 @@ class Recorder:
             product.flops,
             product.extra_flops,
             product.extra_bytes,
-            where=_source_line(eqn),
+            reason,
+            _source_line(eqn),
         )
         self._add(use)
+
+    def no_kernel(self, value: LowRank, eqn: Eqn, product: Product) -> None:
+        """Records a product that is not computed by a kernel although one was asked for, or refuses it if strict.
+
+        Raises:
+            ValueError: Strict mode forbids it.
+        """
+        reason = product.no_kernel or f"there is none for {eqn.primitive.name!r}"
+        if self.strict:
+            at = f" at {where}" if (where := _source_line(eqn)) else ""
+            raise ValueError(
+                f"{value.path}: execution='kernel' asks for a kernel, and the product {eqn.primitive.name!r}{at} has "
+                f"none: {reason}. Use strict=False, which computes it factored, or execution='auto'."
+            )
+        self.product(value, eqn, product, reason)
 
     def materialize(self, value: LowRank, eqn: Eqn | str, reason: str) -> Array:
         """The dense array of ``value``, recorded as a materialized use, or refused if strict.

@@ -17,9 +17,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from lojax.compat import var_type
+from lojax.lowrank.adapted_products import adapted_products
 from lojax.lowrank.dot import Dot, dot
+from lojax.lowrank.factor_product import FactorTangent
 from lojax.lowrank.factored import contraction_order, multiply_factor, opaque_product
-from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, has_explicit_sharding
+from lojax.lowrank.frozen import DenseWeight
+from lojax.lowrank.kernel_forms import unsupported
+from lojax.lowrank.named_array import RANK, Name, NamedArray, cast, has_explicit_sharding, on_manual_mesh
+from lojax.lowrank.product_form import Form
 from lojax.lowrank.value import LowRank, NotFactored, compute_dtype
 from lojax.rewrite.interpreter import Interpreter, bind_one
 from lojax.types import Array, Eqn, Var
@@ -35,6 +41,7 @@ class Member:
         first: The factor that multiplies the activation. Its axes have the names of the axes of the activation,
             ``("x", i)``, and `RANK` is last.
         second: The other factor.
+        weight: The frozen weight if the product as a whole is computed with its group; None for the update alone.
         key: Products share a pass if their keys are equal.
     """
 
@@ -42,6 +49,7 @@ class Member:
     product: Dot
     first: NamedArray
     second: NamedArray
+    weight: Array | None
     key: Hashable
 
 
@@ -59,8 +67,8 @@ def read_dot_general(eqn: Eqn, x: Array, value: LowRank, *, weight_on_left: bool
     )
 
 
-def shared_update(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot, *, weight_on_left: bool) -> Array | None:
-    """The update of a product with an adapted weight, computed with those of its group; None without a group.
+def with_shared_pass(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot, *, weight_on_left: bool) -> Dot:
+    """``product`` with what was computed of it together with its group: its update, or all of it.
 
     Args:
         interp: The interpreter, at ``eqn``.
@@ -69,22 +77,25 @@ def shared_update(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot, *
         product: The product.
         weight_on_left: Whether the weight is the left operand.
     """
+    var = eqn.invars[weight_on_left]
+    product = dataclasses.replace(product, factor_input=interp.factor_input(var, product.x))
     precomputed = interp.take_precomputed(eqn)
     if precomputed is not None:
-        return precomputed
-    var = eqn.invars[weight_on_left]
-    later = interp.pending_readers(var)
-    mine = _member(interp, eqn, value, product) if later else None
+        return dataclasses.replace(product, **precomputed)
+    mine = _member(interp, eqn, value, product)
     if mine is None:
-        return None
-    others = (_later_member(interp, e, var, product.x) for e in later)
+        return product
+    others = (_later_member(interp, e, var, product.x) for e in interp.pending_readers(var))
     group = [mine, *(m for m in others if m is not None and m.key == mine.key)]
-    if len(group) < 2:
-        return None
-    updates = multiply_group(interp.factor_input(var, product.x), group)
-    for member, update in zip(group[1:], updates[1:], strict=True):
-        interp.precompute(member.eqn, update)
-    return updates[0]
+    if mine.weight is not None:
+        results = multiply_adapted(product.x, interp.released_input(var), group, kernel=interp.execution == "kernel")
+    elif len(group) > 1:
+        results = [{"update": y} for y in multiply_group(interp.factor_input(var, product.x), group)]
+    else:
+        return product
+    for member, result in zip(group[1:], results[1:], strict=True):
+        interp.precompute(member.eqn, result)
+    return dataclasses.replace(product, **results[0])
 
 
 def _later_member(interp: Interpreter, eqn: Eqn, var: Var, x: Array) -> Member | None:
@@ -133,7 +144,54 @@ def _member(interp: Interpreter, eqn: Eqn, value: LowRank, product: Dot) -> Memb
         return None
     names: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(product.x_dims) if d in contracted}
     first = first.transpose_to([*contracted, RANK]).rename(names)
-    return Member(eqn, product, first, second, (tuple(names.values()), product.precision, product.dtype))
+    frozen = value.frozen
+    # On a part of a `shard_map` the primitives would have to know along which mesh axes their operands differ.
+    whole = isinstance(frozen, DenseWeight) and value.gain_on_update and not on_manual_mesh(product.x)
+    return Member(
+        eqn,
+        product,
+        first,
+        second,
+        frozen.dense() if whole else None,
+        (tuple(names.values()), product.precision, product.dtype, whole),
+    )
+
+
+def multiply_adapted(x: Array, z: Array | None, group: Sequence[Member], *, kernel: bool) -> list[dict[str, Any]]:
+    """The product of each weight, update included, as fields of its `Dot`.
+
+    Args:
+        x: The activation.
+        z: The input of the updates; None for ``x``.
+        group: Products of equal key, each with its weight.
+        kernel: Whether kernels are to compute them where there are some.
+    """
+    dims: tuple[Name, ...] = tuple(("x", i) for i in range(x.ndim))
+    forms, weights = [], []
+    for member in group:
+        assert member.weight is not None
+        product, result = member.product, var_type(member.eqn.outvars[0])
+        # An axis of the weight that is summed has the name of the axis of the activation.
+        names: dict[Name, Name] = {d: ("x", i) for i, d in enumerate(product.x_dims)}
+        form = Form(
+            x=dims,
+            w=tuple(names.get(d, d) for d in range(member.weight.ndim)),
+            a=member.first.dims,
+            b=member.second.dims,
+            out=product.out,
+            dot=tuple(sorted(member.eqn.params.items())),
+            weight_on_left=product.weight_on_left,
+            kind=jnp.dtype(compute_dtype(x, product.dtype)),
+            result=result.dtype,
+        )
+        forms.append(form)
+        weights.append(member.weight)
+    no_kernel = [unsupported(f, x, w) for f, w in zip(forms, weights, strict=True)] if kernel else ["not asked for"]
+    if not any(no_kernel):
+        forms = [dataclasses.replace(form, kernel=True) for form in forms]
+    reason = next(filter(None, no_kernel), "")
+    factors = [(m.first.array, m.second.array) for m in group]
+    return [{"total": y, "no_kernel": reason} for y in adapted_products(x, z, weights, factors, forms)]
 
 
 def multiply_group(x: Array, group: Sequence[Member]) -> list[Array]:
@@ -143,7 +201,7 @@ def multiply_group(x: Array, group: Sequence[Member]) -> list[Array]:
         x: The activation.
         group: Products of equal key.
     """
-    summed, precision, dtype = group[0].key  # type: ignore[misc]
+    summed, precision, dtype, _ = group[0].key  # type: ignore[misc]
     kind = compute_dtype(x, dtype)
     dims: tuple[Name, ...] = tuple(("x", i) for i in range(x.ndim))
     middle = [*(d for d in dims if d not in summed), RANK]
@@ -164,7 +222,9 @@ def multiply_group(x: Array, group: Sequence[Member]) -> list[Array]:
         out = member.product.out
 
         def up(inner: Array, factor: NamedArray) -> Array:
-            y = multiply_factor(NamedArray(inner, tuple(middle)), factor, out, kind, **settings)
+            y = multiply_factor(
+                NamedArray(inner, tuple(middle)), FactorTangent(factor.array, factor.dims), out, kind, **settings
+            )
             return y.astype(result.dtype)
 
         return up

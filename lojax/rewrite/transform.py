@@ -40,7 +40,9 @@ def transform(f: Callable[..., PyTree], *, strict: bool = False, execution: str 
             temporary. ``"fused"``: ``x (W0 + s A B)``, the sum rounded to the dtype of ``W0`` and recomputed in the
             backward pass, no weight-sized gradient; fewer operations and less memory traffic for many tokens;
             only for `dot_general` without dropout, all other uses stay factored. ``"auto"``: fused where it
-            is as exact and costs less, factored otherwise (see `lojax.lowrank.strategy`). ``"materialize"``: plain
+            is as exact and costs less, factored otherwise (see `lojax.lowrank.strategy`). ``"kernel"``:
+            factored, by a Pallas kernel in programs for one GPU or one TPU; no device has timed these kernels yet.
+            What has none is factored, as the report says, or an error with ``strict``. ``"materialize"``: plain
             automatic differentiation through ``W0 + s A B``.
 
     Returns:

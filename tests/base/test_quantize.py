@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,15 @@ def loss(y):
     return jnp.sum(jnp.sin(y) ** 2)
 
 
+@functools.cache
+def quantized(kind):
+    """`PARAMS` in a kind, and again as plain arrays."""
+    base = lojax.quantize(PARAMS, kind)
+    is_quantized = lambda w: isinstance(w, Quantized)
+    dense = lambda w: w.dense() if is_quantized(w) else w
+    return base, jax.jit(lambda base: jax.tree.map(dense, base, is_leaf=is_quantized))(base)
+
+
 @pytest.mark.parametrize(
     ("net", "kind"),
     [
@@ -100,15 +111,12 @@ def loss(y):
 )
 def test_values_and_gradients_are_those_of_the_dequantized_net(net, kind):
     f, target, x = NETS[net]
-    base = lojax.quantize(PARAMS, kind)
+    base, plain = quantized(kind)
     assert isinstance(base[target], Quantized)
-    plain = jax.tree.map(
-        lambda w: w.dense() if isinstance(w, Quantized) else w, base, is_leaf=lambda w: isinstance(w, Quantized)
-    )
     model = lojax.wrap(f, target, rank=2)
     frozen, lora = model.init(jax.random.key(0), base, x)
     assert isinstance(frozen[target], Quantized)
-    np.testing.assert_allclose(model.apply(frozen, lora, x), f(plain, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(model.apply)(frozen, lora, x), jax.jit(f)(plain, x), rtol=1e-5, atol=1e-5)
     lora = trained(lora)
 
     def oracle(lora, x):

@@ -109,3 +109,43 @@ def test_minus_counts_what_the_other_lacks():
     assert [(c.kind, c.count) for c in left.collectives] == [("all-gather", 2), ("all-reduce", 1)]
     twice = Traffic((one, one)).minus(Traffic((one, one)))
     assert twice.collectives == ()
+
+
+@pytest.mark.parametrize(
+    "groups, members",
+    {
+        "replica_groups={{0,2},{1,3}}": (0, 2),
+        "replica_groups=[2,2]<=[4]": (0, 1),
+        "replica_groups=[2,2]<=[2,2]T(1,0)": (0, 2),
+        "replica_groups=mesh['a'=2,'b'=2] {'a'}": (0, 2),
+        "replica_groups=mesh['a'=2,'b'=2] {'b'}": (0, 1),
+        "replica_groups=mesh['a'=4] {'a':(2)2}": (0, 1),
+        "replica_groups=mesh['a'=4] {'a':(1)2}": (0, 2),
+        "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}": (0, 1),
+        "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'c','b'}": (0, 2),
+        "replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}": (0, 3),
+        "replica_groups={}": (0, 1, 2, 3),
+    }.items(),
+)
+def test_who_takes_part(groups, members):
+    text = f"""HloModule m, num_partitions=4
+
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %y = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add
+}}
+"""
+    (found,) = traffic(text).collectives
+    assert (found.members, found.group) == (members, len(members))
+
+
+@pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all"])
+def test_what_comes_from_other_hosts(kind):
+    """Four devices of two hosts, counted by hand for arrays of 64 bytes, 16 for each device."""
+    one = Collective(kind, (("f32", (16,)),), 4, 1, (0, 1, 2, 3))
+    # Of 64 bytes a host lacks 32 (or sums 32 of its own): each of its two devices fetches 16. What all devices exchange
+    # is 16 from each of two devices elsewhere. A sum is scattered and gathered: twice.
+    assert one.bytes_from_other_hosts(2) == {"all-to-all": 32, "all-reduce": 32}.get(kind, 16)
+    assert one.bytes_from_other_hosts(4) == 0  # all in one host
+    inside = Collective(kind, (("f32", (16,)),), 2, 1, (2, 3))
+    assert inside.bytes_from_other_hosts(2) == 0

@@ -21,7 +21,6 @@ def test_flops_of_loops_and_recomputation():
     model = lojax.wrap(lambda p, x: x @ p["w"], "w", rank=2, execution="factored")
     frozen, lora = model.init(jax.random.key(0), {"w": jnp.ones((8, 6))})
     step = jax.grad(lambda lora, x: jnp.sum(jnp.sin(model.apply(frozen, lora, x))), (0, 1))
-    twice = 2 * 32 * 8 * 2  # x A, which XLA makes one of
-    assert count_flops(step, lora, jnp.ones((32, 8))) == 32 * (4 * 8 * 6 + 6 * 2 * (8 + 6)) + twice
+    assert count_flops(step, lora, jnp.ones((32, 8))) == 32 * (4 * 8 * 6 + 6 * 2 * (8 + 6))
     branch = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
     assert count_flops(branch, jnp.ones((2, 4))) == 2 * one

@@ -14,6 +14,8 @@ from lojax.quantized.formats import (
     KINDS,
     _decode_by_gather,
     _decode_by_selects,
+    _nearest,
+    _nearest_of_many,
     leading_axes,
     make_format,
     pack,
@@ -55,6 +57,16 @@ def test_what_comes_back_is_near(kind, shape, double):
     gap = {"nf4": 0.16, "int4": 1 / 14 + 0.01, "int8": 1 / 254, "float8_e4m3fn": 1 / 16}[kind]
     error = np.abs(np.asarray(q.dense()) - w).max()
     assert error <= gap * np.abs(w).max() + (0.1 if double and kind in ("nf4", "int4") else 0)
+
+
+@pytest.mark.parametrize("nearest", [_nearest, _nearest_of_many])
+@pytest.mark.parametrize("book", [NF4, dynamic_map()], ids=["nf4", "dynamic map"])
+def test_the_nearest_value_of_all_and_of_two_the_first(nearest, book):
+    middles = (book[:-1] + book[1:]) / np.float32(2)
+    beside = [np.nextafter(x, np.float32(side)) for x in (middles, book) for side in (-3, 3)]
+    x = np.concatenate([book, middles, *beside, RNG.uniform(-1.1, 1.1, 1000)]).astype(np.float32)
+    expected = np.abs(x[:, None] - book).argmin(1)
+    np.testing.assert_array_equal(jax.jit(lambda x: nearest(x, book))(x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,8 +12,8 @@ from jax import lax
 import lojax
 from lojax.lowrank import factored
 from lojax.rewrite.recorder import MaterializedError
+from tests.helpers import PRODUCTS, equations
 from tests.rewrite.programs import X, normal
-from tests.rewrite.walk import equations
 
 
 def wrapped(f, shapes, *inputs, **settings):
@@ -47,7 +47,7 @@ def test_fallback_is_reported_with_reason_and_line() -> None:
 def test_a_product_forms_no_weight_and_transposes_nothing() -> None:
     model, frozen, lora = wrapped(lambda p, x: x @ p["w"], {"w": (8, 6)}, X)
     names = [eqn.primitive.name for eqn in equations(jaxpr_of(model, frozen, lora, X))]
-    assert names.count("dot_general") == 3 and "transpose" not in names
+    assert sum(name in PRODUCTS for name in names) == 3 and "transpose" not in names
 
 
 def test_scale_touches_b_alone_and_stays_out_of_loops() -> None:
@@ -79,9 +79,9 @@ def test_preferred_element_type_and_precision_reach_every_product() -> None:
 
     model = lojax.wrap(f, "w", rank=2)
     frozen, lora = model.init(jax.random.key(0), {"w": normal(8, 6).astype(jnp.bfloat16)}, X)
-    products = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name == "dot_general"]
+    products = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name in PRODUCTS]
     assert len(products) == 3
-    assert {e.params["preferred_element_type"] for e in products} == {jnp.dtype(jnp.float32)}
+    assert {v.aval.dtype for e in products for v in e.outvars} == {jnp.dtype(jnp.float32)}
     assert {e.params["precision"] for e in products} == {(lax.Precision.HIGHEST,) * 2}
 
 
@@ -107,7 +107,7 @@ def test_matmul_precision_of_the_users_context_survives() -> None:
             return x @ p["w"]
 
     model, frozen, lora = wrapped(f, {"w": (8, 6)}, X)
-    products = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name == "dot_general"]
+    products = [e for e in equations(jaxpr_of(model, frozen, lora, X)) if e.primitive.name in PRODUCTS]
     assert {e.params["precision"] for e in products} == {(lax.Precision.HIGHEST,) * 2}
 
 
@@ -191,7 +191,7 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert float(jnp.abs(grads["w"]).max()) == 0.0
 
 
-def test_a_product_goes_through_five_modules(monkeypatch):
+def test_a_product_goes_through_seven_modules(monkeypatch):
     """From the equation to the product with a factor: what a reader has to open."""
     package = Path(lojax.__file__).parent
     stacks = []
@@ -203,16 +203,20 @@ def test_a_product_goes_through_five_modules(monkeypatch):
 
     multiply_itself = factored.multiply
     monkeypatch.setattr(factored, "multiply", multiply)
+    monkeypatch.setattr(factored, "factor_product", multiply)
     model = lojax.wrap(lambda params, x: x @ params["w"], "w", rank=2, execution="factored")
     pair = model.init(jax.random.key(0), {"w": normal(4, 3)})
     model.apply(*pair, normal(2, 4))
     assert len(stacks) == 2  # x @ a, and the result @ b
+    assert "lowrank/product_primitives.py" in stacks.pop()
     for stack in stacks:
         below_the_evaluation = stack[stack.index("rewrite/evaluate.py") + 1 :]
         modules = set(below_the_evaluation) - {"rewrite/evaluate.py"}
         assert modules == {
             "rewrite/interpreter.py",
             "rewrite/rules/products.py",
-            "lowrank/dot.py",
+            "rewrite/shared_pass.py",
+            "lowrank/adapted_products.py",
+            "lowrank/product_form.py",
             "lowrank/factored.py",
         }

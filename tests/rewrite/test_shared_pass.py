@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lojax
-from tests.helpers import equations
+from tests.helpers import PRODUCTS, equations
 from tests.rewrite.programs import normal
 
 X = normal(5, 8)
@@ -53,7 +53,7 @@ def adapted(f: Callable[..., Any], params: Any, **settings: Any) -> tuple[Any, A
 
 def products(f: Callable[..., Any], *args: Any) -> int:
     """How many products there are, those inside of steps included."""
-    return sum(eqn.primitive.name == "dot_general" for eqn in equations(jax.make_jaxpr(f)(*args).jaxpr))
+    return sum(eqn.primitive.name in PRODUCTS for eqn in equations(jax.make_jaxpr(f)(*args).jaxpr))
 
 
 def scalar(outputs: Any) -> Any:

@@ -15,7 +15,7 @@ from lojax.lowrank.value import LowRank, NotFactored
 from lojax.rewrite.frozen_chains import Value, read_gather
 from lojax.rewrite.interpreter import Interpreter, bind_one
 from lojax.rewrite.rules.table import Table, registrar
-from lojax.rewrite.shared_pass import read_dot_general, shared_update
+from lojax.rewrite.shared_pass import read_dot_general, with_shared_pass
 from lojax.types import Array, Eqn
 
 RULES: Table = {}
@@ -33,11 +33,7 @@ def _dot_general(interp: Interpreter, eqn: Eqn, operands: list[Value]) -> Array:
     x: Any = rhs if on_left else lhs
     product = read_dot_general(eqn, x, value, weight_on_left=on_left)
     if not value.probe:
-        product = dataclasses.replace(
-            product,
-            precomputed=shared_update(interp, eqn, value, product, weight_on_left=on_left),
-            factor_input=interp.factor_input(eqn.invars[on_left], x),
-        )
+        product = with_shared_pass(interp, eqn, value, product, weight_on_left=on_left)
     return interp.multiply(eqn, value, product)
 
 
