@@ -150,6 +150,7 @@ def test_a_program_for_several_tpus_joins_nothing() -> None:
     assert f"tensor<{T}x{M + R}xf32>" not in text
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.12
 @pytest.mark.parametrize("name", nets())
 def test_kernels_are_factored_on_a_cpu_and_kernels_elsewhere(name: str) -> None:
     model, frozen, lora, x = adapted(name, execution="kernel")
